@@ -1,0 +1,109 @@
+"""Collect preferences: sample replies to each prompt, let a labeler compare them, write preference pairs.
+
+    accelerate launch recipes/collect.py
+    accelerate launch recipes/collect.py --model_name_or_path outputs/sft --output_dir outputs/preferences
+    accelerate launch recipes/collect.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset_name trl-lib/ultrafeedback-prompt --output_dir outputs/preferences-qwen
+
+Without arguments it reads recipes/configs/collect.yaml: replies of the starter to its preference prompts, compared by a
+simulated labeler who prefers upbeat replies. Output: train.jsonl and test.jsonl with `prompt`, `chosen`, `rejected`,
+`labeler`, `certainty` and `model`, of different prompts, which recipes/reward.py reads.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig, ScriptArguments
+
+from rlhf.arguments import finish_run, parse, start_run
+from rlhf.data import load_splits, prompt_rows, write_jsonl
+from rlhf.errors import InputError, report_errors
+from rlhf.feedback import LABELERS, preference_pairs
+from rlhf.generation import sample_completions
+from rlhf.hub import check_push, push_dataset
+from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
+
+
+@dataclass
+class CollectArguments:
+    """What is sampled and who compares."""
+
+    output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
+    labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
+    labeler_temperature: float = field(default=0.25, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
+    num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the simulated labeler."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the pairs to the Hub as a dataset."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Name of the Hub dataset, for example you/pairs."})
+    hub_token: str | None = field(default=None, metadata={"help": "Hub token; default: the one you logged in with."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make the Hub dataset private."})
+
+
+def main() -> None:
+    # Arguments
+    script_args, collect_args, model_args = parse(__file__, ScriptArguments, CollectArguments, ModelConfig)
+    check_push(collect_args)
+    if collect_args.labeler not in LABELERS:
+        raise InputError(f"--labeler {collect_args.labeler}: unknown. Labelers are {', '.join(LABELERS)}.")
+    if collect_args.num_generations < 2:
+        raise InputError(f"--num_generations {collect_args.num_generations}: comparing needs at least 2.")
+    labeler = LABELERS[collect_args.labeler](temperature=collect_args.labeler_temperature, seed=collect_args.seed)
+
+    # Data
+    train, test = load_splits(
+        script_args.dataset_name,
+        "preference",
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        seed=collect_args.seed,
+    )
+
+    # Tokenizer
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(source, trust_remote_code=collect_args.trust_remote_code)
+    room = context_length(source, collect_args.trust_remote_code)
+    splits = {
+        name: prompt_rows(split, script_args.dataset_name, tokenizer, collect_args.max_new_tokens, room)
+        for name, split in (("train", train), ("test", test))
+    }
+    if not start_run(__file__, collect_args.output_dir, script_args, collect_args, model_args):
+        return
+
+    # Model
+    model = load_causal_lm(source, model_args, tokenizer, trainable=False)
+
+    # Sample and compare
+    counts = {}
+    for split, rows in splits.items():
+        completions = sample_completions(
+            model,
+            tokenizer,
+            rows["input_ids"],
+            max_new_tokens=collect_args.max_new_tokens,
+            temperature=collect_args.temperature,
+            num_return_sequences=collect_args.num_generations,
+            batch_size=collect_args.per_device_eval_batch_size,
+            seed=collect_args.seed,
+            description=f"Sampling {split} replies",
+        )
+        pairs = []
+        for prompt, replies in zip(rows["prompt"], completions, strict=True):
+            texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+            pairs += preference_pairs(prompt, list(dict.fromkeys(texts)), labeler, Path(source.name).name)
+        write_jsonl(Path(collect_args.output_dir) / f"{split}.jsonl", pairs)
+        counts[f"{split} pairs"] = len(pairs)
+
+    # Save, card, push
+    print(f"{collect_args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
+    finish_run(collect_args.output_dir, counts)
+    push_dataset(collect_args, __file__, source)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

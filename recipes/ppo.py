@@ -1,0 +1,89 @@
+"""PPO: move a language model towards what a reward prefers, without leaving the SFT model far behind.
+
+    accelerate launch recipes/ppo.py
+    accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
+    accelerate launch recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
+        --response_length 256 --output_dir outputs/qwen-ppo
+
+Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With an
+adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag of
+PPOConfig (TRL's, see rlhf/ppo/config.py) and ModelConfig works.
+
+Left out: per-token rewards, and a value model of its own from the command line (the value function is a head on the
+policy's trunk).
+"""
+
+from trl import ModelConfig, ScriptArguments
+
+from rlhf.arguments import digest, finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits, prompt_rows
+from rlhf.errors import report_errors
+from rlhf.hub import check_push, publish
+from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.rewards import load_reward, resolve_reward
+
+
+def main() -> None:
+    # Arguments
+    script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
+    check_push(training_args)
+
+    # Data
+    train, _ = load_splits(
+        script_args.dataset_name,
+        "ppo",
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        seed=training_args.seed,
+    )
+
+    # Tokenizer
+    source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)
+    reward_source = resolve_reward(training_args.reward_model_path or "starter", base=source.base)
+    tokenizer = load_tokenizer(source)
+    train = prompt_rows(
+        train, script_args.dataset_name, tokenizer, training_args.response_length, context_length(source)
+    )
+    inputs = {"reward_model_path": digest(training_args.reward_model_path or "starter")}
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args, inputs=inputs):
+        return
+
+    # Model
+    policy = load_policy(source, model_args, tokenizer)
+    reward = load_reward(reward_source, model_args, batch_size=training_args.per_device_eval_batch_size)
+    if source.adapter is not None:
+        training_args.ref_adapter_name = REFERENCE
+
+    # Trainer
+    trainer = PPOTrainer(
+        args=training_args,
+        processing_class=tokenizer,
+        model=policy,
+        train_dataset=train,
+        reward_funcs=[reward],
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    last = next(entry for entry in reversed(trainer.state.log_history) if "objective/scores" in entry)
+    metrics = {key: last[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
+
+    # Save, card, push
+    trainer.save_model()
+    finish_run(training_args.output_dir, metrics)
+    publish(
+        trainer,
+        __file__,
+        source=source,
+        reward=reward_source,
+        datasets=[script_args.dataset_name],
+        metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},
+    )
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

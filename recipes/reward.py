@@ -1,0 +1,80 @@
+"""Reward model: learn from comparisons which of two replies people prefer.
+
+    accelerate launch recipes/reward.py
+    accelerate launch recipes/reward.py --model_name_or_path outputs/sft --dataset_name outputs/preferences
+    accelerate launch recipes/reward.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/qwen-reward
+    accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
+
+Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. With an adapter as
+the model (the SFT adapter, say) the reward adapter starts from its weights. The task type is always SEQ_CLS, so that the
+score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
+"""
+
+from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
+
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits, preference_rows
+from rlhf.errors import report_errors
+from rlhf.hub import check_push, publish
+from rlhf.models import load_reward_model, load_tokenizer, resolve
+
+
+def main() -> None:
+    # Arguments
+    script_args, training_args, model_args = parse(__file__, ScriptArguments, RewardConfig, ModelConfig)
+    check_push(training_args)
+
+    # Data
+    train, test = load_splits(
+        script_args.dataset_name,
+        "preference_pairs",
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        seed=training_args.seed,
+    )
+
+    # Tokenizer
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(
+        source,
+        pad_token=training_args.pad_token,
+        chat_template_path=training_args.chat_template_path,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    train = preference_rows(train, script_args.dataset_name, tokenizer, training_args.max_length)
+    test = preference_rows(test, script_args.dataset_name, tokenizer, training_args.max_length)
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
+        return
+
+    # Model
+    model = load_reward_model(
+        source, model_args, tokenizer, seed=training_args.seed, trust_remote_code=training_args.trust_remote_code
+    )
+
+    # Trainer
+    trainer = RewardTrainer(
+        model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+
+    # Save, card, push
+    trainer.save_model()
+    finish_run(training_args.output_dir, metrics)
+    publish(
+        trainer,
+        __file__,
+        source=source,
+        datasets=[script_args.dataset_name],
+        metrics={"held-out accuracy": metrics["eval_accuracy"], "held-out margin": metrics["eval_margin"]},
+    )
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning: teach a language model to reply as people do.
+
+    accelerate launch recipes/sft.py
+    accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara \
+        --output_dir outputs/qwen-sft --push_to_hub --hub_model_id you/qwen-sft
+    accelerate launch recipes/sft.py --use_peft false --learning_rate 2e-5 --output_dir outputs/sft-full
+
+Without arguments it reads recipes/configs/sft.yaml: the starter model and conversations, LoRA, a few minutes on a
+laptop. The loss is taken on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
+"""
+
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits, sft_rows
+from rlhf.errors import report_errors
+from rlhf.hub import check_push, publish
+from rlhf.models import load_causal_lm, load_tokenizer, resolve
+
+
+def main() -> None:
+    # Arguments
+    script_args, training_args, model_args = parse(__file__, ScriptArguments, SFTConfig, ModelConfig)
+    check_push(training_args)
+
+    # Data
+    train, test = load_splits(
+        script_args.dataset_name,
+        "sft",
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        seed=training_args.seed,
+    )
+
+    # Tokenizer
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(
+        source,
+        pad_token=training_args.pad_token,
+        chat_template_path=training_args.chat_template_path,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    replies_only = training_args.completion_only_loss is not False
+    train = sft_rows(train, script_args.dataset_name, tokenizer, replies_only)
+    test = sft_rows(test, script_args.dataset_name, tokenizer, replies_only)
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
+        return
+
+    # Model
+    model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
+
+    # Trainer
+    trainer = SFTTrainer(
+        model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+
+    # Save, card, push
+    trainer.save_model()
+    finish_run(training_args.output_dir, metrics)
+    publish(
+        trainer,
+        __file__,
+        source=source,
+        datasets=[script_args.dataset_name],
+        metrics={"held-out loss per reply token": metrics["eval_loss"]},
+    )
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

@@ -1,0 +1,1 @@
+"""What the recipes compose: data, models, feedback, rewards, the PPO trainer and the Hub."""

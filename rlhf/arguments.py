@@ -1,0 +1,201 @@
+"""Command line and run folder: what every recipe does before anything is loaded.
+
+Arguments come from YAML and the command line through TRL's `TrlParser`; without `--config`, a recipe reads
+`recipes/configs/<recipe>.yaml`. A run folder remembers its recipe and settings in `run.json`, so that the same command
+resumes what was interrupted, leaves alone what is finished, and never writes into another run.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from trl import TrlParser
+
+from rlhf.errors import InputError
+
+RUN_FILE = "run.json"
+# Flags that may differ when a run is resumed: they change what is said about it, not what it computes.
+FREE_FLAGS = {
+    "config", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
+    "hub_strategy", "hub_revision", "hub_always_push", "report_to", "run_name", "disable_tqdm", "log_level",
+    "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
+    "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
+    "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
+}  # fmt: skip
+
+
+class _Parser(TrlParser):
+    """TrlParser whose complaints are one line with the flag, what was found and the nearest existing flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any, ...]:
+    """Parse the command line of a recipe into its dataclasses.
+
+    Args:
+        recipe: the recipe's `__file__`; its default configuration stands in `configs/` beside it.
+
+    Raises:
+        InputError: on an unknown flag or YAML key, a missing file or a value of the wrong type.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    default = Path(recipe).parent / "configs" / f"{Path(recipe).stem}.yaml"
+    if not any(word == "--config" or word.startswith("--config=") for word in given) and default.exists():
+        given = ["--config", str(default), *given]
+    given = [part for word in given for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    parser = _Parser(types)
+    known = {option for action in parser._actions for option in action.option_strings}
+    if "--use_cpu" in known and not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)  # else the trainers refuse bf16 on a machine without an accelerator
+    for word in given:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known | {"--config"}:
+            near = difflib.get_close_matches(flag, known, n=1)
+            raise InputError(f"unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else " See --help."))
+    file = _config_file(given, known)
+    try:
+        return parser.parse_args_and_config(args=given)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
+
+
+def _config_file(given: list[str], known: set[str]) -> Path | None:
+    import yaml
+
+    if "--config" not in given:
+        return None
+    position = given.index("--config") + 1
+    if position == len(given):
+        raise InputError("--config needs a YAML file behind it.")
+    path = Path(given[position])
+    if not path.is_file():
+        raise InputError(f"--config {path}: no such file.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not readable as YAML ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: needs lines of the form 'flag: value'.")
+    for key in content:
+        if f"--{key}" not in known and key != "env":
+            near = difflib.get_close_matches(f"--{key}", known, n=1)
+            raise InputError(f"--config {path}: unknown key '{key}'." + (f" Did you mean '{near[0][2:]}'?" if near else ""))
+    return path
+
+
+def settings_of(*arguments: Any) -> dict[str, Any]:
+    """What a run computes, as plain values: every argument that differs from its class's default, less FREE_FLAGS."""
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        for field in dataclasses.fields(argument):
+            if not field.init or field.name in FREE_FLAGS or field.name.startswith("_"):
+                continue
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            value = getattr(argument, field.name)
+            if value != default:
+                settings[field.name] = value if isinstance(value, str | int | float | bool | list) else str(value)
+    return settings
+
+
+def main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_run(recipe: str, output_dir: str, *arguments: Any, inputs: dict[str, str] | None = None) -> bool:
+    """Claim the output folder for this run.
+
+    Args:
+        recipe: the recipe's `__file__`.
+        inputs: files and folders whose content the run depends on, by flag; their digests are remembered.
+
+    Returns:
+        False if the folder already holds this very run, finished: there is nothing left to do.
+
+    Raises:
+        InputError: if the folder holds another run or foreign files, or the command asks for a push without a token.
+    """
+    settings = settings_of(*arguments)
+    for flag, path in (inputs or {}).items():
+        settings[f"{flag} (content)"] = digest(path)
+    run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
+    folder = Path(output_dir)
+    file = folder / RUN_FILE
+    if not main_process():  # the main process checks and writes; the others only ask whether there is work
+        return not (file.exists() and json.loads(file.read_text(encoding="utf-8"))["finished"])
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        if old["recipe"] != run["recipe"] or old["settings"] != json.loads(json.dumps(settings)):
+            differ = sorted(
+                key for key in {*old["settings"], *settings} if old["settings"].get(key) != settings.get(key)
+            )
+            raise InputError(
+                f"--output_dir {output_dir}: holds another run (recipes/{old['recipe']}.py"
+                + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
+                + "). Give another --output_dir, or the same settings to go on with it."
+            )
+        if old["finished"]:
+            print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
+        return not old["finished"]
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, run)
+    return True
+
+
+def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:
+    """Mark the run as finished and keep its final metrics. Only the main process writes."""
+    if main_process():
+        file = Path(output_dir) / RUN_FILE
+        _write(file, {**json.loads(file.read_text(encoding="utf-8")), "finished": True, "metrics": metrics})
+
+
+def last_checkpoint(training_args: Any) -> str | None:
+    """The checkpoint to resume from: the one named by `--resume_from_checkpoint`, else the newest in the run folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    asked = training_args.resume_from_checkpoint
+    if asked in ("false", "False"):
+        return None
+    if asked and asked not in ("true", "True", True):
+        if not Path(asked).is_dir():
+            raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+        return asked
+    found = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+    if found and main_process():
+        print(f"Resuming from {found}.")
+    return found
+
+
+def command(recipe: str) -> str:
+    """The command line of this process, with local folders outside the working directory reduced to their names."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["accelerate launch", f"recipes/{Path(recipe).name}", *words])
+
+
+def digest(path: str) -> str:
+    """Short SHA-256 of a file, or of the weights, metrics and data files of a folder; the name itself for anything else."""
+    target = Path(path)
+    if not target.exists():
+        return path
+    files = [target] if target.is_file() else sorted(target.glob("*.safetensors")) or sorted(target.rglob("*.arrow"))
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    working = file.with_name(file.name + ".partial")
+    working.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
+    working.replace(file)

@@ -1,0 +1,311 @@
+"""Any dataset → conversations, prompts or preference pairs, and their token ids.
+
+A dataset is a Hub id, a folder saved by `datasets`, a .jsonl/.json/.csv/.parquet file, or the word `starter`. Columns
+are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
+
+- conversations: `messages`, or `prompt` + `completion`, or `text`
+- prompts: `prompt` (text or messages); other columns travel along
+- preference pairs: `chosen` and `rejected` (text or messages), and optionally `prompt`
+
+Token ids of conversations are made here rather than in each trainer, for two reasons. A control token written inside a
+message stays text. And a conversation ends with the token that ends the reply (templates often put a newline behind
+it), so the reward model reads its score at the same token that a sampled reply ends with.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
+
+from rlhf.errors import InputError
+from rlhf.feedback import Messages, starter_preferences
+from rlhf.starter import STARTER, starter_dataset
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_splits(
+    name: str, part: str, *, config: str | None = None, train_split: str = "train", test_split: str = "test", seed: int
+) -> tuple[Dataset | None, Dataset]:
+    """The (train, test) splits of a dataset; without a test split, 10% of train (at most 500 rows) is held out.
+
+    Args:
+        name: a Hub id, a folder saved by `datasets`, a file, or `starter`.
+        part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
+
+    Raises:
+        InputError: if the dataset can't be found or read, is empty, or lacks the split.
+    """
+    splits = _read(name, part, config)
+    if not splits:
+        raise InputError(f"--dataset_name {name}: found no data in it.")
+    if test_split not in splits:
+        if train_split not in splits:
+            raise InputError(
+                f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}."
+            )
+        if len(splits[train_split]) > 1:
+            size = min(500, max(1, len(splits[train_split]) // 10))
+            halves = splits[train_split].train_test_split(test_size=size, seed=seed)
+            splits = {train_split: halves["train"], test_split: halves["test"]}
+        else:
+            splits[test_split] = splits[train_split]
+    for split in (train_split, test_split):
+        if split in splits and len(splits[split]) == 0:
+            raise InputError(f"--dataset_name {name}: split {split!r} is empty. Give a dataset with at least one row.")
+    return splits.get(train_split), splits[test_split]
+
+
+def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
+    if name == STARTER and part == "preference_pairs":
+        return {split: Dataset.from_list(rows) for split, rows in starter_preferences(config).items()}
+    if name == STARTER:
+        return dict(starter_dataset(part, config))
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = load_from_disk(str(path))
+        elif path.is_file():
+            if path.suffix not in FILE_TYPES:
+                raise InputError(f"--dataset_name {name}: files end in {', '.join(FILE_TYPES)}; found {path.suffix!r}.")
+            if path.stat().st_size == 0:
+                raise InputError(f"--dataset_name {name}: the file is empty.")
+            loaded = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))
+        elif path.is_dir() or not (path.suffix in FILE_TYPES or name.startswith((".", "/", "~")) or name.count("/") > 1):
+            loaded = load_dataset(name, config)
+        else:
+            raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises a different class for each way in which data can't be read
+        cause = error.__cause__ or error
+        raise InputError(
+            f"--dataset_name {name}: can't be read ({type(cause).__name__}: {str(cause)[:200]}). Give a Hub id "
+            f"(needs the network), a folder saved by datasets, a {'/'.join(FILE_TYPES)} file, or 'starter'."
+        ) from error
+    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+
+
+def need_columns(dataset: Dataset, name: str, choices: list[set[str]]) -> set[str]:
+    """The first of `choices` whose columns the dataset has.
+
+    Raises:
+        InputError: if it has none of them; the message lists the columns found.
+    """
+    found = set(get_dataset_column_names(dataset))
+    for choice in choices:
+        if choice <= found:
+            return choice
+    wanted = " or ".join(" + ".join(f"'{column}'" for column in sorted(choice)) for choice in choices)
+    raise InputError(f"--dataset_name {name}: needs column {wanted}; found {sorted(found)}. Rename or add columns.")
+
+
+def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
+    """Check every row of the text-or-messages columns.
+
+    Raises:
+        InputError: on an empty text, a list that is no list of messages, an unknown role, or an empty message; it
+            names the column and the row.
+    """
+    for column in sorted(columns):
+        for number, value in enumerate(dataset[column]):
+            where = f"--dataset_name {name}: column {column!r}, row {number}"
+            if isinstance(value, str) and value.strip():
+                continue
+            if value is None or len(value) == 0 or isinstance(value, str):
+                raise InputError(f"{where} is empty. Remove the row or fill it.")
+            for message in value:
+                if not isinstance(message, dict) or "role" not in message or "content" not in message:
+                    raise InputError(f"{where}: a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}.")
+                if message["role"] not in ROLES:
+                    raise InputError(f"{where}: role {message['role']!r} is unknown. Roles are {', '.join(ROLES)}.")
+                if not isinstance(message["content"], str) or not message["content"].strip():
+                    raise InputError(f"{where}: the {message['role']} message has no text. Remove the row or fill it.")
+
+
+# ---------------------------------------------------------------------------------------------- token ids
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template.
+
+    A control token inside a message is encoded as the ordinary characters it is written with. Without a generation
+    prompt, what the template puts behind the last control token (a newline, mostly) is left out.
+    """
+    controls = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()), key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(control) for control in controls) or "(?!)")
+    hidden: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        # private-use characters stand in for the control token while the template is rendered
+        hidden.append(match.group())
+        return f"\U000f0000{len(hidden) - 1}\U000f0001"
+
+    safe = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
+    text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    ids: list[int] = []
+    for number, control in enumerate(hidden):
+        before, _, text = text.partition(f"\U000f0000{number}\U000f0001")
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(control, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if add_generation_prompt else _end_at_control_token(tokenizer, ids)
+
+
+def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    special = set(tokenizer.all_special_ids)
+    end = len(ids)
+    while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
+        end -= 1
+    return ids[:end] if end and ids[end - 1] in special else ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """Token ids of a prompt that a reply can follow: plain text as it is, messages with the generation prompt."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return encode_messages(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, first: int = 0) -> dict[str, list[int]]:
+    """Token ids and labels of a conversation; only assistant messages from number `first` on have labels.
+
+    Returns:
+        `input_ids` and `labels` of equal length; the label is the token id, or -100 where no loss is taken.
+
+    Raises:
+        InputError: if the template renders earlier turns differently once later ones follow, so that the tokens of a
+            reply can't be told from the rest.
+    """
+    ids = encode_messages(tokenizer, messages)
+    labels = [-100] * len(ids)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number < first:
+            continue
+        before = encode_messages(tokenizer, messages[:number], add_generation_prompt=True) if number else []
+        through = encode_messages(tokenizer, messages[: number + 1])
+        if ids[: len(before)] != before or ids[: len(through)] != through:
+            raise InputError(
+                "The chat template renders a conversation differently when it goes on, so the reply's tokens can't be "
+                "found. Give one with --chat_template_path, or rows of 'prompt' and 'completion' with one reply each."
+            )
+        labels[len(before) : len(through)] = ids[len(before) : len(through)]
+    return {"input_ids": ids, "labels": labels}
+
+
+# ---------------------------------------------------------------------------------------------- what trainers take
+
+
+def _map(dataset: Dataset, function: Callable[[dict[str, Any]], dict[str, Any]], keep: set[str], what: str) -> Dataset:
+    columns = [column for column in dataset.column_names if column not in keep]
+    return dataset.map(function, remove_columns=columns, desc=what)
+
+
+def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, replies_only: bool = True) -> Dataset:
+    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text as TRL takes it.
+
+    Args:
+        replies_only: take the loss on the assistant's messages (for `prompt` + `completion`: those of the completion).
+    """
+    columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {"text"}])
+    check_messages(dataset, name, columns)
+    dataset = dataset.select_columns(sorted(columns))
+    if not is_conversational(dataset[0]):
+        return dataset  # TRL adds the end-of-text token and takes the loss on the completion
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
+        if not any(message["role"] == "assistant" for message in completion):
+            raise InputError(f"--dataset_name {name}: a conversation without an assistant message has nothing to learn.")
+        encoded = encode_conversation(tokenizer, prompt + completion, first=len(prompt))
+        return encoded if replies_only else {**encoded, "labels": list(encoded["input_ids"])}
+
+    return _map(dataset, encode, set(), "Tokenizing conversations")
+
+
+def preference_rows(
+    dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Dataset:
+    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out, and counted.
+
+    Raises:
+        InputError: if columns are missing or no pair fits into `max_length`.
+    """
+    columns = need_columns(dataset, name, [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}])
+    check_messages(dataset, name, columns)
+
+    def encode_one(row: dict[str, Any], column: str) -> list[int]:
+        if isinstance(row[column], str):
+            text = row.get("prompt", "") + row[column]
+            ids = tokenizer(text)["input_ids"]
+            return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        return encode_messages(tokenizer, row.get("prompt", []) + row[column])
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}
+
+    encoded = _map(dataset.select_columns(sorted(columns)), encode, set(), "Tokenizing preference pairs")
+    if max_length is None:
+        return encoded
+    longest = [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]
+    kept = [number for number, length in enumerate(longest) if length <= max_length]
+    if not kept:
+        raise InputError(
+            f"--max_length {max_length}: every pair of {name} is longer (the shortest has {min(longest)} tokens). "
+            "Raise --max_length."
+        )
+    if len(kept) < len(longest):
+        print(f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs longer than --max_length {max_length}.")
+    return encoded.select(kept)
+
+
+def prompt_rows(
+    dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, context_length: int | None
+) -> Dataset:
+    """Rows with `prompt` and its `input_ids`; the other columns travel along.
+
+    `prompt` may be missing where it can be read off: `messages` (all before the last assistant message) or `chosen` and
+    `rejected` (their common beginning).
+
+    Raises:
+        InputError: if a prompt and `max_new_tokens` don't fit into the model's context together.
+    """
+    columns = need_columns(dataset, name, [{"prompt"}, {"messages"}, {"chosen", "rejected"}])
+    check_messages(dataset, name, columns)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if "prompt" not in row and "messages" in row:
+            messages = row["messages"]
+            row["prompt"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        row = maybe_extract_prompt(row)
+        return {"prompt": row["prompt"], "input_ids": encode_prompt(tokenizer, row["prompt"])}
+
+    rows = _map(dataset, encode, set(dataset.column_names) - {"messages"}, "Tokenizing prompts")
+    longest = max(len(ids) for ids in rows["input_ids"])
+    if context_length is not None and longest + max_new_tokens > context_length:
+        raise InputError(
+            f"--dataset_name {name}: the longest prompt has {longest} tokens and the reply up to {max_new_tokens}, more "
+            f"than the model's context of {context_length}. Shorten the prompts or the reply length."
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, beside the target first, so that the file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(path.name + ".partial")
+    with open(working, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    working.replace(path)

@@ -1,0 +1,25 @@
+"""One clear line for input that cannot work.
+
+Recipes wrap `main` in `report_errors`, so that an `InputError` raised anywhere ends the process with that line on
+standard error and exit code 2, the code argparse uses for a bad command line.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """The user's input cannot work. The message names the flag or column, what was found and what to do."""
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn an `InputError` into one line on standard error and exit code 2. Other exceptions pass through."""
+    try:
+        yield
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""Sampling replies. `sample` is a decoding loop for `model.generate(custom_generate=sample)`.
+
+Against transformers' own loop it draws one uniform per row and inverts the cumulative distribution (torch.multinomial
+draws one exponential per vocabulary entry), keeps the log-probability of the drawn token instead of all scores, and
+drops finished rows from the cache. Logits processors, stopping criteria and the generation config mean what they mean
+in `generate`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+
+class Samples(NamedTuple):
+    """What `sample` returns. B rows, P prompt tokens (left-padded), T completion tokens (right-padded)."""
+
+    sequences: torch.Tensor  # (B, P + T) int64
+    logprobs: torch.Tensor  # (B, T) float32: log-probability each completion token was drawn with; 0 on padding
+
+
+def draw(logits: torch.Tensor, do_sample: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row by inverse-CDF sampling, or take the most likely one.
+
+    Args:
+        logits: (B, V) float32, after all processing.
+
+    Returns:
+        tokens (B,) int64 and their log-probabilities (B,) float32.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    if do_sample:
+        cumulative = logprobs.exp().cumsum(-1)
+        # scaled by the last entry: rounding leaves it a little off 1, and the draw must not fall behind it
+        uniform = torch.rand(logits.shape[0], 1, device=logits.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=logits.shape[-1] - 1)
+    else:
+        tokens = logprobs.argmax(-1, keepdim=True)
+    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+
+
+def sample(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> Samples:
+    """Decoding loop for `generate(custom_generate=sample)`.
+
+    Args:
+        input_ids: (B, P) int64, left-padded.
+        model_kwargs: `attention_mask` (B, P), 0 on padding or None, and what else `generate` hands to a decoding loop.
+    """
+    rows, prompt_length = input_ids.shape
+    room = generation_config.max_length - prompt_length
+    pad = generation_config.pad_token_id
+    completions = torch.full((rows, room), pad, dtype=torch.long, device=input_ids.device)
+    logprobs = torch.zeros(rows, room, device=input_ids.device)
+    active = torch.arange(rows, device=input_ids.device)  # which row of the batch each row of the cache belongs to
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
+    sequences, cache, step = input_ids, model_kwargs.get("past_key_values"), 0
+    inputs, positions = input_ids, (mask.long().cumsum(-1) - 1).clamp(min=0)
+    going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+    while step < room:
+        output = model(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits = logits_processor(sequences, output.logits[:, -1].float())
+        tokens, logprob = draw(logits, generation_config.do_sample)
+        completions[active[going], step], logprobs[active[going], step] = tokens[going], logprob[going]
+        sequences = torch.cat([sequences, tokens[:, None]], 1)
+        going = going & ~stopping_criteria(sequences, None)
+        step += 1
+        if not going.any():
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
+        # drop finished rows once half are: every new batch size costs the CPU's kernels a set-up, so few sizes are best
+        if going.sum() <= len(going) // 2:
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            active, sequences, mask, positions = active[keep], sequences[keep], mask[keep], positions[keep]
+            going = going[keep]
+        inputs = sequences[:, -1:]
+    return Samples(torch.cat([input_ids, completions[:, :step]], 1), logprobs[:, :step])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch inside the block and restore its generators afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], config: GenerationConfig) -> Samples:
+    """Sample with exactly `config`: nothing of the model's own generation_config (a repetition penalty, say) leaks in.
+
+    Args:
+        batch: `input_ids` and `attention_mask` (B, P), left-padded.
+    """
+    owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    saved = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        return model.generate(**batch, generation_config=config, custom_generate=sample)
+    finally:
+        for owner, own in zip(owners, saved, strict=True):
+            owner.generation_config = own
+
+
+def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, P) of prompts padded on the left."""
+    return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+
+
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    num_return_sequences: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    description: str = "Sampling",
+) -> list[list[list[int]]]:
+    """Token ids of `num_return_sequences` completions per prompt, ending with the stop token where one was drawn.
+
+    Pure sampling from the model's distribution at `temperature` (no top-k, no top-p). Prompts are batched by length.
+    """
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+        num_return_sequences=num_return_sequences, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    )
+    per_batch = max(1, batch_size // num_return_sequences)
+    with seeded(seed), tqdm(total=len(prompts) * num_return_sequences, desc=description, unit="reply") as progress:
+        for start in range(0, len(order), per_batch):
+            numbers = order[start : start + per_batch]
+            batch = left_pad(tokenizer, [prompts[number] for number in numbers]).to(model.device)
+            new = generate(model, batch, config).sequences[:, batch["input_ids"].shape[1] :].tolist()
+            for row, ids in enumerate(new):
+                while ids and ids[-1] == tokenizer.pad_token_id:
+                    ids.pop()
+                completions[numbers[row // num_return_sequences]].append(ids)
+            progress.update(len(new))
+    return completions

@@ -1,0 +1,283 @@
+"""Base models, tokenizers, adapters and heads.
+
+Wherever a recipe takes a model it takes a Hub id, a local folder, the word `starter`, or the adapter of any of them (a
+folder or a repo); an adapter's base is found from its `adapter_config.json`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from rlhf.errors import InputError
+from rlhf.starter import STARTER, starter_model
+
+# Tokens that model families keep for padding or never use, in order of preference.
+PAD_CANDIDATES = (
+    "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>", "[UNK]",
+    "<|endoftext|>", "<|endofprompt|>",
+)  # fmt: skip
+# For base models without a chat template: plain words, so that no token has to be learned from nothing.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+class Source(NamedTuple):
+    """Where a model comes from."""
+
+    name: str  # as the user gave it
+    base: str  # what `from_pretrained` of a full model takes
+    adapter: str | None  # what `PeftModel.from_pretrained` takes, or None for a full model
+    revision: str | None  # of the adapter if there is one, else of the base
+    peft_config: PeftConfig | None
+
+
+def resolve(name: str, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
+    """Find out what a model name stands for, without loading weights.
+
+    Raises:
+        InputError: if there is no such folder or repo, a Hub id can't be reached, or an adapter's base is missing.
+    """
+    if name == STARTER:
+        return Source(name, starter_model(), None, None, None)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return _resolve_adapter(name, str(path), flag, None)
+        if (path / "config.json").exists():
+            return Source(name, str(path), None, None, None)
+        raise InputError(f"{flag} {name}: neither config.json nor adapter_config.json in this folder. Is it a model?")
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
+    revision = None if revision == "main" else revision
+    if _hub_file(name, "adapter_config.json", flag, revision):
+        return _resolve_adapter(name, name, flag, revision)
+    if not _hub_file(name, "config.json", flag, revision):
+        raise InputError(f"{flag} {name}: this Hub repo has neither config.json nor adapter_config.json.")
+    return Source(name, name, None, revision, None)
+
+
+def _hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
+    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+        return True
+    try:
+        hf_hub_download(repo, file, revision=revision)
+        return True
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise InputError(
+            f"{flag} {repo}: not a local folder, and the Hub can't be reached to look for it there. Go online, download "
+            "it before, or give a local folder or 'starter'."
+        ) from error
+    except EntryNotFoundError:
+        return False
+    except (HfHubHTTPError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "it doesn't exist or needs a token (hf auth login)" if status in (401, 403, 404) else str(error)[:150]
+        raise InputError(f"{flag} {repo}: no such local folder, and the Hub says no: {why}.") from error
+    except OSError as error:
+        raise InputError(f"{flag} {repo}: no such local folder, and the Hub can't be reached ({error}).") from error
+
+
+def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -> Source:
+    config = PeftConfig.from_pretrained(adapter, revision=revision)
+    base = config.base_model_name_or_path
+    if not base:
+        raise InputError(f"{flag} {name}: adapter_config.json names no base model (base_model_name_or_path). Add it.")
+    if Path(base).name.startswith("starter-") and not Path(base).exists():
+        base = starter_model()  # the cache was cleared or is elsewhere: the starter can be made again
+    try:
+        source = resolve(base, flag)
+    except InputError as error:
+        raise InputError(f"{flag} {name}: the adapter's base model is missing. {error}") from error
+    if source.adapter is not None:
+        raise InputError(f"{flag} {name}: its base {base!r} is itself an adapter. Merge that one into its base first.")
+    return Source(name, source.base, adapter, revision, config)
+
+
+def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
+    """The base's `max_position_embeddings`, or None where the config has none."""
+    config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_tokenizer(
+    source: Source,
+    *,
+    pad_token: str | None = None,
+    chat_template_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token that differs from eos and with a chat template.
+
+    A tokenizer saved with an adapter is preferred to the base's. Where pad is missing or equals eos, an unused token of
+    the vocabulary takes its place: were they equal, every end of a reply would be masked as padding and the model would
+    never learn to stop.
+
+    Args:
+        chat_template_path: a .jinja file, or a model whose template is taken.
+
+    Raises:
+        InputError: if `pad_token` is eos or not in the vocabulary, or none can be found.
+    """
+    folder = source.adapter if source.adapter and _has_tokenizer(source) else source.base
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
+    _set_pad_token(tokenizer, source, pad_token)
+    if chat_template_path and chat_template_path.endswith((".jinja", ".j2")):
+        if not Path(chat_template_path).is_file():
+            raise InputError(f"--chat_template_path {chat_template_path}: no such file.")
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    elif chat_template_path:
+        other = resolve(chat_template_path, "--chat_template_path")
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(other.base).chat_template
+    if tokenizer.chat_template is None:
+        print(f"{source.name} has no chat template; using 'User: ... Assistant: ...' (change it: --chat_template_path).")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def _has_tokenizer(source: Source) -> bool:
+    if Path(source.adapter).is_dir():
+        return (Path(source.adapter) / "tokenizer_config.json").exists()
+    return _hub_file(source.adapter, "tokenizer_config.json", "--model_name_or_path", source.revision)
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if pad_token is not None:
+        if pad_token not in vocabulary:
+            raise InputError(f"--pad_token {pad_token!r}: not in the vocabulary of {source.name}.")
+        tokenizer.pad_token = pad_token
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise InputError(
+                f"--pad_token {pad_token!r} is also the eos token of {source.name}: the end of replies would be masked "
+                "as padding. Name another token."
+            )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        taken = {tokenizer.eos_token, tokenizer.bos_token}
+        unused = [token for token in PAD_CANDIDATES if token in vocabulary and token not in taken]
+        if not unused:
+            raise InputError(
+                f"The pad token of {source.name} is {tokenizer.pad_token!r} and its eos token {tokenizer.eos_token!r}; "
+                "they must differ, and no unused token was found. Name one with --pad_token, or set pad_token in the "
+                "tokenizer_config.json of a local copy."
+            )
+        print(f"{source.name}: pad token was {tokenizer.pad_token!r}, now {unused[0]!r}, so that it differs from eos.")
+        tokenizer.pad_token = unused[0]
+
+
+def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_remote_code: bool, **kwargs):
+    dtype = model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype)
+    return auto_class.from_pretrained(
+        source.base,
+        revision=source.revision if source.adapter is None else None,
+        dtype=dtype,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=trust_remote_code,
+        quantization_config=get_quantization_config(model_args),
+        use_safetensors=True,
+        **kwargs,
+    )
+
+
+def load_causal_lm(
+    source: Source,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trainable: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """A language model to train or to sample from.
+
+    An adapter's weights go on being trained in that adapter. A full model gets a new LoRA adapter with
+    `model_args.use_peft`, and is trained whole without.
+    """
+    model = _load_base(source, model_args, AutoModelForCausalLM, trust_remote_code)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # with a frozen head, torch multiplies a slice of the hidden states row by row, copying the head for each: 4 s, not 1
+    model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
+    if source.adapter is not None:
+        dtype = model.dtype
+        model = PeftModel.from_pretrained(model, source.adapter, revision=source.revision, is_trainable=trainable)
+        if not trainable:  # nothing is learned, so the adapter needs no more precision than its base: 1.5 times as fast
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(dtype)
+        return model
+    if trainable and model_args.use_peft:
+        return get_peft_model(model, _lora_config(model_args, TaskType.CAUSAL_LM))
+    return model
+
+
+def _lora_config(model_args: ModelConfig, task_type: TaskType) -> LoraConfig:
+    config = get_peft_config(model_args)
+    config.task_type = task_type
+    return config
+
+
+def load_reward_model(
+    source: Source,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trainable: bool = True,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """A sequence classifier with one output, the score.
+
+    From a language model's adapter a new adapter of task type SEQ_CLS is made with the same LoRA weights, whose score
+    head is trained and saved with it: under PEFT's default task type, CAUSAL_LM, the head would be neither. A new head is
+    drawn with standard deviation 1/sqrt(d + 1), as in Stiennon et al. (https://arxiv.org/abs/2009.01325) and
+    https://github.com/vwxyzjn/summarize_from_feedback_details.
+    """
+    model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    already_scores = source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS
+    if source.adapter is None and model.config.architectures and "SequenceClassification" in model.config.architectures[0]:
+        already_scores = True
+    if not already_scores:
+        head = model.score
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
+        head.weight.data.copy_(weight.to(head.weight.device, head.weight.dtype))
+    if source.adapter is None:
+        if trainable and model_args.use_peft:
+            return get_peft_model(model, _lora_config(model_args, TaskType.SEQ_CLS))
+        return model
+    config = PeftConfig.from_pretrained(source.adapter, revision=source.revision)
+    config.task_type, config.inference_mode = TaskType.SEQ_CLS, not trainable
+    return PeftModel.from_pretrained(
+        model, source.adapter, revision=source.revision, config=config, is_trainable=trainable
+    )
+
+
+REFERENCE = "reference"
+
+
+def load_policy(
+    source: Source, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
+    """What PPO trains. From an adapter: a trainable copy of it, and the adapter itself, frozen, named `reference`."""
+    policy = load_causal_lm(source, model_args, tokenizer, trust_remote_code=trust_remote_code)
+    if source.adapter is not None:
+        policy.load_adapter(source.adapter, REFERENCE, revision=source.revision, is_trainable=False)
+    return policy

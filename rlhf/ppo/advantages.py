@@ -1,0 +1,82 @@
+"""KL penalty, generalized advantage estimation and whitening, as pure functions."""
+
+import torch
+
+from rlhf.ppo.types import Advantages
+
+
+def kl_penalty(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float):
+    """Per-token reward -β (log π(a|s) - log π_ref(a|s)), (B, T), 0 off the mask.
+
+    Its sum over a completion is -β times the log-probability ratio of the whole; Ziegler et al., eq. 2
+    (https://arxiv.org/abs/1909.08593), with the k1 estimator of http://joschu.net/blog/kl-approx.html.
+    """
+    return -kl_coef * (logprobs - reference_logprobs) * mask
+
+
+def add_scores(kl_rewards: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rewards (B, T): the KL penalty, plus each completion's score (B,) at its last token."""
+    last = mask.long().sum(1).clamp(min=1) - 1
+    rewards = kl_rewards.clone()
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantages and returns, (B, T), 0 off the mask.
+
+    δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γ λ A_{t+1}, with V = A = 0 behind the last token; return = A + V.
+    Schulman et al., eq. 11-16 (https://arxiv.org/abs/1506.02438).
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce=lambda sums: sums) -> torch.Tensor:
+    """Scale the masked values to variance 1, and to mean 0 if `shift_mean`; 0 off the mask.
+
+    Biased variance, ε = 1e-8, as lm-human-preferences does:
+    https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/utils/core.py#L41
+
+    Args:
+        reduce: sums a (3,) tensor over processes, so that all whiten with the statistics of the whole batch.
+    """
+    kept = values.double() * mask
+    count, total, squares = reduce(torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()]))
+    mean = total / count
+    variance = (squares / count - mean**2).clamp(min=0)
+    whitened = (kept - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return (whitened * mask).to(values.dtype)
+
+
+def estimate_advantages(
+    scores: torch.Tensor,
+    logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten_rewards: bool = False,
+    reduce=lambda sums: sums,
+) -> Advantages:
+    """From scores (B,) and per-token quantities (B, T) to what the update learns from."""
+    kl_rewards = kl_penalty(logprobs, reference_logprobs, mask, kl_coef)
+    rewards = add_scores(kl_rewards, scores, mask)
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    return Advantages(rewards, kl_rewards, whiten(advantages, mask, reduce=reduce), returns)

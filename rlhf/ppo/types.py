@@ -1,0 +1,52 @@
+"""What the steps of PPO hand to each other. B prompts, P prompt tokens (left-padded), T completion tokens."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Rollout(NamedTuple):
+    """Prompts with the completions that the policy sampled for them."""
+
+    prompts: list[Any]  # B prompts as the dataset has them: text or messages
+    completions: list[str]  # B texts, without special tokens
+    columns: dict[str, list[Any]]  # the dataset's other columns, B values each
+    input_ids: torch.Tensor  # (B, P + T) int64
+    attention_mask: torch.Tensor  # (B, P + T) int64: 0 on both kinds of padding
+    completion_mask: torch.Tensor  # (B, T) bool: True through the stop token
+    ended: torch.Tensor  # (B,) bool: a stop token was sampled
+
+
+class Scored(NamedTuple):
+    """A rollout's scores, and what the models said about its tokens before the update. All float32."""
+
+    raw_scores: torch.Tensor  # (B,) what the reward gave
+    scores: torch.Tensor  # (B,) after the penalty for completions that never ended
+    logprobs: torch.Tensor  # (B, T) policy
+    reference_logprobs: torch.Tensor  # (B, T)
+    values: torch.Tensor  # (B, T) value of the state before each token
+    entropy: torch.Tensor  # (B, T) nats
+
+
+class Advantages(NamedTuple):
+    """What the update learns from. All (B, T) float32, 0 on padding."""
+
+    rewards: torch.Tensor  # KL penalty per token, plus the score at the last one
+    kl_rewards: torch.Tensor  # the KL penalty alone
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor  # target of the value function
+
+
+class UpdateStats(NamedTuple):
+    """Means over all minibatches of an update, weighted by completion tokens."""
+
+    policy_loss: float
+    value_loss: float
+    approxkl: float  # mean of (new - old logprob)² / 2
+    clipfrac: float  # share of tokens whose policy loss was clipped
+    value_clipfrac: float
+    entropy: float
+    ratio: float  # mean of exp(new - old logprob)
+    ratio_var: float  # variance of the minibatch means of the ratio
+    first_ratio: float  # of the first minibatch, before any step: 1 unless something is wrong
+    grad_norm: float
