@@ -20,7 +20,7 @@ from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback import LABELERS, preference_pairs
 from rlhf.generation import sample_completions
-from rlhf.hub import check_push, push_dataset
+from rlhf.hub import push_dataset, push_request
 from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
 
 
@@ -46,7 +46,7 @@ class CollectArguments:
 def main() -> None:
     # Arguments
     script_args, collect_args, model_args = parse(__file__, ScriptArguments, CollectArguments, ModelConfig)
-    check_push(collect_args)
+    push = push_request(collect_args)
     if collect_args.labeler not in LABELERS:
         raise InputError(f"--labeler {collect_args.labeler}: unknown. Labelers are {', '.join(LABELERS)}.")
     if collect_args.num_generations < 2:
@@ -101,7 +101,7 @@ def main() -> None:
     # Save, card, push
     print(f"{collect_args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
     finish_run(collect_args.output_dir, counts)
-    push_dataset(collect_args, __file__, source)
+    push_dataset(collect_args.output_dir, __file__, push, source)
 
 
 if __name__ == "__main__":

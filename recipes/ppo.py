@@ -6,8 +6,8 @@
         --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --response_length 256 --output_dir outputs/qwen-ppo
 
-Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With an
-adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag of
+Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With
+an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag of
 PPOConfig (TRL's, see rlhf/ppo/config.py) and ModelConfig works.
 
 Left out: per-token rewards, and a value model of its own from the command line (the value function is a head on the
@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments
 from rlhf.arguments import digest, finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import check_push, publish
+from rlhf.hub import push_model, push_request, write_card
 from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_reward
@@ -28,7 +28,7 @@ from rlhf.rewards import load_reward, resolve_reward
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
-    check_push(training_args)
+    push = push_request(training_args)
 
     # Data
     train, _ = load_splits(
@@ -74,14 +74,17 @@ def main() -> None:
     # Save, card, push
     trainer.save_model()
     finish_run(training_args.output_dir, metrics)
-    publish(
-        trainer,
+    write_card(
+        training_args.output_dir,
         __file__,
+        [script_args, training_args, model_args],
         source=source,
         reward=reward_source,
         datasets=[script_args.dataset_name],
         metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},
+        repo_id=push and push.repo_id,
     )
+    push_model(training_args.output_dir, push)
 
 
 if __name__ == "__main__":

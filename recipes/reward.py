@@ -6,9 +6,9 @@
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/qwen-reward
     accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
 
-Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. With an adapter as
-the model (the SFT adapter, say) the reward adapter starts from its weights. The task type is always SEQ_CLS, so that the
-score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
+Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. With an adapter
+as the model (the SFT adapter, say) the reward adapter starts from its weights. The task type is always SEQ_CLS, so that
+the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
 
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
@@ -16,14 +16,14 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, preference_rows
 from rlhf.errors import report_errors
-from rlhf.hub import check_push, publish
+from rlhf.hub import push_model, push_request, write_card
 from rlhf.models import load_reward_model, load_tokenizer, resolve
 
 
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, RewardConfig, ModelConfig)
-    check_push(training_args)
+    push = push_request(training_args)
 
     # Data
     train, test = load_splits(
@@ -66,13 +66,16 @@ def main() -> None:
     # Save, card, push
     trainer.save_model()
     finish_run(training_args.output_dir, metrics)
-    publish(
-        trainer,
+    write_card(
+        training_args.output_dir,
         __file__,
+        [script_args, training_args, model_args],
         source=source,
         datasets=[script_args.dataset_name],
         metrics={"held-out accuracy": metrics["eval_accuracy"], "held-out margin": metrics["eval_margin"]},
+        repo_id=push and push.repo_id,
     )
+    push_model(training_args.output_dir, push)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, sft_rows
 from rlhf.errors import report_errors
-from rlhf.hub import check_push, publish
+from rlhf.hub import push_model, push_request, write_card
 from rlhf.models import load_causal_lm, load_tokenizer, resolve
 
 
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, SFTConfig, ModelConfig)
-    check_push(training_args)
+    push = push_request(training_args)
 
     # Data
     train, test = load_splits(
@@ -63,13 +63,16 @@ def main() -> None:
     # Save, card, push
     trainer.save_model()
     finish_run(training_args.output_dir, metrics)
-    publish(
-        trainer,
+    write_card(
+        training_args.output_dir,
         __file__,
+        [script_args, training_args, model_args],
         source=source,
         datasets=[script_args.dataset_name],
         metrics={"held-out loss per reply token": metrics["eval_loss"]},
+        repo_id=push and push.repo_id,
     )
+    push_model(training_args.output_dir, push)
 
 
 if __name__ == "__main__":

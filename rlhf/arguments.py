@@ -41,13 +41,13 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     """Parse the command line of a recipe into its dataclasses.
 
     Args:
-        recipe: the recipe's `__file__`; its default configuration stands in `configs/` beside it.
+        recipe: the recipe's `__file__`; its default configuration is recipes/configs/<its name>.yaml.
 
     Raises:
         InputError: on an unknown flag or YAML key, a missing file or a value of the wrong type.
     """
     given = list(sys.argv[1:] if args is None else args)
-    default = Path(recipe).parent / "configs" / f"{Path(recipe).stem}.yaml"
+    default = Path(recipe).resolve().parents[1] / "recipes" / "configs" / f"{Path(recipe).stem}.yaml"
     if not any(word == "--config" or word.startswith("--config=") for word in given) and default.exists():
         given = ["--config", str(default), *given]
     given = [part for word in given for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
@@ -87,7 +87,9 @@ def _config_file(given: list[str], known: set[str]) -> Path | None:
     for key in content:
         if f"--{key}" not in known and key != "env":
             near = difflib.get_close_matches(f"--{key}", known, n=1)
-            raise InputError(f"--config {path}: unknown key '{key}'." + (f" Did you mean '{near[0][2:]}'?" if near else ""))
+            raise InputError(
+                f"--config {path}: unknown key '{key}'." + (f" Did you mean '{near[0][2:]}'?" if near else "")
+            )
     return path
 
 
@@ -160,6 +162,12 @@ def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:
         _write(file, {**json.loads(file.read_text(encoding="utf-8")), "finished": True, "metrics": metrics})
 
 
+def note_in_run(output_dir: str, key: str, value: Any) -> None:
+    """Add an entry to run.json."""
+    file = Path(output_dir) / RUN_FILE
+    _write(file, {**json.loads(file.read_text(encoding="utf-8")), key: value})
+
+
 def last_checkpoint(training_args: Any) -> str | None:
     """The checkpoint to resume from: the one named by `--resume_from_checkpoint`, else the newest in the run folder."""
     from transformers.trainer_utils import get_last_checkpoint
@@ -180,11 +188,28 @@ def last_checkpoint(training_args: Any) -> str | None:
 def command(recipe: str) -> str:
     """The command line of this process, with local folders outside the working directory reduced to their names."""
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["accelerate launch", f"recipes/{Path(recipe).name}", *words])
+    return " ".join(["accelerate launch", "/".join(Path(recipe).resolve().parts[-2:]), *words])
+
+
+def commands_of(folders: list[str]) -> list[str]:
+    """The commands that made these run folders and the folders they were made from, and the one running now."""
+    commands: list[str] = []
+
+    def follow(name: Any) -> None:
+        file = Path(str(name)) / RUN_FILE
+        if isinstance(name, str) and name and file.exists():
+            run = json.loads(file.read_text(encoding="utf-8"))
+            for value in run["settings"].values():
+                follow(value)
+            commands.append(run["command"])
+
+    for folder in folders:
+        follow(folder)
+    return list(dict.fromkeys([*commands, command(sys.argv[0])]))
 
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file, or of the weights, metrics and data files of a folder; the name itself for anything else."""
+    """Short SHA-256 of a file, or of a folder's weights and data files; the name itself for anything else."""
     target = Path(path)
     if not target.exists():
         return path

@@ -51,9 +51,7 @@ def load_splits(
         raise InputError(f"--dataset_name {name}: found no data in it.")
     if test_split not in splits:
         if train_split not in splits:
-            raise InputError(
-                f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}."
-            )
+            raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
         if len(splits[train_split]) > 1:
             size = min(500, max(1, len(splits[train_split]) // 10))
             halves = splits[train_split].train_test_split(test_size=size, seed=seed)
@@ -81,7 +79,9 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             if path.stat().st_size == 0:
                 raise InputError(f"--dataset_name {name}: the file is empty.")
             loaded = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))
-        elif path.is_dir() or not (path.suffix in FILE_TYPES or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        elif path.is_dir() or not (
+            path.suffix in FILE_TYPES or name.startswith((".", "/", "~")) or name.count("/") > 1
+        ):
             loaded = load_dataset(name, config)
         else:
             raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
@@ -126,7 +126,9 @@ def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
                 raise InputError(f"{where} is empty. Remove the row or fill it.")
             for message in value:
                 if not isinstance(message, dict) or "role" not in message or "content" not in message:
-                    raise InputError(f"{where}: a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}.")
+                    raise InputError(
+                        f"{where}: a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}."
+                    )
                 if message["role"] not in ROLES:
                     raise InputError(f"{where}: role {message['role']!r} is unknown. Roles are {', '.join(ROLES)}.")
                 if not isinstance(message["content"], str) or not message["content"].strip():
@@ -228,17 +230,17 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, re
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
         if not any(message["role"] == "assistant" for message in completion):
-            raise InputError(f"--dataset_name {name}: a conversation without an assistant message has nothing to learn.")
+            raise InputError(
+                f"--dataset_name {name}: a conversation without an assistant message has nothing to learn."
+            )
         encoded = encode_conversation(tokenizer, prompt + completion, first=len(prompt))
         return encoded if replies_only else {**encoded, "labels": list(encoded["input_ids"])}
 
     return _map(dataset, encode, set(), "Tokenizing conversations")
 
 
-def preference_rows(
-    dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> Dataset:
-    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out, and counted.
+def preference_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Longer pairs than `max_length` are left out and counted.
 
     Raises:
         InputError: if columns are missing or no pair fits into `max_length`.
@@ -267,7 +269,10 @@ def preference_rows(
             "Raise --max_length."
         )
     if len(kept) < len(longest):
-        print(f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs longer than --max_length {max_length}.")
+        print(
+            f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs, longer than --max_length "
+            f"{max_length}."
+        )
     return encoded.select(kept)
 
 
@@ -296,8 +301,8 @@ def prompt_rows(
     longest = max(len(ids) for ids in rows["input_ids"])
     if context_length is not None and longest + max_new_tokens > context_length:
         raise InputError(
-            f"--dataset_name {name}: the longest prompt has {longest} tokens and the reply up to {max_new_tokens}, more "
-            f"than the model's context of {context_length}. Shorten the prompts or the reply length."
+            f"--dataset_name {name}: the longest prompt has {longest} tokens and the reply up to {max_new_tokens}, "
+            f"more than the model's context of {context_length}. Shorten the prompts or the reply length."
         )
     return rows
 

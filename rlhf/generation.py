@@ -71,7 +71,11 @@ def sample(
     going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     while step < room:
         output = model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
             logits_to_keep=1,
         )
         cache = output.past_key_values
@@ -147,8 +151,13 @@ def sample_completions(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     completions: list[list[list[int]]] = [[] for _ in prompts]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        num_return_sequences=num_return_sequences, pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=num_return_sequences,
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
     )
     per_batch = max(1, batch_size // num_return_sequences)

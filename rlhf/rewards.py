@@ -70,8 +70,8 @@ def check_scores(function: RewardFunction, scores: Any, completions: list[str]) 
     """The scores as a list of floats.
 
     Raises:
-        ValueError: if there are not as many as completions, or one is no finite number; it names the reward function and
-            shows the offending completion.
+        ValueError: if there are not as many as completions, or one is no finite number; it names the reward function
+            and shows the offending completion.
     """
     name = getattr(function, "__name__", type(function).__name__)
     scores = list(scores)
@@ -112,8 +112,8 @@ def resolve_reward(name: str, base: str | None = None) -> Source | None:
         )
     if base is not None and source.base != base:
         raise InputError(
-            f"--reward_model_path {name}: this adapter belongs to the base {source.base}, the policy to {base}. Train a "
-            "reward adapter on the policy's base, or merge this one into a full model (merge_and_unload)."
+            f"--reward_model_path {name}: this adapter belongs to the base {source.base}, the policy to {base}. Train "
+            "a reward adapter on the policy's base, or merge this one into a full model (merge_and_unload)."
         )
     return source
 

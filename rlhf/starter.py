@@ -16,6 +16,7 @@ part is left out of the later ones:
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -119,7 +120,7 @@ def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
     turns = [" ".join(line["text"].strip() for line in turn).strip() for turn in conversation["messages"]]
     return [
         (message, reply)
-        for message, reply in zip(turns, turns[1:], strict=False)
+        for message, reply in itertools.pairwise(turns)
         if 4 <= len(message.split()) <= 30 and 2 <= len(reply.split()) <= 30
     ]
 
@@ -180,6 +181,8 @@ def gold_scores(completions: list[str]) -> list[float]:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise InputError("The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment") from None
+        raise InputError(
+            "The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment"
+        ) from None
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(completion)["compound"] for completion in completions]

@@ -14,7 +14,7 @@ class PPOConfig(TRLPPOConfig):
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
         sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`.
-        reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter` for the starter's scorer.
+        reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
@@ -29,10 +29,12 @@ class PPOConfig(TRLPPOConfig):
         default="eos", metadata={"help": "'eos' ends replies at the tokenizer's eos token; see also stop_token_id."}
     )
     sft_model_path: str | None = field(
-        default=None, metadata={"help": "SFT model or adapter that policy and reference start from. Default: model_name_or_path."}
+        default=None,
+        metadata={"help": "SFT model or adapter that policy and reference start from. Default: model_name_or_path."},
     )
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."}
+        default=None,
+        metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
@@ -54,4 +56,6 @@ class PPOConfig(TRLPPOConfig):
                 f"gradient_accumulation_steps = {local_batch_size}."
             )
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
-            raise InputError(f"--missing_eos_penalty {self.missing_eos_penalty}: is subtracted, so it can't be negative.")
+            raise InputError(
+                f"--missing_eos_penalty {self.missing_eos_penalty}: is subtracted, so it can't be negative."
+            )

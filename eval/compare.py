@@ -1,0 +1,136 @@
+"""Compare models on held-out prompts: replies side by side, and every metric with a 95% interval.
+
+    accelerate launch eval/compare.py --models base=starter sft=outputs/sft ppo=outputs/ppo \
+        --reward_model_path outputs/reward --output_dir outputs/comparison
+    accelerate launch eval/compare.py --models base=Qwen/Qwen2.5-0.5B-Instruct mine=outputs/qwen-ppo --reference base
+
+Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}) and
+samples.jsonl. One reply per model and prompt, by pure sampling at --temperature. `best_of_<n>` is, for each prompt, the
+reply of the reference model that the reward model likes best of n. Intervals are bootstrapped over prompts, and
+differences are paired by prompt.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from trl import ModelConfig, ScriptArguments
+
+from eval.measure import Comparison, compare, differences_of, table_rows
+from rlhf.arguments import commands_of, finish_run, parse, start_run
+from rlhf.data import load_splits, prompt_rows, write_jsonl
+from rlhf.errors import InputError, report_errors
+from rlhf.models import context_length, load_tokenizer, resolve
+from rlhf.rewards import resolve_reward
+
+
+@dataclass
+class CompareArguments:
+    """Which models are compared, and how they reply."""
+
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "name=model pairs; a model is an id or a folder."}
+    )
+    reference: str = field(default="sft", metadata={"help": "Name of the model for win rates, KL and best-of-n."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model for its score and best-of-n."})
+    best_of_n: int = field(default=4, metadata={"help": "Replies of the reference to choose from; below 2: none."})
+    output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder for results.json, samples.jsonl."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
+    max_prompts: int = field(default=256, metadata={"help": "Use at most this many held-out prompts."})
+
+
+def named_models(arguments: CompareArguments) -> dict[str, str]:
+    """The `name=model` pairs of --models."""
+    pairs = dict(word.partition("=")[::2] for word in arguments.models)
+    if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(arguments.models):
+        raise InputError(
+            f"--models {' '.join(arguments.models)}: give different names, as in: base=starter sft=outputs/sft"
+        )
+    if arguments.reference not in pairs:
+        raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(pairs)}.")
+    return pairs
+
+
+def print_results(results: dict[str, Any], comparison: Comparison, reference: str) -> None:
+    """The table of metrics, and five prompts with every model's reply."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    names, rows = table_rows(results)
+    table = Table(title=f"Held-out prompts; means with 95% intervals; win rate and KL against '{reference}'")
+    for heading in ("", *names):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    samples = Table(title="Five held-out prompts", show_lines=True)
+    for heading in ("prompt", *comparison.texts):
+        samples.add_column(heading, ratio=1)
+    for number in range(min(5, len(comparison.prompts))):
+        prompt = comparison.prompts[number]
+        samples.add_row(
+            prompt if isinstance(prompt, str) else prompt[-1]["content"],
+            *(texts[number] for texts in comparison.texts.values()),
+        )
+    console.print(samples)
+
+
+def main() -> None:
+    script_args, arguments, model_args = parse(__file__, ScriptArguments, CompareArguments, ModelConfig)
+    models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
+    reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
+    _, test = load_splits(
+        script_args.dataset_name,
+        "held_out",
+        config=script_args.dataset_config,
+        train_split=script_args.dataset_train_split,
+        test_split=script_args.dataset_test_split,
+        seed=arguments.seed,
+    )
+    test = test.select(range(min(len(test), arguments.max_prompts)))
+    for source in models.values():
+        rows = prompt_rows(
+            test, script_args.dataset_name, load_tokenizer(source), arguments.max_new_tokens, context_length(source)
+        )
+    if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
+        return
+
+    comparison = compare(models, rows, script_args.dataset_name, reward, model_args, arguments)
+    results = {
+        "models": {
+            name: {
+                metric: {key: result[key] for key in ("mean", "low", "high", "n")} for metric, result in metrics.items()
+            }
+            for name, metrics in comparison.metrics.items()
+        },
+        "differences": differences_of(comparison.metrics, arguments.seed),
+        "reward_model": comparison.reward_accuracy,
+        "commands": commands_of([*named_models(arguments).values(), arguments.reward_model_path or ""]),
+        "seeds": {"comparison": arguments.seed},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+        },
+    }
+    folder = Path(arguments.output_dir)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_jsonl(
+        folder / "samples.jsonl",
+        [
+            {"prompt": prompt, **{name: texts[number] for name, texts in comparison.texts.items()}}
+            for number, prompt in enumerate(comparison.prompts)
+        ],
+    )
+    print_results(results, comparison, arguments.reference)
+    print(f"Written: {folder / 'results.json'} and samples.jsonl")
+    finish_run(arguments.output_dir, {})
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
