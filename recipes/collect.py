@@ -83,7 +83,7 @@ def main() -> None:
         completions = sample_completions(
             model,
             tokenizer,
-            rows["input_ids"],
+            rows["input_ids"][:],
             max_new_tokens=collect_args.max_new_tokens,
             temperature=collect_args.temperature,
             num_return_sequences=collect_args.num_generations,

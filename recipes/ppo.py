@@ -7,8 +7,8 @@
         --response_length 256 --output_dir outputs/qwen-ppo
 
 Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With
-an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag of
-PPOConfig (TRL's, see rlhf/ppo/config.py) and ModelConfig works.
+an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag
+of PPOConfig (TRL's, see rlhf/ppo/config.py) and ModelConfig works.
 
 Left out: per-token rewards, and a value model of its own from the command line (the value function is a head on the
 policy's trunk).

@@ -8,7 +8,8 @@ import evaluate
 from eval.intervals import interval
 
 DESCRIPTION = """Distinct bigrams / all bigrams (Li et al. 2016, https://arxiv.org/abs/1510.03055),
-within groups of 20 replies, averaged: the share falls as the text grows, so only equally many replies compare, and groups are what the bootstrap resamples."""
+within groups of 20 replies, averaged: the share falls as
+the text grows, so only equally many replies compare, and groups are what the bootstrap resamples."""
 GROUP = 20
 
 

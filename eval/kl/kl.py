@@ -16,7 +16,7 @@ class KL(evaluate.Metric):
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation="",
-            inputs_description="predictions, references: log-probability of each reply under the model and under the reference",
+            inputs_description="predictions, references: log-probability of each reply under model and reference",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),

@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.experimental.utils import create_reference_model
-from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
@@ -28,6 +27,14 @@ from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import minibatches, update
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction, RewardModel, check_scores
+
+
+def _checkpoint_activations(model: PreTrainedModel | PeftModel | None, args: PPOConfig) -> None:
+    """Trade compute for memory in the update: recompute activations instead of keeping them."""
+    if model is not None:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner.enable_input_require_grads()
+        inner.activation_checkpointing_enable(args.activation_checkpointing_kwargs or {"use_reentrant": False})
 
 
 class PPOTrainer(TRLPPOTrainer):
@@ -89,6 +96,9 @@ class PPOTrainer(TRLPPOTrainer):
             if module is not None:
                 disable_dropout_in_model(module)
                 module.config.attention_dropout = 0.0
+        if args.activation_checkpointing:
+            _checkpoint_activations(model, args)
+            _checkpoint_activations(value_model, args)
         self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
         self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name or "default", args.ref_adapter_name
         self.reward_funcs = list(reward_funcs or [])
@@ -96,7 +106,8 @@ class PPOTrainer(TRLPPOTrainer):
             self.reward_funcs.append(RewardModel(reward_model, processing_class, args.per_device_eval_batch_size))
         self.reward_model = reward_model
         self.stop_token_id = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
-        # past TRL's own constructor, which builds an Accelerator and a wrapper of its own, to transformers' Trainer
+        # past TRL's own constructor, which builds an Accelerator and a wrapper of its own, to transformers' Trainer:
+        # with that come mixed precision, callbacks, reporting and the schedules that TRL's class ignores
         Trainer.__init__(
             self,
             model=PolicyAndValue(model, value_model),
@@ -108,6 +119,8 @@ class PPOTrainer(TRLPPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("PPO runs on one process or under DDP; FSDP and DeepSpeed don't work with it yet.")
         self.train_dataset_len = len(train_dataset)
         self._set_sizes()
         # one optimizer step per minibatch is this trainer's own business; accelerate must not divide the loss again
@@ -294,14 +307,9 @@ class PPOTrainer(TRLPPOTrainer):
     @contextmanager
     def _policy(self) -> Iterator[nn.Module]:
         """The policy, ready to generate."""
-        with (
-            unwrap_model_for_generation(
-                self.model, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-            ) as model,
-            self.accelerator.autocast(),
-        ):
-            model.policy.eval()
-            yield model.policy
+        policy = self.accelerator.unwrap_model(self.model).policy.eval()
+        with self.accelerator.autocast():
+            yield policy
 
     def record(self, rollout: Rollout, scored: Scored, advantages: Advantages, stats: UpdateStats) -> None:
         """Log the update, move the schedule on, save a checkpoint if it is due."""

@@ -1,0 +1,67 @@
+"""The simulated labeler and the pairs made of its answers."""
+
+import math
+
+import pytest
+from conftest import user
+
+from rlhf.errors import InputError
+from rlhf.feedback import Comparison, SimulatedLabeler, preference_pairs
+
+SCORES = {"a": 0.0, "b": 0.5, "c": 0.5}
+
+
+def labeler(**settings):
+    return SimulatedLabeler(score=lambda texts: [SCORES[text] for text in texts], **settings)
+
+
+def test_answers_follow_bradley_terry():
+    answers = [labeler(temperature=0.25, seed=seed).compare("p", ["a", "b"])[0] for seed in range(3000)]
+    expected = 1 / (1 + math.exp(-0.5 / 0.25))
+    share = sum(answer.preferred == "second" for answer in answers) / len(answers)
+    assert abs(share - expected) < 0.03
+    for answer in answers:
+        certainty = expected if answer.preferred == "second" else 1 - expected
+        assert math.isclose(answer.certainty, certainty)
+
+
+def test_without_noise_it_never_errs_and_equal_scores_tie():
+    answers = labeler(temperature=0).compare("p", ["a", "b", "c"])
+    assert [(a.first, a.second, a.preferred) for a in answers] == [
+        (0, 1, "second"),
+        (0, 2, "second"),
+        (1, 2, "tie"),
+    ]
+
+
+def test_same_seed_same_answers():
+    texts = ["a", "b"]
+    first = [labeler(seed=1).compare(str(n), texts) for n in range(50)]
+    assert first == [labeler(seed=1).compare(str(n), texts) for n in range(50)]
+    assert first != [labeler(seed=2).compare(str(n), texts) for n in range(50)]
+
+
+def test_negative_noise_is_refused():
+    with pytest.raises(InputError, match="--labeler_temperature"):
+        labeler(temperature=-1)
+
+
+def test_pairs_record_who_decided_and_how_sure():
+    class Person:
+        name = "ada"
+
+        def compare(self, prompt, completions):
+            return [Comparison(0, 1, "second", 0.9), Comparison(0, 2, "tie", 0.5)]
+
+    rows = preference_pairs(user("hi"), ["x", "y", "z"], Person(), "model")
+    assert rows == [
+        {
+            "prompt": user("hi"),
+            "chosen": [{"role": "assistant", "content": "y"}],
+            "rejected": [{"role": "assistant", "content": "x"}],
+            "labeler": "ada",
+            "certainty": 0.9,
+            "model": "model",
+        }
+    ]
+    assert preference_pairs("hi", ["x", "y"], Person(), "m")[0]["chosen"] == "y"

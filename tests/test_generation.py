@@ -1,0 +1,85 @@
+"""Sampling: right distribution, HF semantics, nothing leaking in."""
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rlhf.generation import draw, generate, left_pad, sample_completions
+from rlhf.ppo.model import positions_of
+
+
+def test_draw_follows_the_distribution():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    tokens, logprobs = draw(probabilities.log().repeat(20_000, 1))
+    shares = torch.bincount(tokens, minlength=4) / 20_000
+    assert torch.allclose(shares, probabilities, atol=0.015)
+    assert shares[1] == 0
+    assert torch.allclose(logprobs, probabilities.log()[tokens])
+
+
+def _model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+def test_greedy_tokens_equal_those_of_generate(tiny, tokenizer):
+    model = _model(tiny)
+    batch = left_pad(tokenizer, [[5, 6, 7, 8], [9, 10], [30, 31, 32]])
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=None)
+    ours = generate(model, batch, config).sequences
+    theirs = model.generate(**batch, generation_config=config)
+    assert torch.equal(ours, theirs)
+
+
+def test_rows_end_at_the_stop_token_and_stay_in_their_place(tiny, tokenizer):
+    model = _model(tiny)
+    prompts = [[5, 6, 7, 8], [9, 10], [30, 31, 32], [40], [50, 51]]
+    batch = left_pad(tokenizer, prompts)
+    stop = list(range(100, 30_000))  # most tokens end a row, so rows drop out at different steps
+    config = GenerationConfig(
+        max_new_tokens=12, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=stop
+    )
+    torch.manual_seed(1)
+    samples = generate(model, batch, config)
+    assert torch.equal(samples.sequences[:, :4], batch["input_ids"])
+    new = samples.sequences[:, 4:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new)], 1)
+    logits = model(samples.sequences, attention_mask=mask, position_ids=positions_of(mask)).logits[:, 3:-1]
+    for row, tokens in enumerate(new.tolist()):
+        ends = [t for t, token in enumerate(tokens) if token in stop]
+        length = ends[0] + 1 if ends else len(tokens)
+        assert all(token == tokenizer.pad_token_id for token in tokens[length:])
+        expected = torch.log_softmax(logits[row, :length], -1).gather(1, new[row, :length, None]).squeeze(1)
+        assert torch.allclose(samples.logprobs[row, :length], expected, atol=1e-4)
+    lengths = {sum(token != tokenizer.pad_token_id for token in tokens) for tokens in new.tolist()}
+    assert len(lengths) > 1
+
+
+def test_the_models_own_generation_config_does_not_leak(tiny, tokenizer):
+    model = _model(tiny)
+    batch = left_pad(tokenizer, [[5, 6, 7]] * 4)
+    config = GenerationConfig(
+        max_new_tokens=8, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=None
+    )
+    torch.manual_seed(0)
+    clean = generate(model, batch, config)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.top_k = 1
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, batch, config).sequences, clean.sequences)
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_same_seed_same_completions_in_the_prompts_order(tiny, tokenizer):
+    model = _model(tiny)
+    prompts = [[5] * 9, [6], [7] * 4]
+    first = sample_completions(
+        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=3
+    )
+    again = sample_completions(
+        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=3
+    )
+    other = sample_completions(
+        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=4
+    )
+    assert first == again != other
+    assert [len(several) for several in first] == [2, 2, 2]

@@ -1,0 +1,72 @@
+"""Pushing with the real huggingface_hub client to a Hub on 127.0.0.1, and loading from there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from conftest import TINY_PPO, TINY_TRAINING, run
+from hub_server import local_hub
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+LOAD = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+torch.save(model(torch.tensor([[5, 6, 7]])).logits, sys.argv[3])
+"""
+
+
+def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
+    with local_hub() as hub:
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_secret",
+        }
+        push = lambda name: ["--push_to_hub", "--hub_model_id", f"you/{name}"]  # noqa: E731
+        sft, reward, ppo = tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo"
+        run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", sft,
+            *TINY_TRAINING, *push("sft"), environment=environment)  # fmt: skip
+        run("recipes/collect.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",
+            tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, *push("pairs"),
+            environment=environment)  # fmt: skip
+        run("recipes/reward.py", "--model_name_or_path", sft, "--dataset_name", files / "pairs.jsonl", "--output_dir",
+            reward, *TINY_TRAINING, *push("reward"), environment=environment)  # fmt: skip
+        # PPO takes both adapters from the Hub
+        run("recipes/ppo.py", "--model_name_or_path", sft, "--reward_model_path", reward, "--dataset_name",
+            files / "prompts.jsonl", "--output_dir", ppo, *TINY_PPO, *push("ppo"), environment=environment)  # fmt: skip
+
+        pushed = hub.repos
+        assert set(pushed) == {"models/you/sft", "datasets/you/pairs", "models/you/reward", "models/you/ppo"}
+        assert hub.tokens == {"Bearer hf_secret"}
+        for repo, content in pushed.items():
+            assert "README.md" in content
+            for name, data in content.items():
+                assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
+                for secret in (
+                    b"hf_secret",
+                    str(tmp_path).encode(),
+                    str(files).encode(),
+                    os.path.dirname(tiny).encode(),
+                ):
+                    assert secret not in data, (repo, name, secret)
+
+        card = pushed["models/you/ppo"]["README.md"].decode()
+        assert f"| started from | you/sft | {hub.commits['models/you/sft']} |" in card
+        assert f"| trained against the reward model | you/reward | {hub.commits['models/you/reward']} |" in card
+        assert "learning_rate" in card and "objective/scores" in card and "base_model: tiny0" in card
+        assert json.loads(pushed["models/you/reward"]["adapter_config.json"])["task_type"] == "SEQ_CLS"
+
+        logits = tmp_path / "logits.pt"
+        subprocess.run(
+            [sys.executable, "-c", LOAD, tiny, "you/ppo", str(logits)], check=True, env={**os.environ, **environment}
+        )
+    local = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(ppo))
+    assert torch.equal(torch.load(logits, weights_only=True), local(torch.tensor([[5, 6, 7]])).logits)

@@ -1,0 +1,119 @@
+"""Names, tokenizers, adapters and heads."""
+
+import json
+
+import pytest
+import torch
+from conftest import save_tiny
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from rlhf.errors import InputError
+from rlhf.models import REFERENCE, load_causal_lm, load_policy, load_reward_model, load_tokenizer, resolve
+
+ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tokenizer, tmp_path_factory):
+    """A LoRA adapter of the tiny model with weights that do something."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = load_causal_lm(resolve(tiny), ARGS, tokenizer)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_adapter_finds_its_base(adapter, tiny):
+    source = resolve(adapter)
+    assert (source.base, source.adapter) == (tiny, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"base_model_name_or_path": "/no/such/base"}, "base model is missing"), ({}, "names no base model")],
+)
+def test_an_adapter_without_its_base_is_refused(tmp_path, config, message):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    with pytest.raises(InputError, match=message):
+        resolve(str(tmp_path))
+
+
+def test_folders_that_are_no_models_are_refused(tmp_path):
+    with pytest.raises(InputError, match="neither config"):
+        resolve(str(tmp_path))
+    with pytest.raises(InputError, match="no such model folder"):
+        resolve(str(tmp_path / "missing"), "--reward_model_path")
+
+
+def test_pad_gets_its_own_token_or_a_clear_refusal(tiny, tmp_path):
+    broken = AutoTokenizer.from_pretrained(tiny)
+    broken.pad_token = broken.eos_token
+    save_tiny(tmp_path, broken)
+    repaired = load_tokenizer(resolve(str(tmp_path)))
+    assert repaired.pad_token_id != repaired.eos_token_id
+    with pytest.raises(InputError, match="also the eos token"):
+        load_tokenizer(resolve(tiny), pad_token="<|im_end|>")
+    with pytest.raises(InputError, match="not in the vocabulary"):
+        load_tokenizer(resolve(tiny), pad_token="<nothing>")
+
+
+def test_reward_model_starts_from_the_sft_adapter_and_survives_saving(adapter, tokenizer, tmp_path):
+    model = load_reward_model(resolve(adapter), ARGS, tokenizer)
+    mine = load_file(f"{adapter}/adapter_model.safetensors")
+    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    assert mine and all(torch.equal(loaded[name], weight) for name, weight in mine.items())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("score" in name for name in trainable)
+    assert all("lora_" in name or "score" in name for name in trainable)
+    # a step on the head, then a round trip: nothing of it may be lost
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trainable and "score" in name:
+                parameter += 1.0
+    before = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    again = load_reward_model(resolve(str(tmp_path)), ARGS, tokenizer, trainable=False)
+    assert torch.equal(again(IDS).logits, before)
+    assert not any(p.requires_grad for name, p in again.named_parameters() if "lora_" in name)
+
+
+def test_new_reward_heads_are_small_and_seeded(tiny, tokenizer):
+    heads = [load_reward_model(resolve(tiny), ModelConfig(dtype="float32"), tokenizer, seed=s).score for s in (1, 1, 2)]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert heads[0].weight.std() < 3 / 17**0.5
+
+
+def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(adapter, tokenizer):
+    policy = load_policy(resolve(adapter), ARGS, tokenizer)
+    before = policy(IDS).logits
+    with torch.no_grad():
+        policy.set_adapter(REFERENCE)
+        assert torch.equal(policy(IDS).logits, before)
+        policy.set_adapter("default")
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trainable and all(".default." in name for name in trainable)
+    base = AutoModelForCausalLM.from_pretrained(resolve(adapter).base)
+    assert not torch.allclose(base(IDS).logits, before)
+
+
+def test_sampling_copies_of_an_adapter_take_the_bases_dtype(adapter, tokenizer):
+    model = load_causal_lm(resolve(adapter), ModelConfig(dtype="bfloat16"), tokenizer, trainable=False)
+    assert isinstance(model, PeftModel)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_quantized_base_is_loaded_in_four_bits(tokenizer, tmp_path):
+    wide = save_tiny(tmp_path, tokenizer, hidden_size=64, intermediate_size=128, num_key_value_heads=2)
+    model = load_causal_lm(resolve(wide), ModelConfig(load_in_4bit=True, dtype="float32", use_peft=True), tokenizer)
+    assert any(p.dtype == torch.uint8 for p in model.parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,288 @@
+"""PPOTrainer on a tiny model: what moves, what doesn't, what is logged and what a resume brings back."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import save_tiny, user
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+from trl import ModelConfig
+
+from rlhf.data import prompt_rows
+from rlhf.errors import InputError
+from rlhf.models import REFERENCE, load_causal_lm, load_policy, resolve
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo.rollout import prompt_order
+from rlhf.ppo.upstream import TRLPPOTrainer
+
+LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
+
+
+def count_a(prompts, completions, **columns):
+    return [float(completion.count("a")) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def sft(tiny, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    model = load_causal_lm(resolve(tiny), LORA, tokenizer)
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    rows = [{"prompt": user("Hello " * (n % 3 + 1)), "number": n} for n in range(10)]
+    return prompt_rows(Dataset.from_list(rows), "d", tokenizer, 8, 256)
+
+
+def config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "total_episodes": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 6,
+        "learning_rate": 1e-2,
+        "activation_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ref_adapter_name": REFERENCE,
+        **changes,
+    }
+    return PPOConfig(**settings)
+
+
+def trainer(sft, tokenizer, prompts, folder, reward_funcs=(count_a,), **changes):
+    policy = load_policy(resolve(sft), LORA, tokenizer)
+    return PPOTrainer(
+        config(folder, **changes), tokenizer, policy, train_dataset=prompts, reward_funcs=list(reward_funcs)
+    )
+
+
+def logged(ppo):
+    return [entry for entry in ppo.state.log_history if "objective/kl" in entry]
+
+
+def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo.train()
+    first, last = logged(ppo)[0], logged(ppo)[-1]
+    assert isinstance(ppo, TRLPPOTrainer)
+    assert abs(first["objective/kl"]) < 1e-5
+    assert abs(first["val/first_ratio"] - 1) < 1e-5
+    assert abs(last["objective/kl"]) > 1e-4
+    assert last["episode"] == 16
+    assert {"time/rollout", "time/reward", "time/logprobs", "time/update"} <= set(last)
+
+
+def test_policy_and_value_move_and_nothing_else(sft, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    before = {name: p.detach().clone() for name, p in ppo.model.named_parameters()}
+    trainable = {name for name, p in ppo.model.named_parameters() if p.requires_grad}
+    ppo.train()
+    for name, parameter in ppo.model.named_parameters():
+        moved = not torch.equal(before[name], parameter)
+        assert moved == (name in trainable), name
+    assert any("value_head" in name for name in trainable)
+    assert not any(REFERENCE in name for name in trainable)
+    assert {name for name, p in ppo.model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_one_optimizer_step_per_minibatch(sft, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    steps = []
+    ppo.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    ppo.train()
+    assert len(steps) == 2 * 2 * 2  # updates × epochs × minibatches
+    assert ppo.state.global_step == 2
+
+
+def test_at_learning_rate_zero_the_ratio_stays_one(sft, tokenizer, prompts, tmp_path):
+    policy = load_policy(resolve(sft), LORA, tokenizer)
+    policy.generation_config.repetition_penalty = 3.0
+    args = config(tmp_path, learning_rate=0.0, temperature=0.7)
+    ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
+    ppo.train()
+    for entry in logged(ppo):
+        assert abs(entry["val/ratio"] - 1) < 1e-5
+        assert entry["policy/approxkl_avg"] < 1e-9
+        assert entry["policy/clipfrac_avg"] == 0
+
+
+def test_it_learns_what_is_rewarded(tmp_path):
+    words = ["<pad>", "<eos>", "<unk>", "go", *"abcdefghijklmnop"]
+    vocabulary = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    folder = save_tiny(tmp_path / "model", tokenizer, hidden_size=32)
+    rows = Dataset.from_list([{"prompt": "go", "input_ids": [3]}])
+
+    def share_of_a(prompts, completions, **columns):
+        return [completion.split().count("a") / 6 for completion in completions]
+
+    args = config(
+        tmp_path, total_episodes=32 * 30, per_device_train_batch_size=32, gradient_accumulation_steps=1,
+        num_mini_batches=1, num_ppo_epochs=4, learning_rate=1e-2, kl_coef=0.0, stop_token=None, ref_adapter_name=None,
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    ppo = PPOTrainer(args, tokenizer, policy, train_dataset=rows, reward_funcs=[share_of_a])
+    ppo.train()
+    scores = [entry["objective/scores"] for entry in logged(ppo)]
+    assert scores[0] < 0.2
+    assert sum(scores[-3:]) / 3 > 0.95
+
+
+def test_reward_functions_get_prompts_texts_and_columns(sft, tokenizer, prompts, tmp_path):
+    seen = []
+
+    def spy(prompts, completions, number, **columns):
+        seen.append((prompts, completions, number))
+        return [0.0] * len(completions)
+
+    trainer(sft, tokenizer, prompts, tmp_path, [spy], total_episodes=8).train()
+    given, completions, numbers = seen[0]
+    assert given == [prompts[n]["prompt"] for n in numbers]
+    assert len(completions) == 8 and all(isinstance(text, str) and "<|im_end|>" not in text for text in completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompts, completions, **_: [1.0], "returned 1 scores for 8"),
+        (lambda prompts, completions, **_: [float("nan")] * 8, "returned nan for the completion"),
+    ],
+)
+def test_bad_rewards_stop_with_their_name(sft, tokenizer, prompts, tmp_path, reward, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(sft, tokenizer, prompts, tmp_path, [reward]).train()
+
+
+def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17)
+    rows = next(ppo.prompts())
+    rollout = ppo.rollout(rows)
+    rollout = rollout._replace(ended=torch.arange(8) % 2 == 0)
+    scored = ppo.score(rollout)
+    assert torch.equal(scored.raw_scores - scored.scores, torch.tensor([0.0, 2.0] * 4))
+    assert ppo.stop_token_id == 17
+
+
+def test_the_score_does_not_depend_on_what_follows_the_stop_token(sft, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path, stop_token_id=None, response_length=24)
+    ppo.stop_token_id = int(ppo.rollout(next(ppo.prompts())).input_ids[0, -10])
+    rollout = ppo.rollout(next(ppo.prompts()))
+    tokens = rollout.input_ids[:, -rollout.completion_mask.shape[1] :]
+    assert (tokens[~rollout.completion_mask] == tokenizer.pad_token_id).all()
+    for row, mask in zip(tokens, rollout.completion_mask, strict=True):
+        assert ppo.stop_token_id not in row[mask][:-1]
+
+
+def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(sft, tokenizer, prompts, tmp_path):
+    settings = {"total_episodes": 32, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    whole = trainer(sft, tokenizer, prompts, tmp_path / "whole", **settings)
+    whole.train()
+    whole.save_model()
+    folders = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert folders == ["checkpoint-3", "checkpoint-4"]  # older ones are dropped
+    half = trainer(sft, tokenizer, prompts, tmp_path / "half", **{**settings, "save_total_limit": None})
+    half.train()
+    resumed = trainer(sft, tokenizer, prompts, tmp_path / "resumed", **settings)
+    torch.randn(100)  # another random state than the interrupted run had
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    resumed.save_model()
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+    timeless = lambda entries: [  # noqa: E731
+        {key: value for key, value in entry.items() if not key.startswith("time/") and key != "eps"}
+        for entry in entries
+    ]
+    assert timeless(logged(whole)) == timeless(logged(resumed))
+
+
+def test_what_is_saved_loads_with_plain_peft_and_in_a_pipeline(sft, tiny, tokenizer, prompts, tmp_path):
+    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo.train()
+    ppo.save_model()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in names and REFERENCE not in names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path))
+    policy = ppo.accelerator.unwrap_model(ppo.model).policy.eval()
+    assert torch.equal(loaded(ids).logits, policy(ids).logits)
+    assert not torch.equal(loaded(ids).logits, PeftModel.from_pretrained(loaded.unload(), sft)(ids).logits)
+    reply = pipeline("text-generation", model=str(tmp_path))(user("Hi"), max_new_tokens=4)
+    assert reply[0]["generated_text"][-1]["role"] == "assistant"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_full_fine_tuning_with_trls_own_arguments(tiny, tokenizer, prompts, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(tiny)
+    classifier = lambda: AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)  # noqa: E731
+    reward_model, value_model = classifier(), classifier()
+    rewards_before = copy.deepcopy(reward_model.state_dict())
+    args = config(tmp_path, ref_adapter_name=None)
+    ids_only = prompts.select_columns(["input_ids"])
+    ppo = PPOTrainer(args, tokenizer, policy, None, reward_model, ids_only, value_model)
+    values_before = copy.deepcopy(value_model.state_dict())
+    reference_before = copy.deepcopy(ppo.ref_model.state_dict())
+    ppo.train()
+    assert all(torch.equal(rewards_before[name], tensor) for name, tensor in reward_model.state_dict().items())
+    assert all(torch.equal(reference_before[name], tensor) for name, tensor in ppo.ref_model.state_dict().items())
+    assert any(not torch.equal(values_before[name], tensor) for name, tensor in value_model.state_dict().items())
+    assert abs(logged(ppo)[0]["objective/kl"]) < 1e-5 < abs(logged(ppo)[-1]["objective/kl"])
+    ppo.save_model()
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path):
+    for changes, message in (
+        ({"kl_estimator": "k3"}, "--kl_estimator"),
+        ({"num_mini_batches": 3}, "--num_mini_batches"),
+        ({"missing_eos_penalty": -1.0}, "--missing_eos_penalty"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"response_length": 0}, "--response_length"),
+    ):
+        with pytest.raises(InputError, match=message):
+            config(tmp_path, **changes)
+    policy = load_policy(resolve(sft), LORA, tokenizer)
+    with pytest.raises(InputError, match="needs a reward"):
+        PPOTrainer(config(tmp_path), tokenizer, policy, train_dataset=prompts)
+    broken = copy.deepcopy(tokenizer)
+    broken.pad_token = broken.eos_token
+    with pytest.raises(InputError, match="pad token"):
+        PPOTrainer(config(tmp_path), broken, policy, train_dataset=prompts, reward_funcs=[count_a])
+
+
+def test_prompt_order_is_gapless_seeded_and_fresh_each_pass():
+    whole = prompt_order(5, 0, 15, seed=1)
+    assert [sorted(whole[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
+    assert whole[:5] != whole[5:10]
+    pieces = [number for start in range(0, 15, 3) for number in prompt_order(5, start, 3, seed=1)]
+    assert pieces == whole
+    assert prompt_order(5, 0, 15, seed=2) != whole

@@ -1,0 +1,232 @@
+"""The recipes as a user runs them: the whole road on a tiny model, resume, skip, bad input."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, user
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def road(tiny, files, tmp_path_factory):
+    """Outputs of all stages, each made from the one before."""
+    out = tmp_path_factory.mktemp("road")
+    logs = {}
+    sft = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", out / "sft"]
+    logs["sft"] = run("recipes/sft.py", *sft, *TINY_TRAINING)
+    logs["collect"] = run(
+        "recipes/collect.py", "--model_name_or_path", out / "sft", "--dataset_name", files / "prompts.jsonl",
+        "--output_dir", out / "preferences", "--dtype", "float32", "--max_new_tokens", 6, "--num_generations", 3,
+    )  # fmt: skip
+    logs["reward"] = run(
+        "recipes/reward.py", "--model_name_or_path", out / "sft", "--dataset_name", files / "pairs.jsonl",
+        "--output_dir", out / "reward", *TINY_TRAINING, "--num_train_epochs", 3, "--learning_rate", 2e-2,
+    )  # fmt: skip
+    ppo = ["--model_name_or_path", out / "sft", "--dataset_name", files / "prompts.jsonl"]
+    logs["ppo"] = run(
+        "recipes/ppo.py", *ppo, "--reward_model_path", out / "reward", "--output_dir", out / "ppo", *TINY_PPO
+    )
+    logs["compare"] = run(
+        "eval/compare.py", "--models", f"base={tiny}", f"sft={out / 'sft'}", f"ppo={out / 'ppo'}", "--dataset_name",
+        files / "sft.jsonl", "--reward_model_path", out / "reward", "--output_dir", out / "comparison", "--dtype",
+        "float32", "--max_new_tokens", 6, "--best_of_n", 2,
+    )  # fmt: skip
+    return out, logs
+
+
+def test_every_stage_finishes_and_says_what_it_reached(road):
+    out, logs = road
+    for stage in ("sft", "preferences", "reward", "ppo", "comparison"):
+        assert json.loads((out / stage / "run.json").read_text())["finished"], stage
+    reward = json.loads((out / "reward" / "run.json").read_text())["metrics"]
+    assert reward["eval_accuracy"] > 0.9 and reward["eval_margin"] > 0
+    assert "pairs to train on" in logs["collect"].stdout
+
+
+def test_preferences_are_complete(road):
+    out, _ = road
+    lines = [json.loads(line) for line in (out / "preferences" / "train.jsonl").read_text().splitlines()]
+    assert all({"prompt", "chosen", "rejected", "labeler", "certainty", "model"} <= set(line) for line in lines)
+    assert all(line["labeler"] == "simulated" and line["model"] == "sft" for line in lines)
+
+
+def test_ppo_starts_at_the_sft_model_and_leaves_an_ordinary_adapter(road, tiny):
+    out, logs = road
+    first = re.search(r"'objective/kl': '?(-?[\d.e-]+)", logs["ppo"].stdout)
+    assert abs(float(first.group(1))) < 1e-4
+    adapters = {}
+    for stage in ("sft", "ppo"):
+        base = AutoModelForCausalLM.from_pretrained(tiny)
+        adapters[stage] = PeftModel.from_pretrained(base, str(out / stage))(torch.tensor([[5, 6, 7]])).logits
+    assert not torch.equal(adapters["sft"], adapters["ppo"])
+    reply = pipeline("text-generation", model=str(out / "ppo"))(user("Hi"), max_new_tokens=3)
+    assert reply[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_the_reward_adapter_loads_with_plain_peft(road, tiny):
+    out, _ = road
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    model = PeftModel.from_pretrained(base, str(out / "reward"))
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(out / "reward"))
+    scores = []
+    for reply in ("Great, happy, love it", "Awful, sad, hate it"):
+        chat = [*user("What about tea?"), {"role": "assistant", "content": reply}]
+        ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+        scores.append(float(model(**ids).logits))
+    assert scores[0] > scores[1]
+
+
+def test_comparison_writes_means_with_intervals(road):
+    out, logs = road
+    results = json.loads((out / "comparison" / "results.json").read_text())
+    assert set(results["models"]) == {"base", "sft", "ppo", "best_of_2"}
+    for metric in ("reward_score", "win_rate", "kl", "reply_length", "distinct_2", "perplexity"):
+        cell = results["models"]["ppo"][metric]
+        assert cell["low"] <= cell["mean"] <= cell["high"] and cell["n"] >= 1
+    assert results["models"]["sft"]["win_rate"]["mean"] == 0.5
+    assert abs(results["models"]["sft"]["kl"]["mean"]) < 1e-4
+    best, plain = results["models"]["best_of_2"]["reward_score"], results["models"]["sft"]["reward_score"]
+    assert best["mean"] >= plain["mean"]
+    assert "ppo_minus_sft" in results["differences"]
+    stages = [command.split()[2] for command in results["commands"]]
+    assert stages == ["recipes/sft.py", "recipes/reward.py", "recipes/ppo.py", "eval/compare.py"]
+    assert "Five held-out prompts" in logs["compare"].stdout
+    sample = json.loads((out / "comparison" / "samples.jsonl").read_text().splitlines()[0])
+    assert set(sample) == {"prompt", "base", "sft", "ppo", "best_of_2"}
+
+
+def test_a_finished_run_is_skipped_and_another_run_refused(road, tiny, files):
+    out, _ = road
+    arguments = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", out / "sft"]
+    before = (out / "sft" / "adapter_model.safetensors").read_bytes()
+    again = run("recipes/sft.py", *arguments, *TINY_TRAINING)
+    assert "already finished" in again.stdout
+    other = run("recipes/sft.py", *arguments, *TINY_TRAINING, "--learning_rate", 0.5, check=False)
+    assert other.returncode == 2
+    assert "holds another run" in other.stderr and "learning_rate" in other.stderr
+    assert (out / "sft" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(road, tiny, files, tmp_path):
+    _out, _ = road
+    arguments = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", *TINY_TRAINING]
+    run("recipes/sft.py", *arguments, "--output_dir", tmp_path / "run")
+    finished = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**state, "finished": False}))
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    last.rename(tmp_path / "gone")  # as if it had been killed between the last two checkpoints
+    again = run("recipes/sft.py", *arguments, "--output_dir", tmp_path / "run")
+    assert "Resuming from" in again.stdout
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == finished
+
+
+def test_full_fine_tuning_of_all_three_trainers(tiny, files, tmp_path):
+    full = ["--use_peft", "false", "--model_name_or_path", tiny]
+    run("recipes/sft.py", *full, "--dataset_name", files / "sft.jsonl", "--output_dir", tmp_path / "sft",
+        *TINY_TRAINING, "--packing", "--max_length", 64)  # fmt: skip
+    run("recipes/reward.py", *full, "--dataset_name", files / "pairs.jsonl", "--output_dir", tmp_path / "reward",
+        *TINY_TRAINING)  # fmt: skip
+    run("recipes/ppo.py", "--use_peft", "false", "--model_name_or_path", tmp_path / "sft", "--reward_model_path",
+        tmp_path / "reward", "--dataset_name", files / "prompts.jsonl", "--output_dir", tmp_path / "ppo",
+        *TINY_PPO)  # fmt: skip
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").state_dict()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    assert not (tmp_path / "ppo" / "adapter_config.json").exists()
+
+
+def test_plain_text_prompts_and_the_starters_scorer(tiny, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "Hello"}\n')
+    result = run(
+        "recipes/ppo.py", "--model_name_or_path", tiny, "--dataset_name", tmp_path / "text.jsonl", "--output_dir",
+        tmp_path / "ppo", *TINY_PPO,
+    )  # fmt: skip
+    assert "objective/scores" in result.stdout
+    assert (tmp_path / "ppo" / "adapter_model.safetensors").exists()
+
+
+def bad(tmp_path, tiny, files):
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.jsonl").write_text('{"question": "x", "answer": "y"}\n' * 3)
+    (tmp_path / "roles.jsonl").write_text('{"messages": [{"role": "bot", "content": "x"}]}\n' * 3)
+    long = json.dumps({"prompt": user("word " * 400)})
+    (tmp_path / "long.jsonl").write_text(f"{long}\n{long}\n")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("mine")
+    (tmp_path / "orphan").mkdir()
+    (tmp_path / "orphan" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/gone/base"})
+    )
+    model, sft, out = ["--model_name_or_path", tiny], files / "sft.jsonl", ["--output_dir", tmp_path / "out"]
+    return {
+        "unknown flag": ("sft", ["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean --learning_rate"),
+        "unknown key": ("sft", ["--config", tmp_path / "bad.yaml"], "unknown key 'learning_rat'. Did you mean"),
+        "missing config": ("sft", ["--config", tmp_path / "none.yaml"], "no such file"),
+        "wrong type": ("sft", ["--num_train_epochs", "many"], "many"),
+        "missing file": ("sft", [*model, "--dataset_name", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
+        "empty dataset": ("sft", [*model, "--dataset_name", tmp_path / "empty.jsonl"], "the file is empty"),
+        "missing columns": ("sft", [*model, "--dataset_name", tmp_path / "columns.jsonl"], "['answer', 'question']"),
+        "wrong roles": ("sft", [*model, "--dataset_name", tmp_path / "roles.jsonl"], "role 'bot' is unknown"),
+        "long prompts": ("ppo", [*model, *out, "--dataset_name", tmp_path / "long.jsonl"], "context of 256"),
+        "pad is eos": ("sft", [*model, *out, "--dataset_name", sft, "--pad_token", "<|im_end|>"], "also the eos token"),
+        "adapter without base": ("sft", ["--model_name_or_path", tmp_path / "orphan"], "base model is missing"),
+        "occupied folder": (
+            "sft", [*model, "--dataset_name", sft, "--output_dir", tmp_path / "occupied"], "not empty"
+        ),
+        "offline Hub model": ("sft", ["--model_name_or_path", "some/model"], "the Hub can't be reached"),
+        "offline Hub data": ("sft", [*model, "--dataset_name", "some/data"], "--dataset_name some/data"),
+        "no token": ("sft", ["--push_to_hub", "--hub_model_id", "you/x"], "no Hub token"),
+        "no repo name": ("reward", ["--push_to_hub"], "--hub_model_id"),
+        "unknown labeler": ("collect", ["--labeler", "oracle"], "--labeler oracle"),
+        "not a reward model": ("ppo", [*model, *out, "--reward_model_path", tiny], "sequence classifier"),
+    }  # fmt: skip
+
+
+CASES = (
+    "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,wrong roles,"
+    "long prompts,pad is eos,adapter without base,occupied folder,offline Hub model,offline Hub data,no token,"
+    "no repo name,unknown labeler,not a reward model"
+)
+
+
+@pytest.mark.parametrize("case", CASES.split(","))
+def test_bad_input_gets_one_clear_line(case, tmp_path, tiny, files):
+    recipe, arguments, message = bad(tmp_path, tiny, files)[case]
+    before = set(tmp_path.rglob("*"))
+    result = run(f"recipes/{recipe}.py", *arguments, check=False, environment={"HF_TOKEN_PATH": str(tmp_path / "none")})
+    assert result.returncode == 2, result.stderr[-2000:]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert {path for path in tmp_path.rglob("*") if "thesis" not in path.name} >= {p for p in before if p.suffix == ""}
+    assert (tmp_path / "occupied" / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_adapter_of_another_base_is_refused(road, tokenizer, files, tmp_path):
+    from conftest import save_tiny
+
+    out, _ = road
+    other = save_tiny(tmp_path / "other", tokenizer, seed=9)
+    result = run("recipes/ppo.py", "--model_name_or_path", other, "--reward_model_path", out / "reward", "--dataset_name",
+                 files / "prompts.jsonl", "--output_dir", tmp_path / "ppo", *TINY_PPO, check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert "belongs to the base" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_read_alike(recipe):
+    text = recipe.read_text()
+    assert 60 <= len(text.splitlines()) <= 120
+    assert "accelerate launch recipes/" in text.split('"""')[1]
+    order = ["# Arguments", "# Data", "# Tokenizer", "# Model", "# Save, card, push"]
+    positions = [text.index(heading) for heading in order]
+    assert positions == sorted(positions)
