@@ -34,8 +34,8 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
         sft, reward, ppo = tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo"
         run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", sft,
             *TINY_TRAINING, *push("sft"), environment=environment)  # fmt: skip
-        run("recipes/collect.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",
-            tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, *push("pairs"),
+        run("recipes/collect.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl",
+            "--output_dir", tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, *push("pairs"),
             environment=environment)  # fmt: skip
         run("recipes/reward.py", "--model_name_or_path", sft, "--dataset_name", files / "pairs.jsonl", "--output_dir",
             reward, *TINY_TRAINING, *push("reward"), environment=environment)  # fmt: skip

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, user
+from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -72,7 +72,7 @@ def test_the_reward_adapter_loads_with_plain_peft(road, tiny):
     out, _ = road
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
     model = PeftModel.from_pretrained(base, str(out / "reward"))
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(out / "reward"))
+    tokenizer = AutoTokenizer.from_pretrained(str(out / "reward"))
     scores = []
     for reply in ("Great, happy, love it", "Awful, sad, hate it"):
         chat = [*user("What about tea?"), {"role": "assistant", "content": reply}]
@@ -212,12 +212,11 @@ def test_bad_input_gets_one_clear_line(case, tmp_path, tiny, files):
 
 
 def test_a_reward_adapter_of_another_base_is_refused(road, tokenizer, files, tmp_path):
-    from conftest import save_tiny
-
     out, _ = road
     other = save_tiny(tmp_path / "other", tokenizer, seed=9)
-    result = run("recipes/ppo.py", "--model_name_or_path", other, "--reward_model_path", out / "reward", "--dataset_name",
-                 files / "prompts.jsonl", "--output_dir", tmp_path / "ppo", *TINY_PPO, check=False)  # fmt: skip
+    result = run("recipes/ppo.py", "--model_name_or_path", other, "--reward_model_path", out / "reward",
+                 "--dataset_name", files / "prompts.jsonl", "--output_dir", tmp_path / "ppo", *TINY_PPO,
+                 check=False)  # fmt: skip
     assert result.returncode == 2
     assert "belongs to the base" in result.stderr
 

@@ -59,7 +59,7 @@ def _toy(rows=4, length=6):
         ["p"] * rows, ["c"] * rows, {}, torch.arange(rows)[:, None].repeat(1, 2 + length),
         torch.cat([torch.ones(rows, 2, dtype=torch.long), mask.long()], 1), mask, torch.ones(rows, dtype=torch.bool),
     )  # fmt: skip
-    scored = Scored(torch.zeros(rows), torch.zeros(rows), randn(), randn(), randn(), randn())
+    scored = Scored(torch.zeros(rows), torch.zeros(rows), randn(), randn(), randn())
     return rollout, scored, Advantages(randn(), randn(), randn(), randn())
 
 

@@ -22,17 +22,25 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token and entropy of each distribution, (B, T) float32.
 
     Args:
         logits: (B, T, V) at the positions before the tokens, raw; they are divided by `temperature` in float32.
         tokens: (B, T) int64.
+        with_entropy: False leaves the entropy at 0 and saves its computation.
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+    logprobs, entropies = [], []
+    for row_logits, row_tokens in zip(
+        logits, tokens, strict=True
+    ):  # row by row: (T, V) fits the caches, (B, T, V) doesn't
+        every = torch.log_softmax(row_logits.float() / temperature, dim=-1)
+        logprobs.append(every.gather(-1, row_tokens.unsqueeze(-1)).squeeze(-1))
+        with torch.no_grad():
+            entropies.append(-(every.exp() * every).sum(-1) if with_entropy else torch.zeros_like(logprobs[-1]))
+    return torch.stack(logprobs), torch.stack(entropies)
 
 
 class PolicyAndValue(nn.Module):
@@ -58,9 +66,15 @@ class PolicyAndValue(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, temperature: float
     ) -> TokenOutputs:
-        """Log-probabilities, entropy and values of the last `completion_length` tokens of `input_ids` (B, L)."""
+        """Log-probabilities, values and (in training mode) entropy of the last `completion_length` tokens.
+
+        Args:
+            input_ids, attention_mask: (B, L).
+        """
         logits, hidden = _logits_and_hidden(self.policy, input_ids, attention_mask, completion_length)
-        logprobs, entropy = token_logprobs(logits, input_ids[:, -completion_length:], temperature)
+        logprobs, entropy = token_logprobs(
+            logits, input_ids[:, -completion_length:], temperature, with_entropy=self.training
+        )
         if self.value_model is None:
             values = self.value_head(hidden.float()).squeeze(-1)
         else:
@@ -118,7 +132,7 @@ def reference_logprobs(
 
     def logprobs(model: PreTrainedModel | PeftModel) -> torch.Tensor:
         logits, _ = _logits_and_hidden(model, input_ids, attention_mask, completion_length)
-        return token_logprobs(logits, input_ids[:, -completion_length:], temperature)[0]
+        return token_logprobs(logits, input_ids[:, -completion_length:], temperature, with_entropy=False)[0]
 
     if ref_model is not None:
         return logprobs(ref_model)

@@ -24,7 +24,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.rollout import prompt_order, sample_rollout
 from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
-from rlhf.ppo.update import minibatches, update
+from rlhf.ppo.update import minibatches, trim, update
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction, RewardModel, check_scores
 
@@ -41,8 +41,8 @@ class PPOTrainer(TRLPPOTrainer):
     """Proximal policy optimization of a language model (https://arxiv.org/abs/1707.06347, 1909.08593, 2009.01325).
 
     The constructor takes what TRL's takes, in the same order. What differs: `value_model` may be None (the value
-    function is then a head on the policy's trunk), `reward_funcs` may replace `reward_model`, and the dataset may carry `prompt`
-    and other columns beside `input_ids`, which reward functions receive.
+    function is then a head on the policy's trunk), `reward_funcs` may replace `reward_model`, and the dataset
+    may carry `prompt` and other columns beside `input_ids`, which reward functions receive.
 
     Args:
         args: the configuration.
@@ -198,20 +198,23 @@ class PPOTrainer(TRLPPOTrainer):
         scores = raw_scores.clone()
         if self.args.missing_eos_penalty is not None:
             scores[~rollout.ended] -= self.args.missing_eos_penalty
-        model = self.accelerator.unwrap_model(self.model)
-        length, size = rollout.completion_mask.shape[1], self.args.local_rollout_forward_batch_size
-        parts, reference = [], []
         with self._timed("logprobs"), self.accelerator.autocast():
-            for start in range(0, len(rollout.input_ids), size):
-                batch = rollout.input_ids[start : start + size], rollout.attention_mask[start : start + size], length
-                parts.append(model(*batch, self.args.temperature))
-                reference.append(
-                    reference_logprobs(
-                        model.policy, self.ref_model, self.ref_adapter_name, *batch, self.args.temperature
-                    )
-                )
-        logprobs, entropy, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Scored(raw_scores, scores, logprobs, torch.cat(reference), values, entropy)
+            logprobs, values, reference = self._before_update(rollout)
+        return Scored(raw_scores, scores, logprobs, reference, values)
+
+    def _before_update(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logprobs, values and reference logprobs, (B, T), computed on rows of similar length at a time."""
+        model, temperature = self.accelerator.unwrap_model(self.model).eval(), self.args.temperature
+        results = [torch.zeros(rollout.completion_mask.shape, device=self.accelerator.device) for _ in range(3)]
+        for rows in rollout.attention_mask.sum(1).argsort().split(self.args.per_device_train_batch_size):
+            input_ids, attention_mask, length = trim(rollout, rows)
+            policy = model(input_ids, attention_mask, length, temperature)
+            reference = reference_logprobs(
+                model.policy, self.ref_model, self.ref_adapter_name, input_ids, attention_mask, length, temperature
+            )
+            for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
+                result[rows, :length] = part
+        return results[0], results[1], results[2]
 
     def rewards(self, rollout: Rollout) -> torch.Tensor:
         """Scores (B,) float32: the sum of all reward functions."""

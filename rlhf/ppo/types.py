@@ -25,7 +25,6 @@ class Scored(NamedTuple):
     logprobs: torch.Tensor  # (B, T) policy
     reference_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T) value of the state before each token
-    entropy: torch.Tensor  # (B, T) nats
 
 
 class Advantages(NamedTuple):
