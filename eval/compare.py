@@ -44,7 +44,7 @@ class CompareArguments:
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
-    max_prompts: int = field(default=256, metadata={"help": "Use at most this many held-out prompts."})
+    max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
 
 
 def named_models(arguments: CompareArguments) -> dict[str, str]:

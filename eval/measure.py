@@ -87,7 +87,7 @@ def compare(
                 [candidates.ids[number] for number in best], [candidates.texts[number] for number in best]
             )
         scores = {name: score(prompts, reply.texts) for name, reply in replies.items()}
-    under_base, under_reference = _under(sources, rows, replies, model_args, arguments)
+    under_base, under_reference = _under(sources, rows, replies, own, model_args, arguments)
     metrics = {}
     is_starter = dataset == STARTER
     for name, reply in replies.items():
@@ -145,21 +145,34 @@ def _replies(
 
 
 def _under(
-    sources: dict[str, Source], rows: Dataset, replies: dict[str, Replies], model_args: ModelConfig, arguments: Any
+    sources: dict[str, Source],
+    rows: Dataset,
+    replies: dict[str, Replies],
+    own: dict[str, LogProbs],
+    model_args: ModelConfig,
+    arguments: Any,
 ) -> tuple[dict[str, LogProbs], dict[str, LogProbs]]:
-    """Log-probabilities of every model's replies under the reference's base and under the reference."""
+    """Log-probabilities of every model's replies under the reference's base, and of `sources`' under the reference.
+
+    What `own` already has is not computed again: the base's replies under the base, the reference's under itself.
+    """
     reference = sources[arguments.reference]
     base = Source(reference.base, reference.base, None, None, None)
     results = []
-    for title, source in (("base", base), (arguments.reference, reference)):
+    for title, source, names in (("base", base, list(replies)), (arguments.reference, reference, list(sources))):
+        known = {
+            name: own[name]
+            for name in names
+            if name in sources and (sources[name].base, sources[name].adapter) == (source.base, source.adapter)
+        }
+        missing = [name for name in names if name not in known]
         with loaded(source, model_args) as (model, tokenizer):
             prompts = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
-            results.append(
-                {
-                    name: reply_logprobs(model, tokenizer, prompts, reply.ids, description=f"{name} under {title}")
-                    for name, reply in replies.items()
-                }
-            )
+            for name in missing:
+                known[name] = reply_logprobs(
+                    model, tokenizer, prompts, replies[name].ids, description=f"{name} under {title}"
+                )
+        results.append(known)
     return results[0], results[1]
 
 
@@ -167,7 +180,7 @@ def _kl(name: str, own: dict[str, LogProbs], under_reference: dict[str, LogProbs
     """KL to the reference. For best-of-n the bound log n - (n - 1)/n (Beirami et al., https://arxiv.org/abs/2401.01879)."""
     if name in own:
         return metric("kl", predictions=own[name].sums, references=under_reference[name].sums)
-    return interval([math.log(count) - (count - 1) / count] * len(under_reference[name].sums))
+    return interval([math.log(count) - (count - 1) / count] * len(own[next(iter(own))].sums))
 
 
 def _loss(logprobs: LogProbs) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class CollectArguments:
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
-    labeler_temperature: float = field(default=0.25, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
+    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
     num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
@@ -80,6 +80,10 @@ def main() -> None:
     # Sample and compare
     counts = {}
     for split, rows in splits.items():
+        file = Path(collect_args.output_dir) / f"{split}.jsonl"
+        if file.exists():  # of an interrupted run: files are complete or not there
+            counts[f"{split} pairs"] = len(file.read_text(encoding="utf-8").splitlines())
+            continue
         completions = sample_completions(
             model,
             tokenizer,
@@ -95,7 +99,7 @@ def main() -> None:
         for prompt, replies in zip(rows["prompt"], completions, strict=True):
             texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
             pairs += preference_pairs(prompt, list(dict.fromkeys(texts)), labeler, Path(source.name).name)
-        write_jsonl(Path(collect_args.output_dir) / f"{split}.jsonl", pairs)
+        write_jsonl(file, pairs)
         counts[f"{split} pairs"] = len(pairs)
 
     # Save, card, push

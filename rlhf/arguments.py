@@ -169,9 +169,7 @@ def note_in_run(output_dir: str, key: str, value: Any) -> None:
 
 
 def last_checkpoint(training_args: Any) -> str | None:
-    """The checkpoint to resume from: the one named by `--resume_from_checkpoint`, else the newest in the run folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
+    """The checkpoint to resume from: the one `--resume_from_checkpoint` names, else the newest whole one of the run."""
     asked = training_args.resume_from_checkpoint
     if asked in ("false", "False"):
         return None
@@ -179,10 +177,20 @@ def last_checkpoint(training_args: Any) -> str | None:
         if not Path(asked).is_dir():
             raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
         return asked
-    found = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
-    if found and main_process():
-        print(f"Resuming from {found}.")
-    return found
+    found = sorted(
+        Path(training_args.output_dir).glob("checkpoint-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+        reverse=True,
+    )
+    for folder in found:
+        # both trainers write their state last, so a checkpoint without it was cut off while it was written
+        if (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists():
+            if main_process():
+                print(f"Resuming from {folder}.")
+            return str(folder)
+        if main_process():
+            print(f"{folder} is incomplete and passed over.")
+    return None
 
 
 def command(recipe: str) -> str:

@@ -51,7 +51,7 @@ class SimulatedLabeler:
         temperature: noise in units of the score; 0 is a labeler who never errs.
     """
 
-    temperature: float = 0.25
+    temperature: float = 0.15
     seed: int = 0
     score: Callable[[list[str]], list[float]] = gold_scores
     name: str = "simulated"
