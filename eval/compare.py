@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
@@ -75,8 +76,8 @@ def print_results(results: dict[str, Any], comparison: Comparison, reference: st
     for number in range(min(5, len(comparison.prompts))):
         prompt = comparison.prompts[number]
         samples.add_row(
-            prompt if isinstance(prompt, str) else prompt[-1]["content"],
-            *(texts[number] for texts in comparison.texts.values()),
+            escape(prompt if isinstance(prompt, str) else prompt[-1]["content"]),
+            *(escape(texts[number]) for texts in comparison.texts.values()),
         )
     console.print(samples)
 

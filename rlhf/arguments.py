@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 from trl import TrlParser
 
@@ -46,6 +47,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     Raises:
         InputError: on an unknown flag or YAML key, a missing file or a value of the wrong type.
     """
+    _use_all_cores()
     given = list(sys.argv[1:] if args is None else args)
     default = Path(recipe).resolve().parents[1] / "recipes" / "configs" / f"{Path(recipe).stem}.yaml"
     if not any(word == "--config" or word.startswith("--config=") for word in given) and default.exists():
@@ -65,6 +67,14 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
         return parser.parse_args_and_config(args=given)
     except (ValueError, TypeError) as error:
         raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
+
+
+def _use_all_cores() -> None:
+    """Without a GPU, undo the single thread that `accelerate launch` and torchrun give a process by default."""
+    launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _config_file(given: list[str], known: set[str]) -> Path | None:
@@ -194,8 +204,16 @@ def last_checkpoint(training_args: Any) -> str | None:
 
 
 def command(recipe: str) -> str:
-    """The command line of this process, with local folders outside the working directory reduced to their names."""
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    """The command line of this process, without tokens and with outside paths cut to their last name."""
+
+    def public(word: str) -> str:
+        flag, equals, value = word.rpartition("=")
+        return flag + equals + (Path(value).name if value.startswith(("/", "~", "..")) else value)
+
+    words, hidden = [], False
+    for word in sys.argv[1:]:
+        words.append("..." if hidden else "--hub_token=..." if word.startswith("--hub_token=") else public(word))
+        hidden = word == "--hub_token"
     return " ".join(["accelerate launch", "/".join(Path(recipe).resolve().parts[-2:]), *words])
 
 

@@ -19,6 +19,8 @@ class PPOConfig(TRLPPOConfig):
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
+        max_steps: number of updates, in place of `total_episodes`, if above 0.
+        num_sample_generations: how often in a run a few of the sampled completions are printed.
 
     Raises:
         InputError: for `kl_estimator="k3"`: as a reward its gradient vanishes to first order, so it doesn't hold the
@@ -54,6 +56,10 @@ class PPOConfig(TRLPPOConfig):
             raise InputError(
                 f"--num_mini_batches {self.num_mini_batches}: must divide per_device_train_batch_size × "
                 f"gradient_accumulation_steps = {local_batch_size}."
+            )
+        if self.eval_strategy != "no":
+            raise InputError(
+                "--eval_strategy: PPO does not evaluate while it trains. Compare its checkpoints with eval/compare.py."
             )
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise InputError(

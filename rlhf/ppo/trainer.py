@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.experimental.utils import create_reference_model
-from trl.trainer.utils import disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
 
 from rlhf.errors import InputError
 from rlhf.ppo import checkpoint
@@ -149,6 +149,8 @@ class PPOTrainer(TRLPPOTrainer):
         args.batch_size = args.local_batch_size * args.world_size
         args.mini_batch_size = args.batch_size // args.num_mini_batches
         args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
+        if args.max_steps > 0:
+            args.total_episodes = args.max_steps * args.batch_size
         args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
 
     # ------------------------------------------------------------------------------------------ the algorithm
@@ -325,6 +327,17 @@ class PPOTrainer(TRLPPOTrainer):
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         if self.control.should_log or self.state.global_step in (1, args.num_total_batches):
             self.log(metrics)
+        if args.num_sample_generations > 0:
+            every = max(1, args.num_total_batches // args.num_sample_generations)
+            if self.state.global_step % every == 0 and self.is_world_process_zero():
+                print_prompt_completions_sample(
+                    rollout.prompts,
+                    rollout.completions,
+                    {"score": scored.scores.tolist()},
+                    None,
+                    self.state.global_step,
+                    num_samples=3,
+                )
         if self.control.should_save:
             self._save_ppo_checkpoint()
             self.control = self.callback_handler.on_save(args, self.state, self.control)
