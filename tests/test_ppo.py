@@ -260,6 +260,18 @@ def test_full_fine_tuning_with_trls_own_arguments(tiny, tokenizer, prompts, tmp_
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_no_dropout_is_left_in_training_mode(tokenizer, prompts, tmp_path):
+    folder = save_tiny(tmp_path / "dropout", tokenizer, attention_dropout=0.5)
+    lora = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.5)
+    policy = load_causal_lm(resolve(folder), lora, tokenizer)
+    args = config(tmp_path, ref_adapter_name=None)
+    ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    ppo.model.train()
+    first, second = (ppo.model(ids, torch.ones_like(ids), 3, 1.0).logprobs for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path):
     for changes, message in (
         ({"kl_estimator": "k3"}, "--kl_estimator"),
@@ -267,6 +279,7 @@ def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path
         ({"missing_eos_penalty": -1.0}, "--missing_eos_penalty"),
         ({"temperature": 0.0}, "--temperature"),
         ({"response_length": 0}, "--response_length"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "--eval_strategy"),
     ):
         with pytest.raises(InputError, match=message):
             config(tmp_path, **changes)

@@ -29,6 +29,14 @@ from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction, RewardModel, check_scores
 
 
+def _disable_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, or the ratio of new to old probabilities would not start at 1."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):  # attention reads it on every forward
+            module.attention_dropout = 0.0
+
+
 def _checkpoint_activations(model: PreTrainedModel | PeftModel | None, args: PPOConfig) -> None:
     """Trade compute for memory in the update: recompute activations instead of keeping them."""
     if model is not None:
@@ -53,6 +61,8 @@ class PPOTrainer(TRLPPOTrainer):
         reward_model: a sequence classifier with one output that shares the policy's tokenizer.
         train_dataset: rows with `input_ids` (token ids of a prompt).
         value_model: a sequence classifier with one output, trained as the value function.
+        data_collator, eval_dataset: taken for TRL's sake; prompts are always padded on the left, and models compared
+            with eval/compare.py.
         reward_funcs: functions `(prompts, completions, **columns) -> list[float]`; scores are summed.
 
     Raises:
@@ -94,8 +104,7 @@ class PPOTrainer(TRLPPOTrainer):
             ref_model = create_reference_model(model)
         for module in (model, ref_model, reward_model, value_model):
             if module is not None:
-                disable_dropout_in_model(module)
-                module.config.attention_dropout = 0.0
+                _disable_dropout(module)
         if args.activation_checkpointing:
             _checkpoint_activations(model, args)
             _checkpoint_activations(value_model, args)
@@ -389,10 +398,9 @@ class PPOTrainer(TRLPPOTrainer):
         """Save the policy, and nothing else, with its tokenizer: with LoRA, one adapter."""
         folder = output_dir or self.args.output_dir
         policy = self.accelerator.unwrap_model(self.model).policy
-        state = {name: p.detach().cpu() for name, p in policy.state_dict().items()}
         if self.args.should_save:
             adapters = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
-            policy.save_pretrained(folder, state_dict=state, **adapters)
+            policy.save_pretrained(folder, **adapters)
             self.processing_class.save_pretrained(folder)
 
     def _save_ppo_checkpoint(self) -> None:
