@@ -86,14 +86,7 @@ def main() -> None:
     script_args, arguments, model_args = parse(__file__, ScriptArguments, CompareArguments, ModelConfig)
     models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
-    _, test = load_splits(
-        script_args.dataset_name,
-        "held_out",
-        config=script_args.dataset_config,
-        train_split=script_args.dataset_train_split,
-        test_split=script_args.dataset_test_split,
-        seed=arguments.seed,
-    )
+    _, test = load_splits(script_args, "held_out", arguments.seed)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     for source in models.values():
         rows = prompt_rows(

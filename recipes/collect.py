@@ -54,14 +54,7 @@ def main() -> None:
     labeler = LABELERS[collect_args.labeler](temperature=collect_args.labeler_temperature, seed=collect_args.seed)
 
     # Data
-    train, test = load_splits(
-        script_args.dataset_name,
-        "preference",
-        config=script_args.dataset_config,
-        train_split=script_args.dataset_train_split,
-        test_split=script_args.dataset_test_split,
-        seed=collect_args.seed,
-    )
+    train, test = load_splits(script_args, "preference", collect_args.seed)
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)

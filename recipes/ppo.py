@@ -31,14 +31,7 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, _ = load_splits(
-        script_args.dataset_name,
-        "ppo",
-        config=script_args.dataset_config,
-        train_split=script_args.dataset_train_split,
-        test_split=script_args.dataset_test_split,
-        seed=training_args.seed,
-    )
+    train, _ = load_splits(script_args, "ppo", training_args.seed)
 
     # Tokenizer
     source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)

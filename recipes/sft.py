@@ -24,14 +24,7 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, test = load_splits(
-        script_args.dataset_name,
-        "sft",
-        config=script_args.dataset_config,
-        train_split=script_args.dataset_train_split,
-        test_split=script_args.dataset_test_split,
-        seed=training_args.seed,
-    )
+    train, test = load_splits(script_args, "sft", training_args.seed)
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)

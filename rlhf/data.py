@@ -20,7 +20,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
+from trl import ScriptArguments, is_conversational
 from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
 from rlhf.errors import InputError
@@ -34,30 +34,36 @@ ROLES = ("system", "user", "assistant", "tool")
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_splits(
-    name: str, part: str, *, config: str | None = None, train_split: str = "train", test_split: str = "test", seed: int
-) -> tuple[Dataset | None, Dataset]:
-    """The (train, test) splits of a dataset; without a test split, 10% of train (at most 500 rows) is held out.
+def load_splits(script_args: ScriptArguments, part: str, seed: int) -> tuple[Dataset | None, Dataset]:
+    """The (train, test) splits of `--dataset_name`; without a test split, 10% of train (at most 500 rows) is held out.
 
     Args:
-        name: a Hub id, a folder saved by `datasets`, a file, or `starter`.
         part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
 
     Raises:
         InputError: if the dataset can't be found or read, is empty, or lacks the split.
     """
-    splits = _read(name, part, config)
+    name, train_split, test_split = (
+        script_args.dataset_name,
+        script_args.dataset_train_split,
+        script_args.dataset_test_split,
+    )
+    if not name:
+        raise InputError("--dataset_name is missing. Give a Hub id, a folder, a file or 'starter'.")
+    if script_args.dataset_streaming:
+        raise InputError("--dataset_streaming: these recipes check every row before they start. Leave it off.")
+    splits = _read(name, part, script_args.dataset_config)
     if not splits:
         raise InputError(f"--dataset_name {name}: found no data in it.")
     if test_split not in splits:
         if train_split not in splits:
             raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
-        if len(splits[train_split]) > 1:
-            size = min(500, max(1, len(splits[train_split]) // 10))
-            halves = splits[train_split].train_test_split(test_size=size, seed=seed)
+        whole = splits[train_split]
+        if len(whole) > 1:
+            halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=seed)
             splits = {train_split: halves["train"], test_split: halves["test"]}
         else:
-            splits[test_split] = splits[train_split]
+            splits[test_split] = whole
     for split in (train_split, test_split):
         if split in splits and len(splits[split]) == 0:
             raise InputError(f"--dataset_name {name}: split {split!r} is empty. Give a dataset with at least one row.")

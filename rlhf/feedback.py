@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
     first: int  # index of a completion
     second: int  # index of another one
     preferred: Literal["first", "second", "tie"]
-    certainty: float  # probability, in [0.5, 1], with which the labeler stands by the answer
+    certainty: float  # probability that the labeler would answer so again; 0.5 for a tie
 
 
 class Labeler(Protocol):

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.errors import InputError
 from rlhf.starter import STARTER, starter_model
@@ -260,7 +261,8 @@ def load_reward_model(
     is drawn with standard deviation 1/sqrt(d + 1), as in Stiennon et al. (https://arxiv.org/abs/2009.01325) and
     https://github.com/vwxyzjn/summarize_from_feedback_details.
     """
-    model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
+    with suppress_seqcls_warning():  # that the head is new: it is drawn, or loaded with the adapter, below
+        model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     already_scores = source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS
     if (

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import assistant, user
 from datasets import Dataset, DatasetDict
+from trl import ScriptArguments
 
 from rlhf.data import (
     check_messages,
@@ -143,10 +144,10 @@ def test_every_kind_of_file_and_folder_is_read(tmp_path):
     rows.save_to_disk(tmp_path / "single")
     DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "both")
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet", "single"):
-        train, test = load_splits(str(tmp_path / name), "sft", seed=0)
+        train, test = load_splits(ScriptArguments(str(tmp_path / name)), "sft", 0)
         assert sorted([*train["prompt"], *test["prompt"]]) == sorted(rows["prompt"])
         assert len(test) == 2
-    train, test = load_splits(str(tmp_path / "both"), "sft", seed=0)
+    train, test = load_splits(ScriptArguments(str(tmp_path / "both")), "sft", 0)
     assert (len(train), len(test)) == (20, 3)
 
 
@@ -156,7 +157,7 @@ def test_unreadable_datasets_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for name in ("empty.jsonl", "broken.jsonl", "notes.txt", "missing.jsonl", "missing/folder/deep"):
         with pytest.raises(InputError, match=name):
-            load_splits(str(tmp_path / name), "sft", seed=0)
+            load_splits(ScriptArguments(str(tmp_path / name)), "sft", 0)
     with pytest.raises(InputError, match="no such split"):
         Dataset.from_list([{"a": 1}]).to_json(tmp_path / "a.jsonl")
-        load_splits(str(tmp_path / "a.jsonl"), "sft", train_split="nope", seed=0)
+        load_splits(ScriptArguments(str(tmp_path / "a.jsonl"), dataset_train_split="nope"), "sft", 0)

@@ -2,12 +2,18 @@
 
 import json
 import re
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
-from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from rlhf.arguments import command, last_checkpoint
+from rlhf.errors import InputError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -125,6 +131,54 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(road, tiny, files, tmp_p
     again = run("recipes/sft.py", *arguments, "--output_dir", tmp_path / "run")
     assert "Resuming from" in again.stdout
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == finished
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, capsys):
+    for step, whole in ((2, True), (10, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    arguments = types.SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
+    assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-10 is incomplete" in capsys.readouterr().out
+    arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-99")
+    with pytest.raises(InputError, match="no such folder"):
+        last_checkpoint(arguments)
+
+
+def test_recorded_commands_hold_no_token_and_no_outside_path(monkeypatch):
+    words = [
+        "x.py",
+        "--hub_token",
+        "hf_1",
+        "--hub_token=hf_2",
+        "--output_dir",
+        "/home/me/out",
+        "--models",
+        "a=/home/me/b",
+    ]
+    monkeypatch.setattr("sys.argv", [*words, "outputs/sft"])
+    expected = "--hub_token ... --hub_token=... --output_dir out --models a=b outputs/sft"
+    assert command("recipes/x.py") == f"accelerate launch recipes/x.py {expected}"
+
+
+def test_accelerate_launch_with_the_projects_config(tiny, files, tmp_path):
+    """The README's way to start, unchanged on a machine without a GPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+    arguments = ["--model_name_or_path", tiny, "--dataset_name", str(files / "sft.jsonl"), *TINY_TRAINING]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+    subprocess.run(
+        [*launch, "recipes/sft.py", *arguments, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"],
+        cwd=ROOT, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_readme_names_only_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"(?:recipes|eval|rlhf|tests)/[\w/]+\.(?:py|yaml|sh)", text))
+    assert len(named) > 3
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_full_fine_tuning_of_all_three_trainers(tiny, files, tmp_path):
