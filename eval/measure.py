@@ -69,27 +69,27 @@ def compare(
         arguments: CompareArguments of eval/compare.py.
     """
     prompts = rows["prompt"][:]
-    replies, own, human = _replies(sources, rows, model_args, arguments)
+    replies, candidates, own, human = _replies(sources, rows, model_args, arguments)
+    is_starter, reference, count = dataset == STARTER, arguments.reference, arguments.best_of_n
     scores: dict[str, list[float]] = {}
     accuracy: dict[str, Any] = {}
-    reference, count = arguments.reference, arguments.best_of_n
-    candidates = replies.pop("")  # all of the reference's replies, prompt by prompt
     if arguments.reward_model_path:
         score = load_reward(reward, model_args, batch_size=arguments.per_device_eval_batch_size)
-        per_prompt = len(candidates.ids) // len(prompts)
-        repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
-        all_scores = score(repeated, candidates.texts)
-        by_prompt = [all_scores[start : start + per_prompt] for start in range(0, len(all_scores), per_prompt)]
-        accuracy = _reward_accuracy(candidates.texts, by_prompt)
+        scores = {name: score(prompts, reply.texts) for name, reply in replies.items() if name != reference}
+        by_prompt = _split(
+            score([prompt for prompt in prompts for _ in range(max(1, count))], candidates.texts), prompts
+        )
+        scores[reference] = [row[0] for row in by_prompt]
+        accuracy = _reward_accuracy(candidates.texts, by_prompt) if is_starter else {}
         if count > 1:
-            best = [start * per_prompt + max(range(count), key=row.__getitem__) for start, row in enumerate(by_prompt)]
-            replies[f"best_of_{count}"] = Replies(
-                [candidates.ids[number] for number in best], [candidates.texts[number] for number in best]
+            name, best = f"best_of_{count}", [max(range(count), key=row.__getitem__) for row in by_prompt]
+            replies[name] = Replies(
+                [row[n] for row, n in zip(_split(candidates.ids, prompts), best, strict=True)],
+                [row[n] for row, n in zip(_split(candidates.texts, prompts), best, strict=True)],
             )
-        scores = {name: score(prompts, reply.texts) for name, reply in replies.items()}
+            scores[name] = [max(row) for row in by_prompt]
     under_base, under_reference = _under(sources, rows, replies, own, model_args, arguments)
     metrics = {}
-    is_starter = dataset == STARTER
     for name, reply in replies.items():
         judged = gold_scores(reply.texts) if is_starter else scores.get(name)
         opponent = gold_scores(replies[reference].texts) if is_starter else scores.get(reference)
@@ -106,12 +106,20 @@ def compare(
     return Comparison(prompts, {name: reply.texts for name, reply in replies.items()}, metrics, accuracy)
 
 
+def _split(flat: list[Any], prompts: list[Prompt]) -> list[list[Any]]:
+    """A list in pieces of equal length, one per prompt."""
+    size = len(flat) // len(prompts)
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
 def _replies(
     sources: dict[str, Source], rows: Dataset, model_args: ModelConfig, arguments: Any
-) -> tuple[dict[str, Replies], dict[str, LogProbs], dict[str, LogProbs]]:
-    """Replies by model, their log-probabilities under the model itself, and those of the human replies.
+) -> tuple[dict[str, Replies], Replies, dict[str, LogProbs], dict[str, LogProbs]]:
+    """Sample from every model, and measure the samples and the human replies under it.
 
-    The entry "" holds all replies of the reference, of which its own entry has the first for each prompt.
+    Returns:
+        one reply per prompt by model; all best_of_n replies of the reference, prompt by prompt, of which its own entry
+        has the first ones; log-probabilities of each model's replies under itself; those of the human replies.
     """
     replies, own, human = {}, {}, {}
     for name, source in sources.items():
@@ -133,7 +141,7 @@ def _replies(
             everything = Replies(flat, [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat])
             replies[name] = Replies(everything.ids[::count], everything.texts[::count])
             if name == arguments.reference:
-                replies[""] = everything
+                candidates = everything
             own[name] = reply_logprobs(
                 model, tokenizer, prompts, replies[name].ids, description=f"{name}: own log-probabilities"
             )
@@ -141,7 +149,7 @@ def _replies(
                 pairs = [encode_conversation(tokenizer, row["prompt"] + row["completion"]) for row in rows]
                 targets = [[label for label in pair["labels"] if label != -100] for pair in pairs]
                 human[name] = reply_logprobs(model, tokenizer, prompts, targets, description=f"{name}: human replies")
-    return replies, own, human
+    return replies, candidates, own, human
 
 
 def _under(
