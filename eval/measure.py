@@ -192,7 +192,7 @@ def _kl(name: str, own: dict[str, LogProbs], under_reference: dict[str, LogProbs
 
 
 def _loss(logprobs: LogProbs) -> dict[str, Any]:
-    return interval([-value for value in logprobs.sums], logprobs.tokens)
+    return interval([-value for value in logprobs.sums], [float(count) for count in logprobs.tokens])
 
 
 def _reward_accuracy(texts: list[str], scores: list[list[float]]) -> dict[str, Any]:

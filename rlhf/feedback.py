@@ -72,7 +72,7 @@ class SimulatedLabeler:
                 continue
             steepness = difference / self.temperature if self.temperature else math.copysign(math.inf, difference)
             probability = 1 / (1 + math.exp(-max(-500.0, min(500.0, steepness))))
-            preferred = "first" if draw < probability else "second"
+            preferred: Literal["first", "second"] = "first" if draw < probability else "second"
             comparisons.append(
                 Comparison(first, second, preferred, probability if preferred == "first" else 1 - probability)
             )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 
@@ -125,7 +125,7 @@ def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], config: Gen
             owner.generation_config = own
 
 
-def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> BatchEncoding:
     """`input_ids` and `attention_mask` (B, P) of prompts padded on the left."""
     return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
 

@@ -144,7 +144,7 @@ def load_tokenizer(
     Raises:
         InputError: if `pad_token` is eos or not in the vocabulary, or none can be found.
     """
-    folder = source.adapter if source.adapter and _has_tokenizer(source) else source.base
+    folder = source.adapter if source.adapter and _has_tokenizer(source.adapter, source.revision) else source.base
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
@@ -164,10 +164,10 @@ def load_tokenizer(
     return tokenizer
 
 
-def _has_tokenizer(source: Source) -> bool:
-    if Path(source.adapter).is_dir():
-        return (Path(source.adapter) / "tokenizer_config.json").exists()
-    return _hub_file(source.adapter, "tokenizer_config.json", "--model_name_or_path", source.revision)
+def _has_tokenizer(adapter: str, revision: str | None) -> bool:
+    if Path(adapter).is_dir():
+        return (Path(adapter) / "tokenizer_config.json").exists()
+    return _hub_file(adapter, "tokenizer_config.json", "--model_name_or_path", revision)
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:

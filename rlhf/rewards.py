@@ -95,7 +95,7 @@ def resolve_reward(name: str, base: str | None = None) -> Source | None:
     if name == STARTER:
         return None
     source = resolve(name, "--reward_model_path")
-    if source.adapter is None:
+    if source.peft_config is None:
         from transformers import AutoConfig
 
         architecture = (AutoConfig.from_pretrained(source.base).architectures or ["none"])[0]

@@ -69,6 +69,15 @@ class PPOTrainer(TRLPPOTrainer):
         InputError: if pad equals eos, no reward is given, or the dataset has no prompts.
     """
 
+    # narrower than transformers declares them
+    args: PPOConfig
+    state: OnlineTrainerState
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
+    control: Any
+
     def __init__(
         self,
         args: PPOConfig,
