@@ -6,8 +6,8 @@
 
 Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}) and
 samples.jsonl. One reply per model and prompt, by pure sampling at --temperature. `best_of_<n>` is, for each prompt, the
-reply of the reference model that the reward model likes best of n. Intervals are bootstrapped over prompts, and
-differences are paired by prompt.
+reply of the reference model that the reward model likes best of n. Intervals are bootstrapped over prompts (distinct-2:
+over groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
 """
 
 import json
@@ -23,7 +23,7 @@ from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
 from eval.measure import Comparison, compare, differences_of, table_rows
-from rlhf.arguments import commands_of, finish_run, parse, start_run
+from rlhf.arguments import finish_run, history_of, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.models import context_length, load_tokenizer, resolve
@@ -44,7 +44,7 @@ class CompareArguments:
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling, and of the bootstrap of differences."})
     max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
 
 
@@ -84,18 +84,29 @@ def print_results(results: dict[str, Any], comparison: Comparison, reference: st
 
 def main() -> None:
     script_args, arguments, model_args = parse(__file__, ScriptArguments, CompareArguments, ModelConfig)
+    need_one_process(__file__)
+    for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3), ("max_prompts", 1)):
+        if getattr(arguments, flag) < least:
+            raise InputError(f"--{flag} {getattr(arguments, flag)}: must be at least {least}.")
     models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
-    _, test = load_splits(script_args, "held_out", arguments.seed)
+    _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))
-    for source in models.values():
+    tokenizers = {name: load_tokenizer(source) for name, source in models.items()}
+    for name, source in models.items():
+        if tokenizers[name].get_vocab() != tokenizers[arguments.reference].get_vocab():
+            raise InputError(
+                f"--models {name}=...: its tokenizer differs from that of {arguments.reference!r}, so neither KL nor "
+                "perplexity could be compared. Compare models of one family."
+            )
         rows = prompt_rows(
-            test, script_args.dataset_name, load_tokenizer(source), arguments.max_new_tokens, context_length(source)
+            test, script_args.dataset_name, tokenizers[name], arguments.max_new_tokens, context_length(source)
         )
     if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
         return
 
     comparison = compare(models, rows, script_args.dataset_name, reward, model_args, arguments)
+    commands, seeds = history_of([*named_models(arguments).values(), arguments.reward_model_path or ""])
     results = {
         "models": {
             name: {
@@ -105,8 +116,8 @@ def main() -> None:
         },
         "differences": differences_of(comparison.metrics, arguments.seed),
         "reward_model": comparison.reward_accuracy,
-        "commands": commands_of([*named_models(arguments).values(), arguments.reward_model_path or ""]),
-        "seeds": {"comparison": arguments.seed},
+        "commands": commands,
+        "seeds": {**seeds, "comparison": arguments.seed},
         "versions": {
             name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
         },

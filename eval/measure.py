@@ -160,12 +160,15 @@ def _under(
     model_args: ModelConfig,
     arguments: Any,
 ) -> tuple[dict[str, LogProbs], dict[str, LogProbs]]:
-    """Log-probabilities of every model's replies under the reference's base, and of `sources`' under the reference.
+    """Log-probabilities of every model's replies under the base, and of `sources`' under the reference.
+
+    The base is the model named `base`, or else the one that the reference is an adapter of.
+
 
     What `own` already has is not computed again: the base's replies under the base, the reference's under itself.
     """
     reference = sources[arguments.reference]
-    base = Source(reference.base, reference.base, None, None, None)
+    base = sources.get("base") or Source(reference.base, reference.base, None, None, None)
     results = []
     for title, source, names in (("base", base, list(replies)), (arguments.reference, reference, list(sources))):
         known = {

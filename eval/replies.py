@@ -34,8 +34,6 @@ def loaded(source: Source, model_args: ModelConfig) -> Iterator[tuple[PreTrained
     """A model and its tokenizer, freed afterwards."""
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
     try:
         yield model, tokenizer
     finally:

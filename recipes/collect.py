@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
 
-from rlhf.arguments import finish_run, parse, start_run
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback import LABELERS, preference_pairs
@@ -46,15 +46,17 @@ class CollectArguments:
 def main() -> None:
     # Arguments
     script_args, collect_args, model_args = parse(__file__, ScriptArguments, CollectArguments, ModelConfig)
+    need_one_process(__file__)
     push = push_request(collect_args)
     if collect_args.labeler not in LABELERS:
         raise InputError(f"--labeler {collect_args.labeler}: unknown. Labelers are {', '.join(LABELERS)}.")
-    if collect_args.num_generations < 2:
-        raise InputError(f"--num_generations {collect_args.num_generations}: comparing needs at least 2.")
+    for flag, least in (("num_generations", 2), ("max_new_tokens", 1), ("temperature", 1e-3)):
+        if getattr(collect_args, flag) < least:
+            raise InputError(f"--{flag} {getattr(collect_args, flag)}: must be at least {least}.")
     labeler = LABELERS[collect_args.labeler](temperature=collect_args.labeler_temperature, seed=collect_args.seed)
 
     # Data
-    train, test = load_splits(script_args, "preference", collect_args.seed)
+    train, test = load_splits(script_args, "preference")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -65,10 +67,12 @@ def main() -> None:
         for name, split in (("train", train), ("test", test))
     }
     if not start_run(__file__, collect_args.output_dir, script_args, collect_args, model_args):
-        return
+        return push_dataset(collect_args.output_dir, __file__, push, source)
 
     # Model
-    model = load_causal_lm(source, model_args, tokenizer, trainable=False)
+    model = load_causal_lm(
+        source, model_args, tokenizer, trainable=False, trust_remote_code=collect_args.trust_remote_code
+    )
 
     # Sample and compare
     counts = {}

@@ -16,7 +16,7 @@ policy's trunk).
 
 from trl import ModelConfig, ScriptArguments
 
-from rlhf.arguments import digest, finish_run, last_checkpoint, parse, start_run
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
@@ -31,7 +31,7 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, _ = load_splits(script_args, "ppo", training_args.seed)
+    train, _ = load_splits(script_args, "ppo")
 
     # Tokenizer
     source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)
@@ -40,9 +40,8 @@ def main() -> None:
     train = prompt_rows(
         train, script_args.dataset_name, tokenizer, training_args.response_length, context_length(source)
     )
-    inputs = {"reward_model_path": digest(training_args.reward_model_path or "starter")}
-    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args, inputs=inputs):
-        return
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
+        return push_model(training_args.output_dir, push)
 
     # Model
     policy = load_policy(source, model_args, tokenizer)
@@ -66,7 +65,6 @@ def main() -> None:
 
     # Save, card, push
     trainer.save_model()
-    finish_run(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,
@@ -77,6 +75,7 @@ def main() -> None:
         metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},
         repo_id=push and push.repo_id,
     )
+    finish_run(training_args.output_dir, metrics)
     push_model(training_args.output_dir, push)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, test = load_splits(script_args, "preference_pairs", training_args.seed)
+    train, test = load_splits(script_args, "preference_pairs")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -39,7 +39,7 @@ def main() -> None:
     train = preference_rows(train, script_args.dataset_name, tokenizer, training_args.max_length)
     test = preference_rows(test, script_args.dataset_name, tokenizer, training_args.max_length)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
-        return
+        return push_model(training_args.output_dir, push)
 
     # Model
     model = load_reward_model(
@@ -58,7 +58,6 @@ def main() -> None:
 
     # Save, card, push
     trainer.save_model()
-    finish_run(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,
@@ -68,6 +67,7 @@ def main() -> None:
         metrics={"held-out accuracy": metrics["eval_accuracy"], "held-out margin": metrics["eval_margin"]},
         repo_id=push and push.repo_id,
     )
+    finish_run(training_args.output_dir, metrics)
     push_model(training_args.output_dir, push)
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, test = load_splits(script_args, "sft", training_args.seed)
+    train, test = load_splits(script_args, "sft")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -38,7 +38,7 @@ def main() -> None:
     train = sft_rows(train, script_args.dataset_name, tokenizer, replies_only)
     test = sft_rows(test, script_args.dataset_name, tokenizer, replies_only)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
-        return
+        return push_model(training_args.output_dir, push)
 
     # Model
     model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
@@ -55,7 +55,6 @@ def main() -> None:
 
     # Save, card, push
     trainer.save_model()
-    finish_run(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,
@@ -65,6 +64,7 @@ def main() -> None:
         metrics={"held-out loss per reply token": metrics["eval_loss"]},
         repo_id=push and push.repo_id,
     )
+    finish_run(training_args.output_dir, metrics)
     push_model(training_args.output_dir, push)
 
 

@@ -122,16 +122,28 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     return settings
 
 
+def need_one_process(recipe: str) -> None:
+    """Refuse a launch on several processes, which would all do and write the same.
+
+    Raises:
+        InputError: if there is more than one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--num_processes: {Path(recipe).name} runs in one process. Launch it with --num_processes 1.")
+
+
 def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start_run(recipe: str, output_dir: str, *arguments: Any, inputs: dict[str, str] | None = None) -> bool:
+def start_run(recipe: str, output_dir: str, *arguments: Any) -> bool:
     """Claim the output folder for this run.
+
+    Local models and datasets among the arguments are remembered by their content, so that a run on others counts as
+    another run even where the paths are the same.
 
     Args:
         recipe: the recipe's `__file__`.
-        inputs: files and folders whose content the run depends on, by flag; their digests are remembered.
 
     Returns:
         False if the folder already holds this very run, finished: there is nothing left to do.
@@ -140,8 +152,15 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, inputs: dict[str, s
         InputError: if the folder holds another run or foreign files, or the command asks for a push without a token.
     """
     settings = settings_of(*arguments)
-    for flag, path in (inputs or {}).items():
-        settings[f"{flag} (content)"] = digest(path)
+    for flag in ("model_name_or_path", "sft_model_path", "reward_model_path", "dataset_name", "models"):
+        given = settings.get(flag) or []
+        for name in [given] if isinstance(given, str) else given:
+            path = Path(str(name).rpartition("=")[2]).expanduser()
+            if path.exists():
+                settings[f"content of {name}"] = digest(str(path))
+    asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
+    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
+        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
     run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
     folder = Path(output_dir)
     file = folder / RUN_FILE
@@ -215,14 +234,20 @@ def command(recipe: str) -> str:
 
     words, hidden = [], False
     for word in sys.argv[1:]:
-        words.append("..." if hidden else "--hub_token=..." if word.startswith("--hub_token=") else public(word))
-        hidden = word == "--hub_token"
+        is_token = word.split("=")[0].replace("-", "_") == "__hub_token"
+        words.append("..." if hidden else "--hub_token=..." if is_token and "=" in word else public(word))
+        hidden = is_token and "=" not in word
     return " ".join(["accelerate launch", "/".join(Path(recipe).resolve().parts[-2:]), *words])
 
 
-def commands_of(folders: list[str]) -> list[str]:
-    """The commands that made these run folders and the folders they were made from, and the one running now."""
+def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """How these run folders, and the folders they were made from, came to be.
+
+    Returns:
+        the commands in order, the one running now last; and the seed of each run, by folder name.
+    """
     commands: list[str] = []
+    seeds: dict[str, Any] = {}
 
     def follow(name: Any) -> None:
         file = Path(str(name)) / RUN_FILE
@@ -231,10 +256,11 @@ def commands_of(folders: list[str]) -> list[str]:
             for value in run["settings"].values():
                 follow(value)
             commands.append(run["command"])
+            seeds[Path(name).name] = run["settings"].get("seed", 42)  # 42 is transformers' default
 
     for folder in folders:
         follow(folder)
-    return list(dict.fromkeys([*commands, command(sys.argv[0])]))
+    return list(dict.fromkeys([*commands, command(sys.argv[0])])), seeds
 
 
 def digest(path: str) -> str:
@@ -242,7 +268,10 @@ def digest(path: str) -> str:
     target = Path(path)
     if not target.exists():
         return path
-    files = [target] if target.is_file() else sorted(target.glob("*.safetensors")) or sorted(target.rglob("*.arrow"))
+    files = [target]
+    if target.is_dir():
+        kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
+        files = sorted(file for kind in kinds for file in target.glob(kind))
     sha = hashlib.sha256()
     for file in files:
         sha.update(file.read_bytes())

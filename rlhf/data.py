@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, is_conversational
@@ -28,14 +29,17 @@ from rlhf.feedback import Messages, starter_preferences
 from rlhf.starter import STARTER, starter_dataset
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLIT_SEED = 20
 ROLES = ("system", "user", "assistant", "tool")
 
 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_splits(script_args: ScriptArguments, part: str, seed: int) -> tuple[Dataset | None, Dataset]:
+def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
     """The (train, test) splits of `--dataset_name`; without a test split, 10% of train (at most 500 rows) is held out.
+
+    Which rows are held out never changes, so that no stage trains on what another one, with another seed, evaluates on.
 
     Args:
         part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
@@ -44,23 +48,21 @@ def load_splits(script_args: ScriptArguments, part: str, seed: int) -> tuple[Dat
         InputError: if the dataset can't be found or read, is empty, or lacks the split.
     """
     name, train_split, test_split = (
-        script_args.dataset_name,
+        script_args.dataset_name or STARTER,
         script_args.dataset_train_split,
         script_args.dataset_test_split,
     )
-    if not name:
-        raise InputError("--dataset_name is missing. Give a Hub id, a folder, a file or 'starter'.")
     if script_args.dataset_streaming:
         raise InputError("--dataset_streaming: these recipes check every row before they start. Leave it off.")
     splits = _read(name, part, script_args.dataset_config)
     if not splits:
         raise InputError(f"--dataset_name {name}: found no data in it.")
+    if train_split not in splits and (part != "held_out" or test_split not in splits):
+        raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
     if test_split not in splits:
-        if train_split not in splits:
-            raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
         whole = splits[train_split]
         if len(whole) > 1:
-            halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=seed)
+            halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=SPLIT_SEED)
             splits = {train_split: halves["train"], test_split: halves["test"]}
         else:
             splits[test_split] = whole
@@ -128,8 +130,10 @@ def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
             where = f"--dataset_name {name}: column {column!r}, row {number}"
             if isinstance(value, str) and value.strip():
                 continue
-            if value is None or len(value) == 0 or isinstance(value, str):
+            if value is None or value == [] or isinstance(value, str):
                 raise InputError(f"{where} is empty. Remove the row or fill it.")
+            if not isinstance(value, list):
+                raise InputError(f"{where}: text or a list of messages is needed; found {type(value).__name__}.")
             for message in value:
                 if not isinstance(message, dict) or "role" not in message or "content" not in message:
                     raise InputError(
@@ -162,7 +166,11 @@ def encode_messages(
         return f"\U000f0000{len(hidden) - 1}\U000f0001"
 
     safe = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
-    text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        roles = " → ".join(message["role"] for message in messages)
+        raise InputError(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
     ids: list[int] = []
     for number, control in enumerate(hidden):
         before, _, text = text.partition(f"\U000f0000{number}\U000f0001")
@@ -172,8 +180,14 @@ def encode_messages(
     return ids if add_generation_prompt else _end_at_control_token(tokenizer, ids)
 
 
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of all control tokens, also of those (<|im_end|> of many base models) that have no role such as eos."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    special = set(tokenizer.all_special_ids)
+    special = control_ids(tokenizer)
     end = len(ids)
     while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
         end -= 1
@@ -185,6 +199,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return encode_messages(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_text_with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a plain text that end with eos."""
+    ids = tokenizer(text)["input_ids"]
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, first: int = 0) -> dict[str, list[int]]:
@@ -255,11 +275,16 @@ def preference_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerB
     check_messages(dataset, name, columns)
 
     def encode_one(row: dict[str, Any], column: str) -> list[int]:
-        if isinstance(row[column], str):
-            text = row.get("prompt", "") + row[column]
-            ids = tokenizer(text)["input_ids"]
-            return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-        return encode_messages(tokenizer, row.get("prompt", []) + row[column])
+        prompt, reply = row.get("prompt"), row[column]
+        if isinstance(reply, str):
+            if isinstance(prompt, list):
+                raise InputError(
+                    f"--dataset_name {name}: 'prompt' is messages and {column!r} text. Make both messages."
+                )
+            return encode_text_with_end(tokenizer, (prompt or "") + reply)
+        # a conversation may repeat its prompt, or have it as a text of its own beside (as UltraFeedback does)
+        whole = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
+        return encode_messages(tokenizer, reply if whole else prompt + reply)
 
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:
         return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}

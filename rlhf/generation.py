@@ -158,7 +158,7 @@ def sample_completions(
         top_p=1.0,
         num_return_sequences=num_return_sequences,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
     )
     per_batch = max(1, batch_size // num_return_sequences)
     with seeded(seed), tqdm(total=len(prompts) * num_return_sequences, desc=description, unit="reply") as progress:

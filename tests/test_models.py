@@ -1,6 +1,10 @@
 """Names, tokenizers, adapters and heads."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.models import REFERENCE, load_causal_lm, load_policy, load_reward_model, load_tokenizer, resolve
+from rlhf.rewards import resolve_reward
 
 ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -62,6 +67,41 @@ def test_pad_gets_its_own_token_or_a_clear_refusal(tiny, tmp_path):
         load_tokenizer(resolve(tiny), pad_token="<|im_end|>")
     with pytest.raises(InputError, match="not in the vocabulary"):
         load_tokenizer(resolve(tiny), pad_token="<nothing>")
+
+
+def test_replies_end_where_the_chat_template_ends_them(tiny, tokenizer, tmp_path):
+    base = AutoTokenizer.from_pretrained(tiny)
+    base.eos_token = "<|endoftext|>"  # as base models with a chat template have it
+    save_tiny(tmp_path, base)
+    source = resolve(str(tmp_path))
+    repaired = load_tokenizer(source)
+    assert repaired.eos_token == "<|im_end|>"
+    stops = load_causal_lm(
+        source, ModelConfig(dtype="float32"), repaired, trainable=False
+    ).generation_config.eos_token_id
+    assert set(stops) == {base.eos_token_id, repaired.eos_token_id}
+
+
+def test_wrong_kinds_of_adapters_are_refused(adapter, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="--use_peft false"):
+        load_causal_lm(resolve(adapter), ModelConfig(dtype="float32"), tokenizer)
+    load_reward_model(resolve(adapter), ARGS, tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a reward adapter"):
+        load_causal_lm(resolve(str(tmp_path)), ARGS, tokenizer)
+    with pytest.raises(InputError, match="task type SEQ_CLS"):
+        resolve_reward(adapter)
+
+
+def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
+    """A Hub model that was downloaded before resolves without a network, though it has no adapter_config.json."""
+    snapshot = tmp_path / "hub" / "models--you--tiny" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny, snapshot)
+    (tmp_path / "hub" / "models--you--tiny" / "refs").mkdir()
+    (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
+    code = "from rlhf.models import *; s = resolve('you/tiny'); print(s.base, len(load_tokenizer(s)))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]
 
 
 def test_reward_model_starts_from_the_sft_adapter_and_survives_saving(adapter, tokenizer, tmp_path):

@@ -280,6 +280,7 @@ def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path
         ({"temperature": 0.0}, "--temperature"),
         ({"response_length": 0}, "--response_length"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "--eval_strategy"),
+        ({"save_strategy": "epoch"}, "--save_strategy"),
     ):
         with pytest.raises(InputError, match=message):
             config(tmp_path, **changes)

@@ -118,6 +118,17 @@ def test_a_finished_run_is_skipped_and_another_run_refused(road, tiny, files):
     assert (out / "sft" / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_the_same_paths_with_other_content_are_another_run(tiny, files, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text((files / "sft.jsonl").read_text())
+    arguments = ["--model_name_or_path", tiny, "--dataset_name", data, "--output_dir", tmp_path / "out", *TINY_TRAINING]
+    run("recipes/sft.py", *arguments, "--max_steps", 1)
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:9]))
+    again = run("recipes/sft.py", *arguments, "--max_steps", 1, check=False)
+    assert again.returncode == 2
+    assert "these differ: content of" in again.stderr
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(road, tiny, files, tmp_path):
     _out, _ = road
     arguments = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", *TINY_TRAINING]
@@ -158,7 +169,9 @@ def test_recorded_commands_hold_no_token_and_no_outside_path(monkeypatch):
         "a=/home/me/b",
     ]
     monkeypatch.setattr("sys.argv", [*words, "outputs/sft"])
-    expected = "--hub_token ... --hub_token=... --output_dir out --models a=b outputs/sft"
+    expected = (
+        "--hub_token ... --hub_token=... --hub-token ... --hub_token=... --output_dir out --models a=b outputs/sft"
+    )
     assert command("recipes/x.py") == f"accelerate launch recipes/x.py {expected}"
 
 
@@ -228,6 +241,9 @@ def bad(tmp_path, tiny, files):
         "missing file": ("sft", [*model, "--dataset_name", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         "empty dataset": ("sft", [*model, "--dataset_name", tmp_path / "empty.jsonl"], "the file is empty"),
         "missing columns": ("sft", [*model, "--dataset_name", tmp_path / "columns.jsonl"], "['answer', 'question']"),
+        "no such split": (
+            "sft", [*model, "--dataset_name", sft, "--dataset_train_split", "trian"], "no such split; found ['train']"
+        ),
         "wrong roles": ("sft", [*model, "--dataset_name", tmp_path / "roles.jsonl"], "role 'bot' is unknown"),
         "long prompts": ("ppo", [*model, *out, "--dataset_name", tmp_path / "long.jsonl"], "context of 256"),
         "pad is eos": ("sft", [*model, *out, "--dataset_name", sft, "--pad_token", "<|im_end|>"], "also the eos token"),
@@ -239,15 +255,20 @@ def bad(tmp_path, tiny, files):
         "offline Hub data": ("sft", [*model, "--dataset_name", "some/data"], "--dataset_name some/data"),
         "no token": ("sft", ["--push_to_hub", "--hub_model_id", "you/x"], "no Hub token"),
         "no repo name": ("reward", ["--push_to_hub"], "--hub_model_id"),
+        "bad repo name": ("sft", ["--push_to_hub", "--hub_model_id", "no spaces please"], "no name for a Hub repo"),
+        "no such checkpoint": (
+            "sft", [*model, *out, "--dataset_name", sft, "--resume_from_checkpoint", "gone"], "gone: no such folder"
+        ),
         "unknown labeler": ("collect", ["--labeler", "oracle"], "--labeler oracle"),
         "not a reward model": ("ppo", [*model, *out, "--reward_model_path", tiny], "sequence classifier"),
     }  # fmt: skip
 
 
 CASES = (
-    "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,wrong roles,"
-    "long prompts,pad is eos,adapter without base,occupied folder,offline Hub model,offline Hub data,no token,"
-    "no repo name,unknown labeler,not a reward model"
+    "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,"
+    "no such split,wrong roles,long prompts,pad is eos,adapter without base,occupied folder,"
+    "offline Hub model,offline Hub data,no token,no repo name,bad repo name,no such checkpoint,"
+    "unknown labeler,not a reward model"
 )
 
 

@@ -50,8 +50,9 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, re
     Args:
         reduce: sums a (3,) tensor over processes, so that all whiten with the statistics of the whole batch.
     """
-    kept = values.double() * mask
-    count, total, squares = reduce(torch.stack([mask.sum().double(), kept.sum(), (kept**2).sum()]))
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which Apple's GPUs don't have
+    kept = values.to(dtype) * mask
+    count, total, squares = reduce(torch.stack([mask.sum().to(dtype), kept.sum(), (kept**2).sum()]))
     mean = total / count
     variance = (squares / count - mean**2).clamp(min=0)
     whitened = (kept - mean) * torch.rsqrt(variance + 1e-8)

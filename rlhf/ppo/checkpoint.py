@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlhf.errors import InputError
+
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that training changes, by name, on the CPU."""
@@ -68,5 +70,8 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, rank: i
     states = torch.load(folder / "optimizer.pt", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
     scheduler.load_state_dict(states["scheduler"])
-    restore_random_state(torch.load(folder / f"random_state_{rank}.pt", weights_only=True))
+    file = folder / f"random_state_{rank}.pt"
+    if not file.exists():
+        raise InputError(f"--resume_from_checkpoint {folder}: was made with fewer processes. Use as many as it was.")
+    restore_random_state(torch.load(file, weights_only=True))
     return json.loads((folder / "ppo_state.json").read_text(encoding="utf-8"))

@@ -61,6 +61,8 @@ class PPOConfig(TRLPPOConfig):
             raise InputError(
                 "--eval_strategy: PPO does not evaluate while it trains. Compare its checkpoints with eval/compare.py."
             )
+        if "epoch" in (self.save_strategy, self.logging_strategy):
+            raise InputError("--save_strategy and --logging_strategy: PPO has steps, not epochs. Use 'steps' or 'no'.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise InputError(
                 f"--missing_eos_penalty {self.missing_eos_penalty}: is subtracted, so it can't be negative."
