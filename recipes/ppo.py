@@ -60,8 +60,8 @@ def main() -> None:
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
-    last = next(entry for entry in reversed(trainer.state.log_history) if "objective/scores" in entry)
-    metrics = {key: last[key] for key in ("objective/scores", "objective/kl", "completions/mean_length")}
+    last = next(entry for entry in reversed(trainer.state.log_history) if "objective/raw_scores" in entry)
+    metrics = {key: last[key] for key in ("objective/raw_scores", "objective/kl", "completions/mean_length")}
 
     # Save, card, push
     trainer.save_model()

@@ -61,7 +61,7 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
         card = pushed["models/you/ppo"]["README.md"].decode()
         assert f"| started from | you/sft | {hub.commits['models/you/sft']} |" in card
         assert f"| trained against the reward model | you/reward | {hub.commits['models/you/reward']} |" in card
-        assert "learning_rate" in card and "objective/scores" in card and "base_model: tiny0" in card
+        assert "learning_rate" in card and "objective/raw_scores" in card and "base_model: tiny0" in card
         assert json.loads(pushed["models/you/reward"]["adapter_config.json"])["task_type"] == "SEQ_CLS"
 
         logits = tmp_path / "logits.pt"

@@ -152,7 +152,7 @@ def test_it_learns_what_is_rewarded(tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(folder)
     ppo = PPOTrainer(args, tokenizer, policy, train_dataset=rows, reward_funcs=[share_of_a])
     ppo.train()
-    scores = [entry["objective/scores"] for entry in logged(ppo)]
+    scores = [entry["objective/raw_scores"] for entry in logged(ppo)]
     assert scores[0] < 0.2
     assert sum(scores[-3:]) / 3 > 0.95
 
@@ -183,13 +183,30 @@ def test_bad_rewards_stop_with_their_name(sft, tokenizer, prompts, tmp_path, rew
 
 
 def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17)
+    ppo = trainer(
+        sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17, normalize_reward=False
+    )
     rows = next(ppo.prompts())
     rollout = ppo.rollout(rows)
     rollout = rollout._replace(ended=torch.arange(8) % 2 == 0)
     scored = ppo.score(rollout)
     assert torch.equal(scored.raw_scores - scored.scores, torch.tensor([0.0, 2.0] * 4))
     assert ppo.stop_token_id == 17
+
+
+def test_rewards_are_normalized_on_the_first_batch(sft, tokenizer, prompts, tmp_path):
+    def offset(prompts, completions, **columns):
+        return [1000.0 + 5 * len(completion) for completion in completions]
+
+    ppo = trainer(sft, tokenizer, prompts, tmp_path, [offset])
+    rollout = ppo.rollout(next(ppo.prompts()))
+    scores = ppo.score(rollout).scores
+    assert abs(scores.mean()) < 1e-2 and abs(scores.std(unbiased=False) - 1) < 1e-2
+    mean, std = ppo.reward_scale
+    assert torch.allclose(ppo.normalized(torch.tensor([mean + 3 * std])), torch.tensor([3.0]), atol=1e-3)
+    assert mean > 1000  # and it stays: a later batch with higher rewards does score higher
+    plain = trainer(sft, tokenizer, prompts, tmp_path / "plain", [offset], normalize_reward=False)
+    assert plain.score(rollout).scores.min() >= 1000
 
 
 def test_the_score_does_not_depend_on_what_follows_the_stop_token(sft, tokenizer, prompts, tmp_path):

@@ -215,7 +215,7 @@ def test_plain_text_prompts_and_the_starters_scorer(tiny, tmp_path):
         "recipes/ppo.py", "--model_name_or_path", tiny, "--dataset_name", tmp_path / "text.jsonl", "--output_dir",
         tmp_path / "ppo", *TINY_PPO,
     )  # fmt: skip
-    assert "objective/scores" in result.stdout
+    assert "objective/raw_scores" in result.stdout
     assert (tmp_path / "ppo" / "adapter_model.safetensors").exists()
 
 

@@ -17,6 +17,9 @@ class PPOConfig(TRLPPOConfig):
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
+        normalize_reward: new. Rewards are shifted and scaled so that the first batch, which the SFT model samples,
+            has mean 0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a
+            constant; a large one, seen by a value function that starts at 0, rewards short replies for being short.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
         max_steps: number of updates, in place of `total_episodes`, if above 0.
@@ -37,6 +40,10 @@ class PPOConfig(TRLPPOConfig):
     reward_model_path: str | None = field(
         default=None,
         metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."},
+    )
+    normalize_reward: bool = field(
+        default=True,
+        metadata={"help": "Scale rewards to mean 0 and standard deviation 1 on the first batch, the SFT model's own."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})

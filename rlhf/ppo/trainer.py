@@ -155,6 +155,7 @@ class PPOTrainer(TRLPPOTrainer):
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
         self.seconds: dict[str, float] = {}
+        self.reward_scale: tuple[float, float] | None = None  # mean and standard deviation of the first batch
 
     def _set_sizes(self) -> None:
         """Fill in the batch sizes that TRL's PPOConfig derives from the others."""
@@ -215,12 +216,24 @@ class PPOTrainer(TRLPPOTrainer):
         """Scores of the completions, and logprobs and values of their tokens before the update."""
         with self._timed("reward"):
             raw_scores = self.rewards(rollout)
-        scores = raw_scores.clone()
+        scores = self.normalized(raw_scores)
         if self.args.missing_eos_penalty is not None:
             scores[~rollout.ended] -= self.args.missing_eos_penalty
         with self._timed("logprobs"), self.accelerator.autocast():
             logprobs, values, reference = self._before_update(rollout)
         return Scored(raw_scores, scores, logprobs, reference, values)
+
+    def normalized(self, raw_scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B,) on the scale of the first batch, if `args.normalize_reward`; (raw - mean) / std of that batch."""
+        if not self.args.normalize_reward:
+            return raw_scores.clone()
+        if self.reward_scale is None:
+            moments = torch.stack([raw_scores.mean(), (raw_scores**2).mean()])
+            mean, squares = self.accelerator.reduce(moments, "mean").tolist()
+            std = math.sqrt(max(0.0, squares - mean**2))
+            self.reward_scale = (mean, std if std > 1e-6 else 1.0)
+        mean, std = self.reward_scale
+        return (raw_scores - mean) / std
 
     def _before_update(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logprobs, values and reference logprobs, (B, T), computed on rows of similar length at a time."""
@@ -351,7 +364,7 @@ class PPOTrainer(TRLPPOTrainer):
                 print_prompt_completions_sample(
                     rollout.prompts,
                     rollout.completions,
-                    {"score": scored.scores.tolist()},
+                    {"score": scored.raw_scores.tolist()},
                     None,
                     self.state.global_step,
                     num_samples=3,
@@ -418,6 +431,7 @@ class PPOTrainer(TRLPPOTrainer):
         checkpoint.save_random_state(working, self.accelerator.process_index)
         if self.args.should_save:
             state = {"step": self.state.global_step, "episode": self.state.episode, "log": self.state.log_history}
+            state["reward_scale"] = self.reward_scale
             model = self.accelerator.unwrap_model(self.model)
             checkpoint.save(working, model, self.optimizer, self.lr_scheduler, state)
             self.save_model(str(working))
@@ -440,3 +454,4 @@ class PPOTrainer(TRLPPOTrainer):
         state = checkpoint.load(folder, model, self.optimizer, self.lr_scheduler, self.accelerator.process_index)
         self.state.global_step, self.state.episode = state["step"], state["episode"]
         self.state.log_history = state["log"]
+        self.reward_scale = state["reward_scale"] and tuple(state["reward_scale"])

@@ -21,7 +21,7 @@ class Scored(NamedTuple):
     """A rollout's scores, and what the models said about its tokens before the update. All float32."""
 
     raw_scores: torch.Tensor  # (B,) what the reward gave
-    scores: torch.Tensor  # (B,) after the penalty for completions that never ended
+    scores: torch.Tensor  # (B,) normalized, and less the penalty for completions that never ended
     logprobs: torch.Tensor  # (B, T) policy
     reference_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T) value of the state before each token
