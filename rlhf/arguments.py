@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
+from transformers import set_seed
 from trl import TrlParser
 
 from rlhf.errors import InputError
@@ -67,9 +68,13 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
             raise InputError(f"unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else " See --help."))
     file = _config_file(given, known)
     try:
-        return parser.parse_args_and_config(args=given)
+        parsed = parser.parse_args_and_config(args=given)
     except (ValueError, TypeError) as error:
         raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
+    for arguments in parsed:
+        if hasattr(arguments, "seed"):
+            set_seed(arguments.seed)  # before any model: trainers seed later than a new adapter is drawn
+    return parsed
 
 
 def _use_all_cores() -> None:
