@@ -45,7 +45,7 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
 
         pushed = hub.repos
         assert set(pushed) == {"models/you/sft", "datasets/you/pairs", "models/you/reward", "models/you/ppo"}
-        assert hub.tokens == {"Bearer hf_secret"}
+        assert hub.tokens - {None} == {"Bearer hf_secret"}  # validating a card needs none
         for repo, content in pushed.items():
             assert "README.md" in content
             for name, data in content.items():
