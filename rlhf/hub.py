@@ -136,33 +136,32 @@ def write_card(
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
         pipeline_tag="text-classification" if stage == "reward" else "text-generation",
     )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "torch"))
-    card = "\n".join(
-        [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {title}",
-            f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
-            "## Results",
-            _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
-            "## Lineage",
-            _table(
-                ["", "name", "revision"],
-                [(role, o["name"], o.get("revision") or "sha256 " + o.get("sha256", "-")) for role, o in lineage],
-            ),
-            "## Use",
-            _usage(title, base, stage, is_adapter),
-            "## Made with",
-            f"```\n{command(recipe)}\n```",
-            _table(["setting", "value"], sorted(_public_settings(arguments).items())),
-            versions,
-        ]
-    )
-    (Path(output_dir) / "README.md").write_text(card + "\n", encoding="utf-8")
+    settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
+    card = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
+        "## Results",
+        _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
+        "## Lineage",
+        _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
+        "## Use",
+        _usage(title, base, stage, is_adapter),
+        "## Made with",
+        f"```\n{command(recipe)}\n```",
+        settings,
+        ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "torch")),
+    ]
+    (Path(output_dir) / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
 
 
 def _table(heading: list[str], rows: list[tuple[Any, ...]]) -> str:
     lines = ["| " + " | ".join(heading) + " |", "|" + " - |" * len(heading)]
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]) + "\n"
+
+
+def _revision(source: dict[str, str]) -> str:
+    return source.get("revision") or "sha256 " + source.get("sha256", "-")
 
 
 def _number(value: Any) -> str:

@@ -29,6 +29,28 @@ from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction, RewardModel, check_scores
 
 
+def _check(
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    ref_model: Any,
+    reward_model: Any,
+    value_model: Any,
+    train_dataset: Dataset | None,
+    reward_funcs: list[RewardFunction] | None,
+) -> None:
+    """Raise InputError for arguments of PPOTrainer that can't work together."""
+    if train_dataset is None or len(train_dataset) == 0:
+        raise InputError("train_dataset: PPO needs at least one prompt.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")
+    if ref_model is model:
+        raise InputError("ref_model is the policy itself. Pass a copy, or None.")
+    if reward_model is not None and value_model is reward_model:
+        raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
+    if reward_model is None and not reward_funcs:
+        raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
+
+
 def _disable_dropout(model: nn.Module) -> None:
     """No dropout anywhere, or the ratio of new to old probabilities would not start at 1."""
     disable_dropout_in_model(model)
@@ -94,18 +116,7 @@ class PPOTrainer(TRLPPOTrainer):
         peft_config: PeftConfig | None = None,
         reward_funcs: list[RewardFunction] | None = None,
     ) -> None:
-        if train_dataset is None or len(train_dataset) == 0:
-            raise InputError("train_dataset: PPO needs at least one prompt.")
-        if processing_class.pad_token_id is None or processing_class.pad_token_id == processing_class.eos_token_id:
-            raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")
-        if ref_model is model:
-            raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-        if reward_model is not None and value_model is reward_model:
-            raise InputError(
-                "value_model is the reward model itself, so training would change the reward. Pass a copy."
-            )
-        if reward_model is None and not reward_funcs:
-            raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
+        _check(processing_class, model, ref_model, reward_model, value_model, train_dataset, reward_funcs)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         self.is_peft_model = isinstance(model, PeftModel)
