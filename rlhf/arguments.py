@@ -205,6 +205,12 @@ def note_in_run(output_dir: str, key: str, value: Any) -> None:
     _write(file, {**json.loads(file.read_text(encoding="utf-8")), key: value})
 
 
+def checkpoints(output_dir: str) -> list[Path]:
+    """The run's checkpoint-<step> folders, oldest first. Other names (checkpoint-best, say) are the user's own."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
 def last_checkpoint(training_args: Any) -> str | None:
     """The checkpoint to resume from: the one `--resume_from_checkpoint` names, else the newest whole one of the run."""
     asked = training_args.resume_from_checkpoint
@@ -214,12 +220,7 @@ def last_checkpoint(training_args: Any) -> str | None:
         if not Path(asked).is_dir():
             raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
         return asked
-    found = sorted(
-        Path(training_args.output_dir).glob("checkpoint-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for folder in found:
+    for folder in reversed(checkpoints(training_args.output_dir)):
         # both trainers write their state last, so a checkpoint without it was cut off while it was written
         if (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists():
             if main_process():

@@ -149,6 +149,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, capsys):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()  # the user's own
     arguments = types.SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
     assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
     assert "checkpoint-10 is incomplete" in capsys.readouterr().out

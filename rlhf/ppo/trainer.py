@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl.experimental.utils import create_reference_model
 from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
 
+from rlhf.arguments import checkpoints
 from rlhf.errors import InputError
 from rlhf.ppo import checkpoint
 from rlhf.ppo.advantages import estimate_advantages
@@ -456,7 +457,7 @@ class PPOTrainer(TRLPPOTrainer):
 
     def _drop_old_checkpoints(self) -> None:
         limit = self.args.save_total_limit
-        found = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = checkpoints(self.args.output_dir)
         for old in found[:-limit] if limit else []:
             shutil.rmtree(old)
 
