@@ -151,7 +151,7 @@ class PPOTrainer(TRLPPOTrainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("PPO runs on one process or under DDP; FSDP and DeepSpeed don't work with it yet.")
-        self.train_dataset_len = len(train_dataset)
+        self.train_dataset_len = len(self.train_dataset)
         self._set_sizes()
         # one optimizer step per minibatch is this trainer's own business; accelerate must not divide the loss again
         self.accelerator.gradient_accumulation_steps = 1
