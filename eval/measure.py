@@ -16,7 +16,7 @@ from rlhf.data import encode_conversation, encode_prompt
 from rlhf.feedback import Prompt
 from rlhf.generation import sample_completions
 from rlhf.models import Source
-from rlhf.rewards import load_reward
+from rlhf.rewards import RewardSource, load_reward
 from rlhf.starter import STARTER, gold_scores
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def compare(
     sources: dict[str, Source],
     rows: Dataset,
     dataset: str,
-    reward: Source | None,
+    reward: RewardSource | None,
     model_args: ModelConfig,
     arguments: Any,
 ) -> Comparison:
@@ -73,7 +73,7 @@ def compare(
     is_starter, reference, count = dataset == STARTER, arguments.reference, arguments.best_of_n
     scores: dict[str, list[float]] = {}
     accuracy: dict[str, Any] = {}
-    if arguments.reward_model_path:
+    if reward is not None:
         score = load_reward(reward, model_args, batch_size=arguments.per_device_eval_batch_size)
         scores = {name: score(prompts, reply.texts) for name, reply in replies.items() if name != reference}
         by_prompt = _split(

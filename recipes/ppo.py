@@ -2,27 +2,26 @@
 
     accelerate launch recipes/ppo.py
     accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
+    accelerate launch recipes/ppo.py --reward_funcs my_rewards.politeness outputs/reward --reward_weights 0.5 1
     accelerate launch recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --response_length 256 --output_dir outputs/qwen-ppo
 
 Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With
-an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference. Every flag
-of PPOConfig (TRL's, see rlhf/ppo/config.py) and ModelConfig works.
-
-Left out: per-token rewards, and a value model of its own from the command line (the value function is a head on the
-policy's trunk).
+an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference; a reward
+adapter of the same base joins them, so one base in memory serves all. Every flag of PPOConfig (rlhf/ppo/config.py) and
+ModelConfig works.
 """
 
 from trl import ModelConfig, ScriptArguments
 
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import load_splits, prompt_rows
+from rlhf.data import language_model_rows, load_splits, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rewards import load_reward, resolve_reward
+from rlhf.rewards import load_reward, resolve_rewards
 
 
 def main() -> None:
@@ -31,21 +30,26 @@ def main() -> None:
     push = push_request(training_args)
 
     # Data
-    train, _ = load_splits(script_args, "ppo")
+    train, held_out = load_splits(script_args, "ppo")
 
     # Tokenizer
     source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)
-    reward_source = resolve_reward(training_args.reward_model_path or "starter", base=source.base)
+    reward_sources, held_out_sources = resolve_rewards(training_args, base=source.base)
     tokenizer = load_tokenizer(source)
-    train = prompt_rows(
-        train, script_args.dataset_name, tokenizer, training_args.response_length, context_length(source)
-    )
+    sizes = (training_args.response_length, context_length(source))
+    train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
+    held_out = held_out and prompt_rows(held_out, script_args.dataset_name, tokenizer, *sizes)
+    ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 
     # Model
     policy = load_policy(source, model_args, tokenizer)
-    reward = load_reward(reward_source, model_args, batch_size=training_args.per_device_eval_batch_size)
+    rewards, held_out_rewards = (
+        [load_reward(found, model_args, policy=policy, batch_size=training_args.per_device_eval_batch_size)
+         for found in sources]
+        for sources in (reward_sources, held_out_sources)
+    )  # fmt: skip
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 
@@ -55,7 +59,10 @@ def main() -> None:
         processing_class=tokenizer,
         model=policy,
         train_dataset=train,
-        reward_funcs=[reward],
+        eval_dataset=held_out,
+        reward_funcs=rewards,
+        eval_reward_funcs=held_out_rewards,
+        ptx_dataset=ptx,
     )
 
     # Train
@@ -70,7 +77,7 @@ def main() -> None:
         __file__,
         [script_args, training_args, model_args],
         source=source,
-        reward=reward_source,
+        rewards=reward_sources,
         datasets=[script_args.dataset_name],
         metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},
         repo_id=push and push.repo_id,

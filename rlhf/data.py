@@ -265,6 +265,29 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, re
     return _map(dataset, encode, set(), "Tokenizing conversations")
 
 
+def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Dataset:
+    """Rows of `input_ids` and `labels` (-100 where no loss is taken) for PPO-ptx; an empty dataset without a name.
+
+    Conversations, prompt and completion, or text, as recipes/sft.py takes them. Longer rows are cut at the context.
+    """
+    if name is None:
+        return Dataset.from_list([])
+    train, _ = load_splits(ScriptArguments(dataset_name=name), "sft")
+    assert train is not None
+    rows = sft_rows(train, name, tokenizer)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if "text" in row:
+            row = {"prompt": "", "completion": row["text"]}
+        if "completion" in row:
+            ids = encode_text_with_end(tokenizer, row["prompt"] + row["completion"])
+            before = len(encode_text_with_end(tokenizer, row["prompt"])) - 1 if row["prompt"] else 0
+            row = {"input_ids": ids, "labels": [-100] * before + ids[before:]}
+        return {key: row[key][:context_length] for key in ("input_ids", "labels")}
+
+    return _map(rows, encode, set(), "Tokenizing texts")
+
+
 def preference_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
     """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Longer pairs than `max_length` are left out and counted.
 

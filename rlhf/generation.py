@@ -6,6 +6,7 @@ drops finished rows from the cache. Logits processors, stopping criteria and the
 in `generate`.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
 
 class Samples(NamedTuple):
@@ -22,13 +23,18 @@ class Samples(NamedTuple):
 
     sequences: torch.Tensor  # (B, P + T) int64
     logprobs: torch.Tensor  # (B, T) float32: log-probability each completion token was drawn with; 0 on padding
+    lengths: torch.Tensor  # (B,) int64: completion tokens, the stop token among them
+    ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn, not just the room used up
 
 
-def draw(logits: torch.Tensor, do_sample: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, do_sample: bool = True, uniform: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverse-CDF sampling, or take the most likely one.
 
     Args:
         logits: (B, V) float32, after all processing.
+        uniform: (B,) numbers in [0, 1) to draw with; default: torch's generator.
 
     Returns:
         tokens (B,) int64 and their log-probabilities (B,) float32.
@@ -37,8 +43,10 @@ def draw(logits: torch.Tensor, do_sample: bool = True) -> tuple[torch.Tensor, to
     if do_sample:
         cumulative = logprobs.exp().cumsum(-1)
         # scaled by the last entry: rounding leaves it a little off 1, and the draw must not fall behind it
-        uniform = torch.rand(logits.shape[0], 1, device=logits.device) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=logits.shape[-1] - 1)
+        uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp_(
+            max=logits.shape[-1] - 1
+        )
     else:
         tokens = logprobs.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
@@ -50,12 +58,15 @@ def sample(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    uniforms: torch.Tensor | None = None,
     **model_kwargs,
 ) -> Samples:
     """Decoding loop for `generate(custom_generate=sample)`.
 
     Args:
         input_ids: (B, P) int64, left-padded.
+        uniforms: (B, T) numbers in [0, 1) to draw with, so that a row's tokens don't depend on the rows beside it;
+            default: torch's generator.
         model_kwargs: `attention_mask` (B, P), 0 on padding or None, and what else `generate` hands to a decoding loop.
     """
     rows, prompt_length = input_ids.shape
@@ -69,22 +80,24 @@ def sample(
     sequences, cache, step = input_ids, model_kwargs.get("past_key_values"), 0
     inputs, positions = input_ids, (mask.long().cumsum(-1) - 1).clamp(min=0)
     going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+    lengths = torch.full((rows,), room, device=input_ids.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+    stops = StoppingCriteriaList(rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria))
     while step < room:
         output = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
-        )
+        )  # fmt: skip
         cache = output.past_key_values
         logits = logits_processor(sequences, output.logits[:, -1].float())
-        tokens, logprob = draw(logits, generation_config.do_sample)
+        uniform = None if uniforms is None else uniforms[active, step]
+        tokens, logprob = draw(logits, generation_config.do_sample, uniform)
         completions[active[going], step], logprobs[active[going], step] = tokens[going], logprob[going]
         sequences = torch.cat([sequences, tokens[:, None]], 1)
-        going = going & ~stopping_criteria(sequences, None)
         step += 1
+        stopped = going & stops(sequences, None)
+        ended[active[stopped]], lengths[active[stopped]] = True, step
+        going = going & ~stopped
         if not going.any():
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -96,7 +109,7 @@ def sample(
             active, sequences, mask, positions = active[keep], sequences[keep], mask[keep], positions[keep]
             going = going[keep]
         inputs = sequences[:, -1:]
-    return Samples(torch.cat([input_ids, completions[:, :step]], 1), logprobs[:, :step])
+    return Samples(torch.cat([input_ids, completions[:, :step]], 1), logprobs[:, :step], lengths.clamp(max=step), ended)
 
 
 @contextmanager
@@ -108,18 +121,31 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], config: GenerationConfig) -> Samples:
+def generate(
+    model: PreTrainedModel | PeftModel,
+    batch: dict[str, torch.Tensor],
+    config: GenerationConfig,
+    *,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    uniforms: torch.Tensor | None = None,
+) -> Samples:
     """Sample with exactly `config`: nothing of the model's own generation_config (a repetition penalty, say) leaks in.
 
     Args:
         batch: `input_ids` and `attention_mask` (B, P), left-padded.
+        stopping_criteria: besides those of `config`; a StopStringCriteria, say, which `generate` makes only for its
+            own decoding loop.
+        uniforms: see `sample`.
     """
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     saved = [owner.generation_config for owner in owners]
     try:
         for owner in owners:
             owner.generation_config = config
-        return model.generate(**batch, generation_config=config, custom_generate=sample)
+        loop = functools.partial(sample, uniforms=uniforms)
+        return model.generate(
+            **batch, generation_config=config, custom_generate=loop, stopping_criteria=stopping_criteria
+        )
     finally:
         for owner, own in zip(owners, saved, strict=True):
             owner.generation_config = own

@@ -7,6 +7,7 @@ own push would send along `training_args.bin`, a pickle that holds paths of this
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
 from rlhf.errors import InputError
 from rlhf.models import Source
+from rlhf.rewards import RewardSource
 from rlhf.starter import HUB_MODEL_ID, STARTER
 
 MODEL_FILES = (
@@ -105,7 +107,7 @@ def write_card(
     source: Source,
     datasets: list[str],
     metrics: dict[str, Any],
-    reward: Source | None = None,
+    rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
 ) -> None:
     """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
@@ -114,7 +116,7 @@ def write_card(
         recipe: the recipe's `__file__`.
         arguments: its dataclasses, whose settings are listed.
         source: the model that training started from.
-        reward: the reward model that PPO trained against.
+        rewards: the reward models and functions that PPO trained against.
     """
     if not main_process():
         return
@@ -123,8 +125,12 @@ def write_card(
     base = public_base(source.base)
     is_adapter = (Path(output_dir) / "adapter_config.json").exists()
     lineage = [("started from", origin(source.name, source.adapter, source.revision))]
-    if reward is not None:
-        lineage.append(("trained against the reward model", origin(reward.name, reward.adapter, reward.revision)))
+    for reward in rewards:
+        if reward.model is None:
+            lineage.append(("trained against the reward function", {"name": reward.name}))
+        else:
+            model = reward.model
+            lineage.append(("trained against the reward model", origin(model.name, model.adapter, model.revision)))
     lineage += [
         ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
         for d in datasets

@@ -1,5 +1,6 @@
 """Tiny models and datasets, and recipes as subprocesses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,8 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig
 
+from rlhf.data import prompt_rows
+from rlhf.models import REFERENCE, load_causal_lm, load_policy, load_reward_model, resolve
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.rewards import completion_text
 from rlhf.starter import starter_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,3 +152,87 @@ TINY_PPO = [
     "--save_steps",
     "1",
 ]
+
+
+LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
+
+
+def count_a(prompts, completions, **columns):
+    return [float(completion_text(completion).count("a")) for completion in completions]
+
+
+@pytest.fixture(scope="session")
+def sft(tiny, tokenizer, tmp_path_factory):
+    """Folder of a LoRA adapter of the tiny model with weights that do something."""
+    folder = tmp_path_factory.mktemp("sft")
+    model = load_causal_lm(resolve(tiny), LORA, tokenizer)
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(sft, tokenizer, tmp_path_factory):
+    """Folder of a reward adapter over the tiny model, of another rank than the policy's, with a random head."""
+    folder = tmp_path_factory.mktemp("reward")
+    lora = dataclasses.replace(LORA, lora_r=3)
+    model = load_reward_model(resolve(resolve(sft).base), lora, tokenizer, seed=3)
+    torch.manual_seed(8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    """Ten conversational prompts, ready for PPOTrainer."""
+    rows = [{"prompt": user("Hello " * (n % 3 + 1)), "number": n} for n in range(10)]
+    return prompt_rows(Dataset.from_list(rows), "d", tokenizer, 8, 256)
+
+
+def ppo_config(folder, **changes):
+    """A PPOConfig for the tiny model: two updates of eight episodes, two epochs of two minibatches each."""
+    settings = {
+        "output_dir": str(folder),
+        "total_episodes": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 6,
+        "learning_rate": 1e-2,
+        "activation_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ref_adapter_name": REFERENCE,
+        **changes,
+    }
+    return PPOConfig(**settings)
+
+
+def ppo_trainer(sft, tokenizer, prompts, folder, reward_funcs=(count_a,), extra=None, **changes):
+    """A PPOTrainer that starts from an adapter; keyword arguments are PPOConfig's, `extra` PPOTrainer's."""
+    policy = load_policy(resolve(sft), LORA, tokenizer)
+    return PPOTrainer(
+        ppo_config(folder, **changes),
+        tokenizer,
+        policy,
+        train_dataset=prompts,
+        reward_funcs=list(reward_funcs),
+        **(extra or {}),
+    )
+
+
+def logged(ppo):
+    """The log entries of updates."""
+    return [entry for entry in ppo.state.log_history if "objective/kl" in entry]

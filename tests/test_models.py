@@ -22,22 +22,9 @@ ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny, tokenizer, tmp_path_factory):
-    """A LoRA adapter of the tiny model with weights that do something."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model = load_causal_lm(resolve(tiny), ARGS, tokenizer)
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def test_an_adapter_finds_its_base(adapter, tiny):
-    source = resolve(adapter)
-    assert (source.base, source.adapter) == (tiny, adapter)
+def test_an_adapter_finds_its_base(sft, tiny):
+    source = resolve(sft)
+    assert (source.base, source.adapter) == (tiny, sft)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +69,14 @@ def test_replies_end_where_the_chat_template_ends_them(tiny, tokenizer, tmp_path
     assert set(stops) == {base.eos_token_id, repaired.eos_token_id}
 
 
-def test_wrong_kinds_of_adapters_are_refused(adapter, tokenizer, tmp_path):
+def test_wrong_kinds_of_adapters_are_refused(sft, tokenizer, tmp_path):
     with pytest.raises(InputError, match="--use_peft false"):
-        load_causal_lm(resolve(adapter), ModelConfig(dtype="float32"), tokenizer)
-    load_reward_model(resolve(adapter), ARGS, tokenizer).save_pretrained(tmp_path)
+        load_causal_lm(resolve(sft), ModelConfig(dtype="float32"), tokenizer)
+    load_reward_model(resolve(sft), ARGS, tokenizer).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a reward adapter"):
         load_causal_lm(resolve(str(tmp_path)), ARGS, tokenizer)
     with pytest.raises(InputError, match="task type SEQ_CLS"):
-        resolve_reward(adapter)
+        resolve_reward(sft)
 
 
 def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
@@ -104,9 +91,9 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]
 
 
-def test_reward_model_starts_from_the_sft_adapter_and_survives_saving(adapter, tokenizer, tmp_path):
-    model = load_reward_model(resolve(adapter), ARGS, tokenizer)
-    mine = load_file(f"{adapter}/adapter_model.safetensors")
+def test_reward_model_starts_from_the_sft_adapter_and_survives_saving(sft, tokenizer, tmp_path):
+    model = load_reward_model(resolve(sft), ARGS, tokenizer)
+    mine = load_file(f"{sft}/adapter_model.safetensors")
     loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
     assert mine and all(torch.equal(loaded[name], weight) for name, weight in mine.items())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -132,8 +119,8 @@ def test_new_reward_heads_are_small_and_seeded(tiny, tokenizer):
     assert heads[0].weight.std() < 3 / 17**0.5
 
 
-def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(adapter, tokenizer):
-    policy = load_policy(resolve(adapter), ARGS, tokenizer)
+def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(sft, tokenizer):
+    policy = load_policy(resolve(sft), ARGS, tokenizer)
     before = policy(IDS).logits
     with torch.no_grad():
         policy.set_adapter(REFERENCE)
@@ -141,12 +128,12 @@ def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(adapter
         policy.set_adapter("default")
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trainable and all(".default." in name for name in trainable)
-    base = AutoModelForCausalLM.from_pretrained(resolve(adapter).base)
+    base = AutoModelForCausalLM.from_pretrained(resolve(sft).base)
     assert not torch.allclose(base(IDS).logits, before)
 
 
-def test_sampling_copies_of_an_adapter_take_the_bases_dtype(adapter, tokenizer):
-    model = load_causal_lm(resolve(adapter), ModelConfig(dtype="bfloat16"), tokenizer, trainable=False)
+def test_sampling_copies_of_an_adapter_take_the_bases_dtype(sft, tokenizer):
+    model = load_causal_lm(resolve(sft), ModelConfig(dtype="bfloat16"), tokenizer, trainable=False)
     assert isinstance(model, PeftModel)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

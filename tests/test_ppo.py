@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import save_tiny, user
+from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, save_tiny, user
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -20,74 +20,16 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from rlhf.data import prompt_rows
 from rlhf.errors import InputError
 from rlhf.models import REFERENCE, load_causal_lm, load_policy, resolve
-from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo import PPOTrainer
 from rlhf.ppo.rollout import prompt_order
 from rlhf.ppo.upstream import TRLPPOTrainer
-
-LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
-
-
-def count_a(prompts, completions, **columns):
-    return [float(completion.count("a")) for completion in completions]
-
-
-@pytest.fixture(scope="module")
-def sft(tiny, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sft")
-    model = load_causal_lm(resolve(tiny), LORA, tokenizer)
-    torch.manual_seed(7)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    rows = [{"prompt": user("Hello " * (n % 3 + 1)), "number": n} for n in range(10)]
-    return prompt_rows(Dataset.from_list(rows), "d", tokenizer, 8, 256)
-
-
-def config(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "total_episodes": 16,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "response_length": 6,
-        "learning_rate": 1e-2,
-        "activation_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "ref_adapter_name": REFERENCE,
-        **changes,
-    }
-    return PPOConfig(**settings)
-
-
-def trainer(sft, tokenizer, prompts, folder, reward_funcs=(count_a,), **changes):
-    policy = load_policy(resolve(sft), LORA, tokenizer)
-    return PPOTrainer(
-        config(folder, **changes), tokenizer, policy, train_dataset=prompts, reward_funcs=list(reward_funcs)
-    )
-
-
-def logged(ppo):
-    return [entry for entry in ppo.state.log_history if "objective/kl" in entry]
+from rlhf.rewards import completion_text
 
 
 def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     ppo.train()
     first, last = logged(ppo)[0], logged(ppo)[-1]
     assert isinstance(ppo, TRLPPOTrainer)
@@ -99,7 +41,7 @@ def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, pr
 
 
 def test_policy_and_value_move_and_nothing_else(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     before = {name: p.detach().clone() for name, p in ppo.model.named_parameters()}
     trainable = {name for name, p in ppo.model.named_parameters() if p.requires_grad}
     ppo.train()
@@ -112,7 +54,7 @@ def test_policy_and_value_move_and_nothing_else(sft, tokenizer, prompts, tmp_pat
 
 
 def test_one_optimizer_step_per_minibatch(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     steps = []
     ppo.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     ppo.train()
@@ -123,7 +65,7 @@ def test_one_optimizer_step_per_minibatch(sft, tokenizer, prompts, tmp_path):
 def test_at_learning_rate_zero_the_ratio_stays_one(sft, tokenizer, prompts, tmp_path):
     policy = load_policy(resolve(sft), LORA, tokenizer)
     policy.generation_config.repetition_penalty = 3.0
-    args = config(tmp_path, learning_rate=0.0, temperature=0.7)
+    args = ppo_config(tmp_path, learning_rate=0.0, temperature=0.7)
     ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
     ppo.train()
     for entry in logged(ppo):
@@ -145,7 +87,7 @@ def test_it_learns_what_is_rewarded(tmp_path):
     def share_of_a(prompts, completions, **columns):
         return [completion.split().count("a") / 6 for completion in completions]
 
-    args = config(
+    args = ppo_config(
         tmp_path, total_episodes=32 * 30, per_device_train_batch_size=32, gradient_accumulation_steps=1,
         num_mini_batches=1, num_ppo_epochs=4, learning_rate=1e-2, kl_coef=0.0, stop_token=None, ref_adapter_name=None,
     )  # fmt: skip
@@ -160,14 +102,16 @@ def test_it_learns_what_is_rewarded(tmp_path):
 def test_reward_functions_get_prompts_texts_and_columns(sft, tokenizer, prompts, tmp_path):
     seen = []
 
-    def spy(prompts, completions, number, **columns):
+    def spy(prompts, completions, completion_ids, number, **columns):
         seen.append((prompts, completions, number))
         return [0.0] * len(completions)
 
-    trainer(sft, tokenizer, prompts, tmp_path, [spy], total_episodes=8).train()
+    ppo_trainer(sft, tokenizer, prompts, tmp_path, [spy], total_episodes=8).train()
     given, completions, numbers = seen[0]
     assert given == [prompts[n]["prompt"] for n in numbers]
-    assert len(completions) == 8 and all(isinstance(text, str) and "<|im_end|>" not in text for text in completions)
+    assert len(completions) == 8  # in the form of their prompts, as TRL's GRPO has it
+    assert all(message[0]["role"] == "assistant" for message in completions)
+    assert all("<|im_end|>" not in message[0]["content"] for message in completions)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +123,11 @@ def test_reward_functions_get_prompts_texts_and_columns(sft, tokenizer, prompts,
 )
 def test_bad_rewards_stop_with_their_name(sft, tokenizer, prompts, tmp_path, reward, message):
     with pytest.raises(ValueError, match=message):
-        trainer(sft, tokenizer, prompts, tmp_path, [reward]).train()
+        ppo_trainer(sft, tokenizer, prompts, tmp_path, [reward]).train()
 
 
 def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(
+    ppo = ppo_trainer(
         sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17, normalize_reward=False
     )
     rows = next(ppo.prompts())
@@ -191,44 +135,45 @@ def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path)
     rollout = rollout._replace(ended=torch.arange(8) % 2 == 0)
     scored = ppo.score(rollout)
     assert torch.equal(scored.raw_scores - scored.scores, torch.tensor([0.0, 2.0] * 4))
-    assert ppo.stop_token_id == 17
+    assert ppo.stop_token_ids == [17]
 
 
 def test_rewards_are_normalized_on_the_first_batch(sft, tokenizer, prompts, tmp_path):
     def offset(prompts, completions, **columns):
-        return [1000.0 + 5 * len(completion) for completion in completions]
+        return [1000.0 + 5 * len(completion_text(completion)) for completion in completions]
 
-    ppo = trainer(sft, tokenizer, prompts, tmp_path, [offset])
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, [offset])
     rollout = ppo.rollout(next(ppo.prompts()))
     scores = ppo.score(rollout).scores
     assert abs(scores.mean()) < 1e-2 and abs(scores.std(unbiased=False) - 1) < 1e-2
-    mean, std = ppo.reward_scale
-    assert torch.allclose(ppo.normalized(torch.tensor([mean + 3 * std])), torch.tensor([3.0]), atol=1e-3)
-    assert mean > 1000  # and it stays: a later batch with higher rewards does score higher
-    plain = trainer(sft, tokenizer, prompts, tmp_path / "plain", [offset], normalize_reward=False)
+    assert ppo.reward_scale.mean > 1000
+    ppo.reward_funcs = [lambda prompts, completions, **_: [ppo.reward_scale.mean + 3 * ppo.reward_scale.std] * 8]
+    assert torch.allclose(ppo.score(rollout).scores, torch.tensor(3.0), atol=1e-3)  # the scale stays
+    plain = ppo_trainer(sft, tokenizer, prompts, tmp_path / "plain", [offset], normalize_reward=False)
     assert plain.score(rollout).scores.min() >= 1000
 
 
 def test_the_score_does_not_depend_on_what_follows_the_stop_token(sft, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path, stop_token_id=None, response_length=24)
-    ppo.stop_token_id = int(ppo.rollout(next(ppo.prompts())).input_ids[0, -10])
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, response_length=24)
+    ppo.stop_token_ids = [int(ppo.rollout(next(ppo.prompts())).input_ids[0, -10])]
     rollout = ppo.rollout(next(ppo.prompts()))
+    assert rollout.ended.any()
     tokens = rollout.input_ids[:, -rollout.completion_mask.shape[1] :]
     assert (tokens[~rollout.completion_mask] == tokenizer.pad_token_id).all()
     for row, mask in zip(tokens, rollout.completion_mask, strict=True):
-        assert ppo.stop_token_id not in row[mask][:-1]
+        assert ppo.stop_token_ids[0] not in row[mask][:-1]
 
 
 def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(sft, tokenizer, prompts, tmp_path):
     settings = {"total_episodes": 32, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    whole = trainer(sft, tokenizer, prompts, tmp_path / "whole", **settings)
+    whole = ppo_trainer(sft, tokenizer, prompts, tmp_path / "whole", **settings)
     whole.train()
     whole.save_model()
     folders = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
     assert folders == ["checkpoint-3", "checkpoint-4"]  # older ones are dropped
-    half = trainer(sft, tokenizer, prompts, tmp_path / "half", **{**settings, "save_total_limit": None})
+    half = ppo_trainer(sft, tokenizer, prompts, tmp_path / "half", **{**settings, "save_total_limit": None})
     half.train()
-    resumed = trainer(sft, tokenizer, prompts, tmp_path / "resumed", **settings)
+    resumed = ppo_trainer(sft, tokenizer, prompts, tmp_path / "resumed", **settings)
     torch.randn(100)  # another random state than the interrupted run had
     resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
     resumed.save_model()
@@ -242,7 +187,7 @@ def test_a_resumed_run_ends_exactly_as_an_uninterrupted_one(sft, tokenizer, prom
 
 
 def test_what_is_saved_loads_with_plain_peft_and_in_a_pipeline(sft, tiny, tokenizer, prompts, tmp_path):
-    ppo = trainer(sft, tokenizer, prompts, tmp_path)
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     ppo.train()
     ppo.save_model()
     names = {path.name for path in tmp_path.iterdir()}
@@ -263,7 +208,7 @@ def test_full_fine_tuning_with_trls_own_arguments(tiny, tokenizer, prompts, tmp_
     classifier = lambda: AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)  # noqa: E731
     reward_model, value_model = classifier(), classifier()
     rewards_before = copy.deepcopy(reward_model.state_dict())
-    args = config(tmp_path, ref_adapter_name=None)
+    args = ppo_config(tmp_path, ref_adapter_name=None)
     ids_only = prompts.select_columns(["input_ids"])
     ppo = PPOTrainer(args, tokenizer, policy, None, reward_model, ids_only, value_model)
     values_before = copy.deepcopy(value_model.state_dict())
@@ -281,7 +226,7 @@ def test_no_dropout_is_left_in_training_mode(tokenizer, prompts, tmp_path):
     folder = save_tiny(tmp_path / "dropout", tokenizer, attention_dropout=0.5)
     lora = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.5)
     policy = load_causal_lm(resolve(folder), lora, tokenizer)
-    args = config(tmp_path, ref_adapter_name=None)
+    args = ppo_config(tmp_path, ref_adapter_name=None)
     ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
     ids = torch.tensor([[5, 6, 7, 8]])
     ppo.model.train()
@@ -296,18 +241,17 @@ def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path
         ({"missing_eos_penalty": -1.0}, "--missing_eos_penalty"),
         ({"temperature": 0.0}, "--temperature"),
         ({"response_length": 0}, "--response_length"),
-        ({"eval_strategy": "steps", "eval_steps": 1}, "--eval_strategy"),
         ({"save_strategy": "epoch"}, "--save_strategy"),
     ):
         with pytest.raises(InputError, match=message):
-            config(tmp_path, **changes)
+            ppo_config(tmp_path, **changes)
     policy = load_policy(resolve(sft), LORA, tokenizer)
     with pytest.raises(InputError, match="needs a reward"):
-        PPOTrainer(config(tmp_path), tokenizer, policy, train_dataset=prompts)
+        PPOTrainer(ppo_config(tmp_path), tokenizer, policy, train_dataset=prompts)
     broken = copy.deepcopy(tokenizer)
     broken.pad_token = broken.eos_token
     with pytest.raises(InputError, match="pad token"):
-        PPOTrainer(config(tmp_path), broken, policy, train_dataset=prompts, reward_funcs=[count_a])
+        PPOTrainer(ppo_config(tmp_path), broken, policy, train_dataset=prompts, reward_funcs=[count_a])
 
 
 def test_prompt_order_is_gapless_seeded_and_fresh_each_pass():

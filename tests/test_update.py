@@ -1,5 +1,7 @@
 """The PPO loss and the minibatch loop."""
 
+from contextlib import nullcontext
+
 import torch
 
 from rlhf.ppo.model import TokenOutputs, token_logprobs
@@ -69,7 +71,7 @@ def _gradient(micro_batch_size):
     weight = torch.zeros(4, 6, requires_grad=True)
     gradients = []
 
-    def forward(input_ids, attention_mask, length, temperature):
+    def forward(input_ids, attention_mask, length, temperature, **_):
         rows = input_ids[:, 0]
         return TokenOutputs(scored.logprobs[rows, :length] + weight[rows, :length], torch.ones(len(rows), length),
                             weight[rows, :length])  # fmt: skip
@@ -82,7 +84,8 @@ def _gradient(micro_batch_size):
     stats = update(
         forward, step, rollout, scored, advantages,
         minibatches(4, 1, 1, micro_batch_size, torch.Generator().manual_seed(0)),
-        backward=lambda loss, last: loss.backward(), count_tokens=float, temperature=1.0, **SETTINGS,
+        backward=lambda loss: loss.backward(), synchronized=lambda last: nullcontext(), reduce=lambda sums: sums,
+        processes=1, temperature=1.0, **SETTINGS,
     )  # fmt: skip
     assert len(gradients) == 1
     return gradients[0], stats

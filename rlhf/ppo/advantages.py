@@ -72,11 +72,19 @@ def estimate_advantages(
     gamma: float,
     lam: float,
     whiten_rewards: bool = False,
+    per_token: torch.Tensor | None = None,
     reduce=lambda sums: sums,
 ) -> Advantages:
-    """From scores (B,) and per-token quantities (B, T) to what the update learns from."""
+    """From scores (B,) and per-token quantities (B, T) to what the update learns from.
+
+    Args:
+        per_token: (B, T) the part of the scores that belongs to single tokens; the rest lands on the last one.
+    """
     kl_rewards = kl_penalty(logprobs, reference_logprobs, mask, kl_coef)
-    rewards = add_scores(kl_rewards, scores, mask)
+    if per_token is None:
+        rewards = add_scores(kl_rewards, scores, mask)
+    else:
+        rewards = add_scores(kl_rewards + per_token, scores - per_token.sum(1), mask)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
     advantages, returns = gae(rewards, values, mask, gamma, lam)

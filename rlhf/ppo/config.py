@@ -1,7 +1,7 @@
-"""PPOConfig: TRL's fields, with defaults that work on a language model and refusals of what can't work."""
+"""PPOConfig: TRL's fields, new ones where TRL has none, and refusals of what can't work."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
@@ -13,17 +13,35 @@ class PPOConfig(TRLPPOConfig):
 
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
+        stop_token_id: may be several; they replace `stop_token`.
+        stop_strings: a completion also ends where its text contains one of these.
         sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
-        normalize_reward: new. Rewards are shifted and scaled so that the first batch, which the SFT model samples,
-            has mean 0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a
-            constant; a large one, seen by a value function that starts at 0, rewards short replies for being short.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
         max_steps: number of updates, in place of `total_episodes`, if above 0.
         num_sample_generations: how often in a run a few of the sampled completions are printed.
+        reward_funcs, eval_reward_funcs: names for the command line: import paths or reward models. From Python, pass
+            functions to PPOTrainer.
+        reward_weights: one per reward; GRPOConfig's field.
+        normalize_reward: rewards are shifted and scaled so that the first batch, which the SFT model samples, has mean
+            0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a constant; a
+            large one, seen by a value function that starts at 0, rewards short replies for being short.
+        score_clip: scores are clipped to ± this, after normalization.
+        length_penalty: subtracted from the score per completion token.
+        missing_eos_score: takes the place of the score of a completion that never ended (-1 in lm-human-preferences).
+        adaptive_kl_target, adaptive_kl_horizon: adjust `kl_coef` so that the KL of a completion stays near the target
+            (Ziegler et al., section 2.2); None keeps it fixed.
+        target_kl: end an update when the policy has moved this far from the one that sampled (mean of squared log
+            ratios / 2, in nats per token).
+        value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
+            `value_model` passed to PPOTrainer comes before both.
+        value_warmup_steps: that many updates train the value function alone.
+        entropy_coef: weight of an entropy bonus in the loss.
+        ptx_coef, ptx_dataset_name: PPO-ptx, adds the language model loss on this dataset with this weight (InstructGPT,
+            eq. 2).
 
     Raises:
         InputError: for `kl_estimator="k3"`: as a reward its gradient vanishes to first order, so it doesn't hold the
@@ -33,6 +51,10 @@ class PPOConfig(TRLPPOConfig):
     stop_token: Literal["eos"] | None = field(
         default="eos", metadata={"help": "'eos' ends replies at the tokenizer's eos token; see also stop_token_id."}
     )
+    stop_token_id: list[int] | None = field(
+        default=None, metadata={"help": "Token ids that end a reply, in place of stop_token."}
+    )
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply."})
     sft_model_path: str | None = field(
         default=None,
         metadata={"help": "SFT model or adapter that policy and reference start from. Default: model_name_or_path."},
@@ -41,36 +63,85 @@ class PPOConfig(TRLPPOConfig):
         default=None,
         metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."},
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter'."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward: reward_model_path first, then reward_funcs. Default: 1."},
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Rewards that evaluation logs and training never sees, named as reward_funcs."}
+    )
     normalize_reward: bool = field(
         default=True,
         metadata={"help": "Scale rewards to mean 0 and standard deviation 1 on the first batch, the SFT model's own."},
+    )
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Clip scores to plus or minus this, after normalization."}
+    )
+    length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from the score per completion token."})
+    missing_eos_score: float | None = field(
+        default=None, metadata={"help": "Score of a completion that never ended, in place of its own."}
+    )
+    adaptive_kl_target: float | None = field(
+        default=None, metadata={"help": "Adjust kl_coef to keep the KL per completion near this. Default: fixed."}
+    )
+    adaptive_kl_horizon: int = field(
+        default=10_000, metadata={"help": "Episodes in which the adaptive kl_coef can change by about a fifth."}
+    )
+    target_kl: float | None = field(
+        default=None, metadata={"help": "End an update early when its approxkl exceeds this."}
+    )
+    value_function: Literal["head", "adapter"] = field(
+        default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
+    )
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Number of first updates that train the value function alone."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on ptx_dataset_name."})
+    ptx_dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as recipes/sft.py takes."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stop_token is not None and self.stop_token_id is not None:
+        if isinstance(self.stop_token_id, int):
+            self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
+        if self.stop_token_id is not None:
             self.stop_token = None  # a given id replaces the default
-        if self.kl_estimator != "k1":
-            raise InputError("--kl_estimator k3: as a reward it hardly restrains the KL. Use k1.")
-        if not self.temperature > 0:
-            raise InputError(f"--temperature {self.temperature}: must be above 0.")
-        if self.response_length < 1:
-            raise InputError(f"--response_length {self.response_length}: must be at least 1.")
+        self._check_ranges()
         local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.num_mini_batches < 1 or local_batch_size % self.num_mini_batches:
             raise InputError(
                 f"--num_mini_batches {self.num_mini_batches}: must divide per_device_train_batch_size × "
                 f"gradient_accumulation_steps = {local_batch_size}."
             )
-        if self.eval_strategy != "no":
+        if self.kl_estimator != "k1":
+            raise InputError("--kl_estimator k3: as a reward it hardly restrains the KL. Use k1.")
+        if "epoch" in (self.save_strategy, self.logging_strategy, self.eval_strategy):
             raise InputError(
-                "--eval_strategy: PPO does not evaluate while it trains. Compare its checkpoints with eval/compare.py."
+                "--save_strategy, --logging_strategy and --eval_strategy: PPO has steps, not epochs. Use 'steps' or "
+                "'no'."
             )
-        if "epoch" in (self.save_strategy, self.logging_strategy):
-            raise InputError("--save_strategy and --logging_strategy: PPO has steps, not epochs. Use 'steps' or 'no'.")
-        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
-            raise InputError(
-                f"--missing_eos_penalty {self.missing_eos_penalty}: is subtracted, so it can't be negative."
-            )
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise InputError("--missing_eos_penalty and --missing_eos_score: give one of them.")
+
+    def _check_ranges(self) -> None:
+        """Raise InputError for the first number outside its range."""
+        above_zero = ("temperature", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl")
+        not_below_zero = (
+            "kl_coef", "missing_eos_penalty", "length_penalty", "value_warmup_steps", "entropy_coef", "ptx_coef",
+            "vf_coef", "max_grad_norm",
+        )  # fmt: skip
+        for name in above_zero + not_below_zero:
+            value: Any = getattr(self, name)
+            if value is not None and (value < 0 or (value == 0 and name in above_zero)):
+                raise InputError(f"--{name} {value}: must be {'above 0' if name in above_zero else '0 or more'}.")
+        for name in ("response_length", "num_ppo_epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")

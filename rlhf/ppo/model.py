@@ -1,12 +1,13 @@
 """Policy and value function as one module, and the reference."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
+
+from rlhf.models import active_adapter, trunk
 
 
 class TokenOutputs(NamedTuple):
@@ -23,39 +24,49 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool = True
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float,
+    entropy: Literal["none", "value", "graph"] = "value",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token and entropy of each distribution, (B, T) float32.
 
     Args:
         logits: (B, T, V) at the positions before the tokens, raw; they are divided by `temperature` in float32.
         tokens: (B, T) int64.
-        with_entropy: False leaves the entropy at 0 and saves its computation.
+        entropy: `none` leaves it at 0 and saves its computation; `graph` lets gradients through it.
     """
     logprobs, entropies = [], []
-    for row_logits, row_tokens in zip(
-        logits, tokens, strict=True
-    ):  # row by row: (T, V) fits the caches, (B, T, V) doesn't
+    # row by row: (T, V) fits the caches, (B, T, V) doesn't
+    for row_logits, row_tokens in zip(logits, tokens, strict=True):
         every = torch.log_softmax(row_logits.float() / temperature, dim=-1)
         logprobs.append(every.gather(-1, row_tokens.unsqueeze(-1)).squeeze(-1))
-        with torch.no_grad():
-            entropies.append(-(every.exp() * every).sum(-1) if with_entropy else torch.zeros_like(logprobs[-1]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "graph"):
+            entropies.append(torch.zeros_like(logprobs[-1]) if entropy == "none" else -(every.exp() * every).sum(-1))
     return torch.stack(logprobs), torch.stack(entropies)
 
 
 class PolicyAndValue(nn.Module):
-    """What PPO trains. The value function is a head on the policy's trunk, or a model of its own.
+    """What PPO trains: the policy, and the value function in one of three shapes.
 
     Args:
         policy: a causal language model or a PeftModel of one.
-        value_model: a sequence classifier with one output, or None for a head on the policy's trunk, which starts at 0.
+        value_model: a sequence classifier with one output, trained beside the policy.
+        value_adapter: without a `value_model`, the name of an adapter of the policy that the value function runs with;
+            None puts its head on the policy's own trunk.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, value_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value_model: PreTrainedModel | None = None,
+        value_adapter: str | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.config = policy.config
-        self.value_model = value_model
+        self.value_model, self.value_adapter = value_model, value_adapter
+        self.warming_up = False  # then the value function learns from the trunk without changing it
         if value_model is None:
             embeddings = policy.get_output_embeddings() or policy.get_input_embeddings()
             width = policy.config.get_text_config().hidden_size
@@ -64,22 +75,56 @@ class PolicyAndValue(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, temperature: float
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        completion_length: int,
+        temperature: float,
+        with_values: bool = True,
+        entropy_gradient: bool = False,
     ) -> TokenOutputs:
         """Log-probabilities, values and (in training mode) entropy of the last `completion_length` tokens.
 
         Args:
             input_ids, attention_mask: (B, L).
+            with_values: False leaves the values at 0 and saves their computation.
+            entropy_gradient: let gradients through the entropy, for an entropy bonus.
         """
         logits, hidden = _logits_and_hidden(self.policy, input_ids, attention_mask, completion_length)
         logprobs, entropy = token_logprobs(
-            logits, input_ids[:, -completion_length:], temperature, with_entropy=self.training
+            logits,
+            input_ids[:, -completion_length:],
+            temperature,
+            entropy="graph" if entropy_gradient else "value" if self.training else "none",
         )
-        if self.value_model is None:
-            values = self.value_head(hidden.float()).squeeze(-1)
-        else:
+        if not with_values:
+            return TokenOutputs(logprobs, entropy, torch.zeros_like(logprobs))
+        if self.value_model is not None:
             values = _value_model_outputs(self.value_model, input_ids, attention_mask)[:, -completion_length - 1 : -1]
+        else:
+            if self.value_adapter is not None:
+                with active_adapter(self.policy, self.value_adapter):
+                    hidden = trunk(self.policy)(
+                        input_ids=input_ids,
+                        attention_mask=attention_mask,
+                        position_ids=positions_of(attention_mask),
+                        use_cache=False,
+                    )[0][:, -completion_length - 1 : -1]
+            elif self.warming_up:
+                hidden = hidden.detach()
+            with torch.autocast(hidden.device.type, enabled=False):
+                values = self.value_head(hidden.float()).squeeze(-1)
         return TokenOutputs(logprobs, entropy, values.float())
+
+    def value_parameters(self) -> set[str]:
+        """Names of the trainable parameters that only the value function uses."""
+        own = ("value_head.", "value_model.")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+            and (name.startswith(own) or (self.value_adapter is not None and f".{self.value_adapter}." in name))
+        }
 
 
 def _logits_and_hidden(
@@ -90,9 +135,8 @@ def _logits_and_hidden(
     The hidden states are caught on their way to the language model's head: asking for `output_hidden_states` would keep
     those of every layer, and logits of prompt positions are never computed.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     caught = []
-    hook = causal_lm.base_model.register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+    hook = trunk(model).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
     try:
         output = model(
             input_ids=input_ids,
@@ -132,9 +176,9 @@ def reference_logprobs(
 
     def logprobs(model: PreTrainedModel | PeftModel) -> torch.Tensor:
         logits, _ = _logits_and_hidden(model, input_ids, attention_mask, completion_length)
-        return token_logprobs(logits, input_ids[:, -completion_length:], temperature, with_entropy=False)[0]
+        return token_logprobs(logits, input_ids[:, -completion_length:], temperature, entropy="none")[0]
 
     if ref_model is not None:
         return logprobs(ref_model)
-    with use_adapter(policy, ref_adapter_name):
+    with active_adapter(policy, ref_adapter_name):
         return logprobs(policy)

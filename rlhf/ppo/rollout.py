@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from rlhf.generation import generate, left_pad
 from rlhf.ppo.types import Rollout
@@ -23,16 +25,28 @@ def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:
     return numbers
 
 
+def draws(first_episode: int, rows: range, length: int, seed: int, device: torch.device) -> torch.Tensor:
+    """The random numbers (rows, length) in [0, 1) that sample these rows of a batch.
+
+    They depend on the seed and the episode alone: the same run on one process or on several samples the same tokens,
+    and so does a resumed one.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + first_episode)
+    return torch.rand(rows.stop, length, generator=generator)[rows.start :].to(device)
+
+
 @torch.no_grad()
 def sample_rollout(
-    policy: torch.nn.Module,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     *,
     response_length: int,
     temperature: float,
     stop_token_ids: list[int],
+    stop_strings: list[str] | None = None,
     batch_size: int,
+    uniforms: torch.Tensor,
     device: torch.device,
 ) -> Rollout:
     """Sample one completion per row, by pure sampling at `temperature`.
@@ -40,32 +54,39 @@ def sample_rollout(
     Args:
         rows: of the dataset, with `input_ids` and, for reward functions, `prompt` and any other columns.
         batch_size: how many rows to sample at once.
+        uniforms: (rows, response_length), see `draws`.
     """
     config = GenerationConfig(
         max_new_tokens=response_length, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids or None,
     )  # fmt: skip
+    stops = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
     prompts = left_pad(tokenizer, [row["input_ids"] for row in rows]).to(device)
-    completions = []
+    width = prompts["input_ids"].shape[1]
+    tokens = torch.full((len(rows), response_length), tokenizer.pad_token_id, device=device)
+    lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for start in range(0, len(rows), batch_size):
-        part = {name: tensor[start : start + batch_size] for name, tensor in prompts.items()}
-        new = generate(policy, part, config).sequences[:, prompts["input_ids"].shape[1] :]
-        completions.append(
-            torch.nn.functional.pad(new, (0, response_length - new.shape[1]), value=tokenizer.pad_token_id)
-        )
-    tokens = torch.cat(completions)
-    is_stop = torch.isin(tokens, torch.tensor(stop_token_ids, device=device, dtype=tokens.dtype))
-    behind = (is_stop.cumsum(1) - is_stop.long()) > 0  # strictly behind the first stop token
-    longest = int((~behind).sum(1).max())
-    tokens, behind, is_stop = tokens[:, :longest], behind[:, :longest], is_stop[:, :longest]
-    tokens = tokens.masked_fill(behind, tokenizer.pad_token_id)
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("input_ids", "prompt")}
+        part = slice(start, start + batch_size)
+        mask = prompts["attention_mask"][part]
+        batch = {"input_ids": prompts["input_ids"][part].masked_fill(mask == 0, 0), "attention_mask": mask}
+        samples = generate(policy, batch, config, stopping_criteria=stops, uniforms=uniforms[part])
+        tokens[part, : samples.sequences.shape[1] - width] = samples.sequences[:, width:]
+        lengths[part], ended[part] = samples.lengths, samples.ended
+    tokens = tokens[:, : int(lengths.max())]
+    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    columns = {
+        name: [row[name] for row in rows] for name in rows[0] if name not in ("input_ids", "attention_mask", "prompt")
+    }
     return Rollout(
         prompts=[row["prompt"] if "prompt" in row else tokenizer.decode(row["input_ids"]) for row in rows],
-        completions=tokenizer.batch_decode(tokens, skip_special_tokens=True),
+        completions=[
+            tokenizer.decode(row[:length], skip_special_tokens=True)
+            for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
+        ],
         columns=columns,
         input_ids=torch.cat([prompts["input_ids"], tokens], 1),
-        attention_mask=torch.cat([prompts["attention_mask"], (~behind).long()], 1),
-        completion_mask=~behind,
-        ended=is_stop.any(1),
+        attention_mask=torch.cat([prompts["attention_mask"], mask.long()], 1),
+        completion_mask=mask,
+        ended=ended,
     )

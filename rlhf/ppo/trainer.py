@@ -1,8 +1,6 @@
 """PPOTrainer: TRL's interface, with a train() that reads like the algorithm."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,70 +8,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.experimental.utils import create_reference_model
-from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
+from trl.trainer.utils import print_prompt_completions_sample
 
-from rlhf.arguments import checkpoints
 from rlhf.errors import InputError
+from rlhf.models import VALUE, add_value_adapter
 from rlhf.ppo import checkpoint
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.model import PolicyAndValue, reference_logprobs
-from rlhf.ppo.rollout import prompt_order, sample_rollout
-from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
-from rlhf.ppo.update import minibatches, trim, update
+from rlhf.ppo.control import adapted_kl_coef
+from rlhf.ppo.metrics import batch_metrics, reward_metrics, sample_table, update_metrics
+from rlhf.ppo.model import PolicyAndValue
+from rlhf.ppo.monitor import remarks
+from rlhf.ppo.rollout import draws, prompt_order, sample_rollout
+from rlhf.ppo.scoring import RewardScale, before_update, collect_rewards, measure_scale, shape_scores
+from rlhf.ppo.setup import (
+    check_models,
+    check_prompts,
+    check_tokenizer,
+    checkpoint_activations,
+    disable_dropout,
+    set_sizes,
+)
+from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
+from rlhf.ppo.update import PtxBatch, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
-from rlhf.rewards import RewardFunction, RewardModel, check_scores
-
-
-def _check(
-    tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    ref_model: Any,
-    reward_model: Any,
-    value_model: Any,
-    train_dataset: Dataset | None,
-    reward_funcs: list[RewardFunction] | None,
-) -> None:
-    """Raise InputError for arguments of PPOTrainer that can't work together."""
-    if train_dataset is None or len(train_dataset) == 0:
-        raise InputError("train_dataset: PPO needs at least one prompt.")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")
-    if ref_model is model:
-        raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-    if reward_model is not None and value_model is reward_model:
-        raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
-    if reward_model is None and not reward_funcs:
-        raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """No dropout anywhere, or the ratio of new to old probabilities would not start at 1."""
-    disable_dropout_in_model(model)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):  # attention reads it on every forward
-            module.attention_dropout = 0.0
-
-
-def _checkpoint_activations(model: PreTrainedModel | PeftModel | None, args: PPOConfig) -> None:
-    """Trade compute for memory in the update: recompute activations instead of keeping them."""
-    if model is not None:
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        inner.enable_input_require_grads()
-        inner.activation_checkpointing_enable(args.activation_checkpointing_kwargs or {"use_reentrant": False})
+from rlhf.rewards import RewardFunction, RewardModel
 
 
 class PPOTrainer(TRLPPOTrainer):
     """Proximal policy optimization of a language model (https://arxiv.org/abs/1707.06347, 1909.08593, 2009.01325).
 
     The constructor takes what TRL's takes, in the same order. What differs: `value_model` may be None (the value
-    function is then a head on the policy's trunk), `reward_funcs` may replace `reward_model`, and the dataset
-    may carry `prompt` and other columns beside `input_ids`, which reward functions receive.
+    function is then a head on the policy's trunk, or an adapter of its own), `reward_funcs` may replace `reward_model`,
+    and the dataset may carry `prompt` and other columns beside `input_ids`, which reward functions receive.
 
     Args:
         args: the configuration.
@@ -84,12 +56,16 @@ class PPOTrainer(TRLPPOTrainer):
         reward_model: a sequence classifier with one output that shares the policy's tokenizer.
         train_dataset: rows with `input_ids` (token ids of a prompt).
         value_model: a sequence classifier with one output, trained as the value function.
-        data_collator, eval_dataset: taken for TRL's sake; prompts are always padded on the left, and models compared
-            with eval/compare.py.
-        reward_funcs: functions `(prompts, completions, **columns) -> list[float]`; scores are summed.
+        data_collator: taken for TRL's sake; prompts are always padded on the left.
+        eval_dataset: prompts like those of `train_dataset` for `eval_strategy`; a dict of them by name works too.
+        peft_config: makes `model` a PeftModel.
+        reward_funcs: functions `(prompts, completions, completion_ids, **columns) -> list[float]`, see rlhf.rewards;
+            with `args.reward_weights`, their weighted sum is the score.
+        eval_reward_funcs: like them, for evaluation alone: the truth, where it is known, or a second reward model.
+        ptx_dataset: rows of `input_ids` and perhaps `labels`, for `args.ptx_coef`.
 
     Raises:
-        InputError: if pad equals eos, no reward is given, or the dataset has no prompts.
+        InputError: for models, datasets, tokenizers or settings that can't work together.
     """
 
     # narrower than transformers declares them
@@ -116,31 +92,27 @@ class PPOTrainer(TRLPPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         reward_funcs: list[RewardFunction] | None = None,
+        eval_reward_funcs: list[RewardFunction] | None = None,
+        ptx_dataset: Dataset | None = None,
     ) -> None:
-        _check(processing_class, model, ref_model, reward_model, value_model, train_dataset, reward_funcs)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-        self.is_peft_model = isinstance(model, PeftModel)
-        if ref_model is None and not self.is_peft_model:
-            ref_model = create_reference_model(model)
-        for module in (model, ref_model, reward_model, value_model):
-            if module is not None:
-                _disable_dropout(module)
-        if args.activation_checkpointing:
-            _checkpoint_activations(model, args)
-            _checkpoint_activations(value_model, args)
-        self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
-        self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name or "default", args.ref_adapter_name
-        self.reward_funcs = list(reward_funcs or [])
-        if reward_model is not None:
-            self.reward_funcs.append(RewardModel(reward_model, processing_class, args.per_device_eval_batch_size))
-        self.reward_model = reward_model
-        self.stop_token_id = processing_class.eos_token_id if args.stop_token == "eos" else args.stop_token_id
+        check_models(model, ref_model, reward_model, value_model)
+        check_tokenizer(processing_class)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise InputError("--eval_strategy: needs an eval_dataset; this one has none. Give one, or use 'no'.")
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, rows in {"train_dataset": train_dataset, **{k: v for k, v in sets.items() if v is not None}}.items():
+            check_prompts(rows, name, args.response_length, model)
+        if args.ptx_coef > 0 and not ptx_dataset:
+            raise InputError("--ptx_coef: needs texts to mix in. Give --ptx_dataset_name, or ptx_dataset in Python.")
+        self.ptx_dataset, self.eval_reward_funcs = ptx_dataset, list(eval_reward_funcs or [])
+        trained = self._set_models(model, ref_model, reward_model, value_model, peft_config, args)
+        self._set_rewards(reward_model, processing_class, reward_funcs, args)
+        self.stop_token_ids = [processing_class.eos_token_id] if args.stop_token == "eos" else args.stop_token_id or []
         # past TRL's own constructor, which builds an Accelerator and a wrapper of its own, to transformers' Trainer:
         # with that come mixed precision, callbacks, reporting and the schedules that TRL's class ignores
         Trainer.__init__(
             self,
-            model=PolicyAndValue(model, value_model),
+            model=trained,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -149,10 +121,57 @@ class PPOTrainer(TRLPPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._set_training()
+
+    def _set_models(
+        self, model: Any, ref_model: Any, reward_model: Any, value_model: Any, peft_config: Any, args: PPOConfig
+    ) -> PolicyAndValue:
+        """Give every model its role; returns what is trained."""
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        self.is_peft_model = isinstance(model, PeftModel)
+        if ref_model is None and not self.is_peft_model:
+            ref_model = create_reference_model(model)
+        value_adapter = None
+        self.model_adapter_name = args.model_adapter_name or (model.active_adapter if self.is_peft_model else "default")
+        if args.value_function == "adapter" and value_model is None:
+            if not self.is_peft_model:
+                raise InputError("--value_function adapter: needs a LoRA policy. Use 'head', or pass a value_model.")
+            add_value_adapter(model, self.model_adapter_name)
+            value_adapter = VALUE
+        for module in (model, ref_model, reward_model, value_model):
+            if module is not None:
+                disable_dropout(module)
+        if args.activation_checkpointing:
+            checkpoint_activations(model, args)
+            checkpoint_activations(value_model, args)
+        self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
+        self.reward_model, self.ref_adapter_name = reward_model, args.ref_adapter_name
+        return PolicyAndValue(model, value_model, value_adapter)
+
+    def _set_rewards(
+        self, reward_model: Any, tokenizer: Any, reward_funcs: list[RewardFunction] | None, args: PPOConfig
+    ) -> None:
+        """TRL's reward model first, then the reward functions, with a weight each."""
+        self.reward_funcs = list(reward_funcs or [])
+        if reward_model is not None:
+            self.reward_funcs.insert(0, RewardModel(reward_model, tokenizer, args.per_device_eval_batch_size))
+        if not self.reward_funcs:
+            raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
+        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise InputError(
+                f"--reward_weights: {len(self.reward_weights)} weights for {len(self.reward_funcs)} rewards. Give one "
+                "for each."
+            )
+
+    def _set_training(self) -> None:
+        """Sizes, optimizer and state, once transformers' Trainer has been set up."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("PPO runs on one process or under DDP; FSDP and DeepSpeed don't work with it yet.")
+        args = self.args
         self.train_dataset_len = len(self.train_dataset)
-        self._set_sizes()
+        set_sizes(args, self.train_dataset_len, self.accelerator.num_processes)
         # one optimizer step per minibatch is this trainer's own business; accelerate must not divide the loss again
         self.accelerator.gradient_accumulation_steps = 1
         self.state = OnlineTrainerState(
@@ -167,27 +186,14 @@ class PPOTrainer(TRLPPOTrainer):
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
         self.seconds: dict[str, float] = {}
-        self.reward_scale: tuple[float, float] | None = None  # mean and standard deviation of the first batch
-
-    def _set_sizes(self) -> None:
-        """Fill in the batch sizes that TRL's PPOConfig derives from the others."""
-        args = self.args
-        if args.total_episodes is None:
-            args.total_episodes = int(args.num_train_epochs * self.train_dataset_len)
-        args.world_size = self.accelerator.num_processes
-        args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.micro_batch_size = args.per_device_train_batch_size * args.world_size
-        args.batch_size = args.local_batch_size * args.world_size
-        args.mini_batch_size = args.batch_size // args.num_mini_batches
-        args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
-        if args.max_steps > 0:
-            args.total_episodes = args.max_steps * args.batch_size
-        args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
+        self.reward_scale: RewardScale | None = None
+        self.kl_coef = args.kl_coef
+        self.remarked: dict[str, int] = {}  # the update at which the monitor last said something
 
     # ------------------------------------------------------------------------------------------ the algorithm
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Run PPO for `args.total_episodes` episodes, rounded up to whole batches.
+        """Run PPO for `args.total_episodes` episodes.
 
         Args:
             resume_from_checkpoint: folder of a checkpoint of this run to go on from.
@@ -198,76 +204,88 @@ class PPOTrainer(TRLPPOTrainer):
             scored = self.score(rollout)  # reward, values, reference logprobs
             advantages = self.advantages(rollout, scored)  # KL penalty, GAE, whitening
             stats = self.update(rollout, scored, advantages)
-            self.record(rollout, scored, advantages, stats)  # log, checkpoint, stop
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.record(rollout, scored, advantages, stats)  # log, evaluate, checkpoint, stop
+        self._end()
 
     def prompts(self) -> Iterator[list[dict[str, Any]]]:
         """This process's rows of the dataset, one batch per update."""
         args = self.args
         while self.state.global_step < args.num_total_batches and not self.control.should_training_stop:
             order = prompt_order(self.train_dataset_len, self.state.episode, args.batch_size, args.seed)
-            start = self.accelerator.process_index * args.local_batch_size
-            yield [self.train_dataset[number] for number in order[start : start + args.local_batch_size]]
+            yield [self.train_dataset[order[number]] for number in self._own_rows()]
+
+    def _own_rows(self) -> range:
+        """Which rows of a batch are this process's."""
+        start = self.accelerator.process_index * self.args.local_batch_size
+        return range(start, start + self.args.local_batch_size)
 
     def rollout(self, rows: list[dict[str, Any]]) -> Rollout:
         """Sample one completion per prompt."""
-        with self._timed("rollout"), self._policy() as policy:
+        device, length = self.accelerator.device, self.args.response_length
+        uniforms = draws(self.state.episode, self._own_rows(), length, self.args.seed, device)
+        with self._timed("rollout"):
+            return self._sample(rows, uniforms)
+
+    def _sample(self, rows: list[dict[str, Any]], uniforms: torch.Tensor) -> Rollout:
+        policy = self.accelerator.unwrap_model(self.model).policy.eval()
+        with self.accelerator.autocast():
             return sample_rollout(
                 policy,
                 self.processing_class,
                 rows,
                 response_length=self.args.response_length,
                 temperature=self.args.temperature,
-                stop_token_ids=[] if self.stop_token_id is None else [self.stop_token_id],
+                stop_token_ids=self.stop_token_ids,
+                stop_strings=self.args.stop_strings,
                 batch_size=self.args.local_rollout_forward_batch_size,
+                uniforms=uniforms,
                 device=self.accelerator.device,
             )
 
-    @torch.no_grad()
     def score(self, rollout: Rollout) -> Scored:
         """Scores of the completions, and logprobs and values of their tokens before the update."""
+        args = self.args
         with self._timed("reward"):
-            raw_scores = self.rewards(rollout)
-        scores = self.normalized(raw_scores)
-        if self.args.missing_eos_penalty is not None:
-            scores[~rollout.ended] -= self.args.missing_eos_penalty
-        with self._timed("logprobs"), self.accelerator.autocast():
-            logprobs, values, reference = self._before_update(rollout)
-        return Scored(raw_scores, scores, logprobs, reference, values)
-
-    def normalized(self, raw_scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B,) on the scale of the first batch, if `args.normalize_reward`; (raw - mean) / std of that batch."""
-        if not self.args.normalize_reward:
-            return raw_scores.clone()
+            rewards = self.rewards(rollout)
         if self.reward_scale is None:
-            moments = torch.stack([raw_scores.mean(), (raw_scores**2).mean()])
-            mean, squares = self.accelerator.reduce(moments, "mean").tolist()
-            std = math.sqrt(max(0.0, squares - mean**2))
-            self.reward_scale = (mean, std if std > 1e-6 else 1.0)
-        mean, std = self.reward_scale
-        return (raw_scores - mean) / std
-
-    def _before_update(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logprobs, values and reference logprobs, (B, T), computed on rows of similar length at a time."""
-        model, temperature = self.accelerator.unwrap_model(self.model).eval(), self.args.temperature
-        results = [torch.zeros(rollout.completion_mask.shape, device=self.accelerator.device) for _ in range(3)]
-        for rows in rollout.attention_mask.sum(1).argsort().split(self.args.per_device_train_batch_size):
-            input_ids, attention_mask, length = trim(rollout, rows)
-            policy = model(input_ids, attention_mask, length, temperature)
-            reference = reference_logprobs(
-                model.policy, self.ref_model, self.ref_adapter_name, input_ids, attention_mask, length, temperature
+            self._set_reward_scale(rewards)
+        scores, per_token = shape_scores(
+            rewards,
+            self.reward_scale or RewardScale(0.0, 1.0),
+            rollout.completion_mask.sum(1),
+            rollout.ended,
+            score_clip=args.score_clip,
+            length_penalty=args.length_penalty,
+            missing_eos_penalty=args.missing_eos_penalty,
+            missing_eos_score=args.missing_eos_score,
+        )
+        with self._timed("logprobs"), self.accelerator.autocast():
+            logprobs, values, reference = before_update(
+                self.accelerator.unwrap_model(self.model),
+                self.ref_model,
+                self.ref_adapter_name,
+                rollout,
+                batch_size=args.per_device_train_batch_size,
+                temperature=args.temperature,
             )
-            for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
-                result[rows, :length] = part
-        return results[0], results[1], results[2]
+        return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards.by_function)
 
-    def rewards(self, rollout: Rollout) -> torch.Tensor:
-        """Scores (B,) float32: the sum of all reward functions."""
-        total = torch.zeros(len(rollout.completions), device=self.accelerator.device)
-        for function in self.reward_funcs:
-            scores = function(rollout.prompts, rollout.completions, **rollout.columns)
-            total += torch.tensor(check_scores(function, scores, rollout.completions), device=total.device)
-        return total
+    def rewards(self, rollout: Rollout) -> Rewards:
+        """What the reward functions say about the completions."""
+        return collect_rewards(rollout, self.reward_funcs, self.reward_weights, trainer_state=self.state)
+
+    def _set_reward_scale(self, rewards: Rewards) -> None:
+        """Fix the scale of the scores on the first batch, and start an adapter value function on it."""
+        self.reward_scale = RewardScale(0.0, 1.0)
+        if self.args.normalize_reward:
+            self.reward_scale = measure_scale(rewards.scores, self._sum)
+        module = self.accelerator.unwrap_model(self.model)
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            if module.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
+                continue
+            with torch.no_grad():  # the critic starts as the reward model, as in InstructGPT
+                module.value_head.weight.copy_(function.head.weight * weight / self.reward_scale.std)
+                module.value_head.bias.fill_(-self.reward_scale.mean / self.reward_scale.std)
 
     def advantages(self, rollout: Rollout, scored: Scored) -> Advantages:
         """KL penalty, generalized advantage estimation and whitening over the batch of all processes."""
@@ -278,26 +296,26 @@ class PPOTrainer(TRLPPOTrainer):
             scored.reference_logprobs,
             scored.values,
             rollout.completion_mask,
-            kl_coef=args.kl_coef,
+            kl_coef=self.kl_coef,
             gamma=args.gamma,
             lam=args.lam,
             whiten_rewards=args.whiten_rewards,
-            reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
+            per_token=scored.per_token,
+            reduce=self._sum,
         )
 
     def update(self, rollout: Rollout, scored: Scored, advantages: Advantages) -> UpdateStats:
         """`num_ppo_epochs` × `num_mini_batches` optimizer steps."""
         args = self.args
-        generator = torch.Generator().manual_seed(
-            args.seed + 100_003 * self.accelerator.process_index + 7 * self.state.global_step
-        )
-        batches = minibatches(
+        seed = args.seed + 100_003 * self.accelerator.process_index + 7 * self.state.global_step
+        order = minibatches(
             len(rollout.input_ids),
             args.num_ppo_epochs,
             args.num_mini_batches,
             args.per_device_train_batch_size,
-            generator,
+            torch.Generator().manual_seed(seed),
         )
+        self.accelerator.unwrap_model(self.model).warming_up = self._warming_up()
         with self._timed("update"):
             return update(
                 self._forward,
@@ -305,25 +323,40 @@ class PPOTrainer(TRLPPOTrainer):
                 rollout,
                 scored,
                 advantages,
-                batches,
-                backward=self._backward,
-                count_tokens=lambda count: float(self.accelerator.reduce(count.float(), "mean")),
+                order,
+                backward=self.accelerator.backward,
+                synchronized=lambda last: nullcontext() if last else self.accelerator.no_sync(self.model),
+                reduce=self._sum,
+                processes=self.accelerator.num_processes,
                 temperature=args.temperature,
+                target_kl=args.target_kl,
+                ptx_coef=0.0 if self._warming_up() else args.ptx_coef,
+                ptx_batches=self._ptx_batches(seed),
                 cliprange=args.cliprange,
                 cliprange_value=args.cliprange_value,
                 vf_coef=args.vf_coef,
+                entropy_coef=args.entropy_coef,
+                train_policy=not self._warming_up(),
             )
 
-    def _forward(self, *inputs: Any) -> Any:
+    def _ptx_batches(self, seed: int) -> Iterator[PtxBatch]:
+        return ptx_batches(self.ptx_dataset, self.args.per_device_train_batch_size, seed, self.accelerator.device)
+
+    def _warming_up(self) -> bool:
+        return self.state.global_step < self.args.value_warmup_steps
+
+    def _forward(self, *inputs: Any, **settings: Any) -> Any:
         self.model.train()
         with self.accelerator.autocast():
-            return self.model(*inputs)
-
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            self.accelerator.backward(loss)
+            return self.model(*inputs, **settings)
 
     def _step(self) -> float:
+        if self._warming_up():  # no gradient at all, so that weight decay and momentum leave the policy alone too
+            module = self.accelerator.unwrap_model(self.model)
+            of_value = module.value_parameters()
+            for name, parameter in module.named_parameters():
+                if name not in of_value:
+                    parameter.grad = None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         limit = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
@@ -331,20 +364,33 @@ class PPOTrainer(TRLPPOTrainer):
         self.optimizer.zero_grad()
         return float(norm)
 
-    # ------------------------------------------------------------------------------------------ before, after, around
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(values, "sum")
+
+    # ------------------------------------------------------------------------------------------ around it
 
     def _begin(self, resume_from_checkpoint: str | None) -> None:
         args, state = self.args, self.state
         state.global_step, state.episode, state.max_steps = 0, 0, args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         state.compute_steps(args, args.num_total_batches)
+        self.reward_scale, self.kl_coef, self.remarked = None, args.kl_coef, {}
+        set_seed(args.seed + 100_003 * self.accelerator.process_index)
         if resume_from_checkpoint:
             self._load_checkpoint(Path(resume_from_checkpoint))
-        else:
-            from accelerate.utils import set_seed
-
-            set_seed(args.seed + 100_003 * self.accelerator.process_index)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
+        if args.eval_on_start and not resume_from_checkpoint:
+            self.evaluate()
+
+    def _end(self) -> None:
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            best = Path(self.state.best_model_checkpoint)
+            checkpoint.load_weights(best, self.accelerator.unwrap_model(self.model))
+            if self.is_world_process_zero():
+                print(f"Kept the best checkpoint, {best.name}: {self.args.metric_for_best_model} "
+                      f"{self.state.best_metric:.4g}.")  # fmt: skip
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -352,79 +398,138 @@ class PPOTrainer(TRLPPOTrainer):
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    @contextmanager
-    def _policy(self) -> Iterator[nn.Module]:
-        """The policy, ready to generate."""
-        policy = self.accelerator.unwrap_model(self.model).policy.eval()
-        with self.accelerator.autocast():
-            yield policy
-
     def record(self, rollout: Rollout, scored: Scored, advantages: Advantages, stats: UpdateStats) -> None:
-        """Log the update, move the schedule on, save a checkpoint if it is due."""
-        args = self.args
-        self.state.episode += args.batch_size
-        self.state.global_step += 1
-        self.state.epoch = self.state.episode / self.train_dataset_len
-        metrics = self._metrics(rollout, scored, advantages, stats)
-        self.lr_scheduler.step()
-        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        if self.control.should_log or self.state.global_step in (1, args.num_total_batches):
-            self.log(metrics)
-        if args.num_sample_generations > 0:
-            every = max(1, args.num_total_batches // args.num_sample_generations)
-            if self.state.global_step % every == 0 and self.is_world_process_zero():
-                print_prompt_completions_sample(
-                    rollout.prompts,
-                    rollout.completions,
-                    {"score": scored.raw_scores.tolist()},
-                    None,
-                    self.state.global_step,
-                    num_samples=3,
-                )
-        if self.control.should_save:
-            self._save_ppo_checkpoint()
-            self.control = self.callback_handler.on_save(args, self.state, self.control)
-
-    def _metrics(
-        self, rollout: Rollout, scored: Scored, advantages: Advantages, stats: UpdateStats
-    ) -> dict[str, float]:
-        mask = rollout.completion_mask
-
-        def mean(values: torch.Tensor) -> float:
-            return float(self.accelerator.reduce(values.float().mean(), "mean"))
-
-        kl = ((scored.logprobs - scored.reference_logprobs) * mask).sum(1)
-        non_score = advantages.kl_rewards.sum(1)
-        error = ((advantages.returns - scored.values) * mask)[mask].var(unbiased=False)
-        explained = 1 - error / advantages.returns[mask].var(unbiased=False).clamp(min=1e-8)
+        """Log the update, move the schedules on, evaluate and save a checkpoint if it is due."""
+        args, state = self.args, self.state
+        state.episode += args.batch_size
+        state.global_step += 1
+        state.epoch = state.episode / self.train_dataset_len
         metrics = {
-            "objective/kl": mean(kl),
-            "objective/entropy": mean((-scored.logprobs * mask).sum(1)),
-            "objective/non_score_reward": mean(non_score),
-            "objective/rlhf_reward": mean(non_score + scored.scores),
-            "objective/scores": mean(scored.scores),
-            "objective/raw_scores": mean(scored.raw_scores),
-            "objective/kl_coef": self.args.kl_coef,
-            "policy/approxkl_avg": stats.approxkl,
-            "policy/clipfrac_avg": stats.clipfrac,
-            "policy/entropy_avg": stats.entropy,
-            "policy/grad_norm": stats.grad_norm,
-            "loss/policy_avg": stats.policy_loss,
-            "loss/value_avg": stats.value_loss,
-            "val/clipfrac_avg": stats.value_clipfrac,
-            "val/ratio": stats.ratio,
-            "val/ratio_var": stats.ratio_var,
-            "val/first_ratio": stats.first_ratio,
-            "val/explained_variance": mean(explained),
-            "val/num_eos_tokens": float(self.accelerator.reduce(rollout.ended.float().sum(), "sum")),
-            "completions/mean_length": mean(mask.sum(1)),
+            **batch_metrics(rollout, scored, advantages, self._sum),
+            **update_metrics(stats),
+            "objective/kl_coef": self.kl_coef,
             "lr": self.lr_scheduler.get_last_lr()[0],
-            "episode": self.state.episode,
-            "eps": self.args.batch_size / max(1e-9, sum(self.seconds.values())),
+            "episode": state.episode,
+            "eps": args.batch_size / max(1e-9, sum(self.seconds.values())),
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
         }
         self.seconds.clear()
+        if args.adaptive_kl_target is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                metrics["objective/kl"],
+                args.adaptive_kl_target,
+                args.batch_size,
+                args.adaptive_kl_horizon,
+            )
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(args, state, self.control)
+        if self.control.should_log or state.global_step in (1, args.num_total_batches):
+            self.log(metrics)
+            self._remark()
+        self._print_samples(rollout, scored)
+        if self.control.should_evaluate:
+            self.evaluate()
+            self._remark()
+        if self.control.should_save:
+            self._save_ppo_checkpoint()
+            self.control = self.callback_handler.on_save(args, state, self.control)
+
+    def _remark(self) -> None:
+        """Print what the monitor finds wrong, each thing again only after ten updates, and keep it in the log."""
+        for step, name, text in remarks(self.state.log_history, self.args.response_length):
+            if step - self.remarked.get(name, -10) >= 10:
+                self.remarked[name] = step
+                self.state.log_history.append({"step": step, "remark": name, "text": text})
+                if self.is_world_process_zero():
+                    print(f"[monitor, update {step}] {text}", flush=True)
+
+    def _print_samples(self, rollout: Rollout, scored: Scored) -> None:
+        every = self.args.num_total_batches // max(1, self.args.num_sample_generations)
+        due = self.args.num_sample_generations > 0 and self.state.global_step % max(1, every) == 0
+        if due and self.is_world_process_zero():
+            print_prompt_completions_sample(
+                rollout.prompts,
+                rollout.completions,
+                {"score": scored.raw_scores.tolist()},
+                None,
+                self.state.global_step,
+                num_samples=3,
+            )
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample a completion for every evaluation prompt, always with the same random numbers, and score them.
+
+        Returns:
+            `eval_score` (the training reward, raw), `eval_kl`, `eval_length`, `eval_ended`, `eval_rewards/<name>/mean`
+            and, for functions that training never sees, `eval_held_out/<name>`; a table of completions goes to
+            `<output_dir>/eval_samples/<step>.jsonl`.
+        """
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if sets is None:
+            raise InputError("evaluate: there is no eval_dataset.")
+        metrics: dict[str, float] = {}
+        for name, rows in sets.items() if isinstance(sets, dict) else [("", sets)]:
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics.update(self._evaluate_one(rows, prefix))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._note_best(metrics)
         return metrics
+
+    def _evaluate_one(self, rows: Dataset, prefix: str) -> dict[str, float]:
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # every process takes every so-manyth row; the last rows may be taken twice, so that none stands idle
+        share = math.ceil(len(rows) / processes)
+        own = [rows[(rank * share + number) % len(rows)] for number in range(share)]
+        start = time.perf_counter()
+        device, length = self.accelerator.device, self.args.response_length
+        rollout = self._sample(own, draws(0, range(rank * share, (rank + 1) * share), length, -1, device))
+        rewards = self.rewards(rollout)
+        with self.accelerator.autocast():
+            logprobs, _, reference = before_update(
+                self.accelerator.unwrap_model(self.model),
+                self.ref_model,
+                self.ref_adapter_name,
+                rollout,
+                batch_size=self.args.per_device_eval_batch_size,
+                temperature=self.args.temperature,
+            )
+        held_out = collect_rewards(
+            rollout, self.eval_reward_funcs, [1.0] * len(self.eval_reward_funcs), trainer_state=self.state
+        )
+        kl = ((logprobs - reference) * rollout.completion_mask).sum(1)
+        own_metrics = {
+            "score": rewards.scores, "kl": kl, "length": rollout.completion_mask.sum(1), "ended": rollout.ended
+        }  # fmt: skip
+        metrics = {name: float(self.accelerator.reduce(v.float().mean(), "mean")) for name, v in own_metrics.items()}
+        metrics.update({k: v for k, v in reward_metrics(rewards.by_function, self._sum).items() if k.endswith("mean")})
+        for name, value in reward_metrics(held_out.by_function, self._sum).items():
+            if name.endswith("/mean"):
+                metrics[f"held_out/{name.split('/')[1]}"] = value
+        checkpoint.save_samples(self.args, self.state.global_step, prefix, sample_table(rollout, rewards.scores, 32))
+        metrics["runtime"] = time.perf_counter() - start
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        """Remember the step with the best `args.metric_for_best_model`, for `load_best_model_at_end`."""
+        name = self.args.metric_for_best_model
+        if name is None:
+            return
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key == "eval_loss" and key not in metrics:
+            key = "eval_score"  # transformers' default; PPO has no evaluation loss
+        if key not in metrics:
+            raise InputError(f"--metric_for_best_model {name}: not among {sorted(metrics)}.")
+        sign = -1.0 if self.args.greater_is_better is False and key != "eval_score" else 1.0
+        if self.state.best_metric is None or sign * metrics[key] > sign * self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = metrics[key], self.state.global_step
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.state.best_model_checkpoint = str(folder)
 
     # ------------------------------------------------------------------------------------------ saving
 
@@ -438,32 +543,32 @@ class PPOTrainer(TRLPPOTrainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_ppo_checkpoint(self) -> None:
+        """Write a checkpoint aside and rename it, so that it is complete or not there."""
+        state = {
+            "step": self.state.global_step,
+            "episode": self.state.episode,
+            "log": self.state.log_history,
+            "reward_scale": self.reward_scale,
+            "kl_coef": self.kl_coef,
+            "remarked": self.remarked,
+            "best": [self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint],
+        }
+        module, rank = self.accelerator.unwrap_model(self.model), self.accelerator.process_index
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        working = folder.with_name(f"writing-{folder.name}")
-        checkpoint.save_random_state(working, self.accelerator.process_index)
+        with checkpoint.written_aside(folder, self.args.should_save, self.accelerator.wait_for_everyone) as working:
+            checkpoint.save_random_state(working, rank)
+            if self.args.should_save:
+                checkpoint.save(working, module, self.optimizer, self.lr_scheduler, state)
+                self.save_model(str(working))
         if self.args.should_save:
-            state = {"step": self.state.global_step, "episode": self.state.episode, "log": self.state.log_history}
-            state["reward_scale"] = self.reward_scale
-            model = self.accelerator.unwrap_model(self.model)
-            checkpoint.save(working, model, self.optimizer, self.lr_scheduler, state)
-            self.save_model(str(working))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if folder.exists():
-                shutil.rmtree(folder)  # an earlier checkpoint of this step, from before a resume
-            os.replace(working, folder)
-            self._drop_old_checkpoints()
-        self.accelerator.wait_for_everyone()
-
-    def _drop_old_checkpoints(self) -> None:
-        limit = self.args.save_total_limit
-        found = checkpoints(self.args.output_dir)
-        for old in found[:-limit] if limit else []:
-            shutil.rmtree(old)
+            best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
+            checkpoint.drop_old(self.args.output_dir, self.args.save_total_limit, keep=best)
 
     def _load_checkpoint(self, folder: Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        state = checkpoint.load(folder, model, self.optimizer, self.lr_scheduler, self.accelerator.process_index)
+        module, rank = self.accelerator.unwrap_model(self.model), self.accelerator.process_index
+        state = checkpoint.load(folder, module, self.optimizer, self.lr_scheduler, rank)
         self.state.global_step, self.state.episode = state["step"], state["episode"]
-        self.state.log_history = state["log"]
-        self.reward_scale = state["reward_scale"] and tuple(state["reward_scale"])
+        self.state.log_history, self.kl_coef = state["log"], state["kl_coef"]
+        self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = state["best"]
+        self.reward_scale = state["reward_scale"] and RewardScale(*state["reward_scale"])
+        self.remarked = state["remarked"]

@@ -14,30 +14,40 @@ class Rollout(NamedTuple):
     input_ids: torch.Tensor  # (B, P + T) int64
     attention_mask: torch.Tensor  # (B, P + T) int64: 0 on both kinds of padding
     completion_mask: torch.Tensor  # (B, T) bool: True through the stop token
-    ended: torch.Tensor  # (B,) bool: a stop token was sampled
+    ended: torch.Tensor  # (B,) bool: a stop token or stop string was sampled
+
+
+class Rewards(NamedTuple):
+    """What the reward functions said about a rollout. Float32."""
+
+    by_function: dict[str, torch.Tensor]  # (B,) each, by name; NaN where a function had no opinion
+    scores: torch.Tensor  # (B,) their weighted sum
+    per_token: torch.Tensor | None  # (B, T) the part of it that functions gave per token
 
 
 class Scored(NamedTuple):
     """A rollout's scores, and what the models said about its tokens before the update. All float32."""
 
     raw_scores: torch.Tensor  # (B,) what the reward gave
-    scores: torch.Tensor  # (B,) normalized, and less the penalty for completions that never ended
+    scores: torch.Tensor  # (B,) normalized, clipped, with penalties: what is learned from, all tokens together
     logprobs: torch.Tensor  # (B, T) policy
     reference_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T) value of the state before each token
+    per_token: torch.Tensor | None = None  # (B, T) the part of `scores` that belongs to single tokens
+    by_function: dict[str, torch.Tensor] | None = None  # (B,) each, raw, by the name of the reward function
 
 
 class Advantages(NamedTuple):
     """What the update learns from. All (B, T) float32, 0 on padding."""
 
-    rewards: torch.Tensor  # KL penalty per token, plus the score at the last one
+    rewards: torch.Tensor  # KL penalty and reward per token, plus the rest of the score at the last one
     kl_rewards: torch.Tensor  # the KL penalty alone
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # target of the value function
 
 
 class UpdateStats(NamedTuple):
-    """Means over all minibatches of an update, weighted by completion tokens."""
+    """Means over all minibatches of an update and all processes, weighted by completion tokens."""
 
     policy_loss: float
     value_loss: float
@@ -49,3 +59,5 @@ class UpdateStats(NamedTuple):
     ratio_var: float  # variance of the minibatch means of the ratio
     first_ratio: float  # of the first minibatch, before any step: 1 unless something is wrong
     grad_norm: float
+    ptx_loss: float  # language model loss per token of PPO-ptx; 0 without it
+    steps: int  # optimizer steps taken; fewer than asked for if target_kl ended the update

@@ -1,9 +1,12 @@
 """The PPO loss and the minibatch loop."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
@@ -33,12 +36,17 @@ def ppo_loss(
     cliprange: float,
     cliprange_value: float,
     vf_coef: float,
+    entropy_coef: float = 0.0,
+    train_policy: bool = True,
 ) -> LossSums:
-    """Clipped policy and value losses, summed over the masked tokens of (B, T) inputs.
+    """Clipped policy and value losses less the entropy bonus, summed over the masked tokens of (B, T) inputs.
 
     Policy: -min(r A, clip(r, 1 - ε, 1 + ε) A), r = π/π_old; Schulman et al., eq. 7 (https://arxiv.org/abs/1707.06347).
     Value: max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²) / 2, as in
     https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/baselines/ppo2/model.py#L68
+
+    Args:
+        train_policy: False leaves the value loss alone, for a value warm-up.
     """
     logratio = (new.logprobs - old_logprobs) * mask
     ratio = logratio.exp()
@@ -47,14 +55,17 @@ def ppo_loss(
     near = old_values + (new.values - old_values).clamp(-cliprange_value, cliprange_value)
     error, near_error = (new.values - returns) ** 2, (near - returns) ** 2
     value_loss = 0.5 * torch.max(error, near_error) * mask
+    entropy = new.entropy * mask
+    # times 0, so that every parameter has its part in the graph, as DistributedDataParallel asks
+    policy_part = (policy_loss.sum() - entropy_coef * entropy.sum()) * (1.0 if train_policy else 0.0)
     return LossSums(
-        loss=policy_loss.sum() + vf_coef * value_loss.sum(),
+        loss=policy_part + vf_coef * value_loss.sum(),
         policy_loss=policy_loss.sum().detach(),
         value_loss=value_loss.sum().detach(),
         approxkl=(0.5 * logratio.detach() ** 2).sum(),
         clipped=((clipped > unclipped) & mask).sum().float(),
         value_clipped=((near_error > error) & mask).sum().float(),
-        entropy=(new.entropy * mask).sum().detach(),
+        entropy=entropy.sum().detach(),
         ratio=(ratio * mask).sum().detach(),
     )
 
@@ -74,7 +85,36 @@ def trim(rollout: Rollout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     used = mask.any(0).nonzero()
     start, end = int(used[0]), int(used[-1]) + 1
     prompt_length = mask.shape[1] - rollout.completion_mask.shape[1]
-    return rollout.input_ids[rows, start:end], mask[:, start:end], end - prompt_length
+    # a pad token may lie outside of the embeddings; masked, any other token does as well
+    input_ids = rollout.input_ids[rows].masked_fill(mask == 0, 0)
+    return input_ids[:, start:end], mask[:, start:end], end - prompt_length
+
+
+class PtxBatch(NamedTuple):
+    """Rows of the dataset of PPO-ptx. (B, L) int64, right-padded."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    loss_mask: torch.Tensor  # (B, L - 1) bool: tokens 1.. that count
+
+
+def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
+    """Batches of random rows for PPO-ptx, without end.
+
+    Args:
+        dataset: rows with `input_ids`, and `labels` (-100 where a token doesn't count) or every token counts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while dataset is not None:
+        rows = [dataset[n] for n in torch.randint(len(dataset), (batch_size,), generator=generator).tolist()]
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row.get("labels") or row["input_ids"]) for row in rows]
+        attention = [torch.ones_like(tokens) for tokens in ids]
+        yield PtxBatch(
+            pad_sequence(ids, batch_first=True, padding_value=0).to(device),
+            pad_sequence(attention, batch_first=True, padding_value=0).to(device),
+            pad_sequence([kept[1:] != -100 for kept in labels], batch_first=True, padding_value=False).to(device),
+        )
 
 
 def update(
@@ -85,49 +125,79 @@ def update(
     advantages: Advantages,
     batches: Iterator[list[torch.Tensor]],
     *,
-    backward: Callable[[torch.Tensor, bool], None],
-    count_tokens: Callable[[torch.Tensor], float],
+    backward: Callable[[torch.Tensor], None],
+    synchronized: Callable[[bool], AbstractContextManager],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    processes: int,
     temperature: float,
-    **loss_settings: float,
+    target_kl: float | None = None,
+    ptx_coef: float = 0.0,
+    ptx_batches: Iterable[PtxBatch] = (),
+    **loss_settings: Any,
 ) -> UpdateStats:
     """Several epochs of PPO on one rollout; one optimizer step per minibatch.
 
-    The loss of a minibatch is a mean over all its completion tokens, whatever the microbatches it is computed in.
+    The loss of a minibatch is a mean over its completion tokens on all processes, whatever the microbatches and
+    processes it is computed in.
 
     Args:
         forward: the module being trained.
         step: clips, steps, zeroes; returns the gradient norm.
-        backward: takes a microbatch's share of the loss, and whether it is the minibatch's last.
-        count_tokens: completion tokens of the minibatch over all processes, divided by their number (gradients are
-            averaged over processes).
+        synchronized: context of a microbatch's forward and backward; takes whether it is the minibatch's last, when
+            processes average their gradients.
+        reduce: sums a tensor over processes.
+        target_kl: take no further step once a minibatch's approxkl exceeds this.
+        ptx_batches: one per minibatch, if `ptx_coef` is above 0.
     """
-    totals, ratios, norms, tokens = torch.zeros(8), [], [], 0.0
+    totals, ratios, norms, ptx_losses = torch.zeros(9), [], [], []
+    ptx = iter(ptx_batches)
     for micro_batches in batches:
-        in_batch = count_tokens(rollout.completion_mask[torch.cat(micro_batches)].sum())
-        sums, local = torch.zeros(8), 0
+        tokens = reduce(rollout.completion_mask[torch.cat(micro_batches)].sum().float())
+        share = processes / float(tokens)  # of each token in the minibatch's mean, undoing the mean over processes
+        if ptx_coef > 0:
+            with synchronized(False):
+                ptx_loss = language_model_loss(forward, next(ptx))
+                backward(ptx_coef * ptx_loss)
+            ptx_losses.append(float(ptx_loss))
+        sums = torch.zeros(9)
         for number, rows in enumerate(micro_batches):
-            input_ids, attention_mask, length = trim(rollout, rows)
-            mask = rollout.completion_mask[rows, :length]
-            new = forward(input_ids, attention_mask, length, temperature)
-            losses = ppo_loss(
-                new,
-                scored.logprobs[rows, :length],
-                scored.values[rows, :length],
-                advantages.advantages[rows, :length],
-                advantages.returns[rows, :length],
-                mask,
-                **loss_settings,
-            )
-            backward(losses.loss / in_batch, number == len(micro_batches) - 1)
-            sums += torch.stack([value.detach().float().cpu() for value in losses])
-            local += int(mask.sum())
+            with synchronized(number == len(micro_batches) - 1):
+                input_ids, attention_mask, length = trim(rollout, rows)
+                mask = rollout.completion_mask[rows, :length]
+                new = forward(
+                    input_ids, attention_mask, length, temperature,
+                    entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0,
+                )  # fmt: skip
+                losses = ppo_loss(
+                    new, scored.logprobs[rows, :length], scored.values[rows, :length],
+                    advantages.advantages[rows, :length], advantages.returns[rows, :length], mask, **loss_settings,
+                )  # fmt: skip
+                backward(losses.loss * share)
+            sums += torch.stack([*(value.detach().float() for value in losses), mask.sum().float()]).cpu()
         norms.append(step())
-        ratios.append(float(sums[7]) / local)
-        totals, tokens = totals + sums, tokens + local
-    _, policy, value, approxkl, clipped, value_clipped, entropy, ratio = (totals / tokens).tolist()
+        sums = reduce(sums.to(rollout.input_ids.device)).cpu()
+        totals += sums
+        ratios.append(float(sums[7] / sums[8]))
+        if target_kl is not None and float(sums[3] / sums[8]) > target_kl:
+            break
+    return update_stats(totals, ratios, norms, ptx_losses)
+
+
+def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
+    """Mean negative log-probability of the masked tokens, at temperature 1."""
+    length = batch.input_ids.shape[1] - 1
+    new = forward(batch.input_ids, batch.attention_mask, length, 1.0, with_values=False)
+    return -(new.logprobs * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
+
+
+def update_stats(totals: torch.Tensor, ratios: list[float], norms: list[float], ptx_losses: list[float]) -> UpdateStats:
+    """Means from the sums (9,) of all minibatches, the fields of LossSums and the number of tokens."""
+    _, policy, value, approxkl, clipped, value_clipped, entropy, ratio, _ = (totals / totals[8]).tolist()
     return UpdateStats(
         policy, value, approxkl, clipped, value_clipped, entropy, ratio,
         ratio_var=float(torch.tensor(ratios).var(unbiased=False)),
         first_ratio=ratios[0],
         grad_norm=sum(norms) / len(norms),
+        ptx_loss=sum(ptx_losses) / max(1, len(ptx_losses)),
+        steps=len(norms),
     )  # fmt: skip

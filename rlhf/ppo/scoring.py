@@ -1,0 +1,127 @@
+"""Rollout → Scored: rewards, their scale, and log-probabilities and values before the update."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rlhf.feedback import as_message
+from rlhf.ppo.metrics import exact
+from rlhf.ppo.model import PolicyAndValue, reference_logprobs
+from rlhf.ppo.types import Rewards, Rollout
+from rlhf.ppo.update import trim
+from rlhf.rewards import RewardFunction, call_rewards, reward_name
+
+
+def names_of(functions: list[RewardFunction]) -> list[str]:
+    """A name for each function; namesakes are numbered."""
+    names = [reward_name(function) for function in functions]
+    return [name if names.count(name) == 1 else f"{name}_{names[:number].count(name) + 1}"
+            for number, name in enumerate(names)]  # fmt: skip
+
+
+def collect_rewards(
+    rollout: Rollout, functions: list[RewardFunction], weights: list[float], **columns: list[Any]
+) -> Rewards:
+    """Ask every reward function about the rollout and add up the weighted answers.
+
+    A function without an opinion on a completion (None) adds nothing to its score.
+
+    Raises:
+        RewardError: see rlhf.rewards.call_rewards.
+    """
+    shape, device = rollout.completion_mask.shape, rollout.input_ids.device
+    tokens = rollout.input_ids[:, -shape[1] :]
+    ids = [row[mask].tolist() for row, mask in zip(tokens, rollout.completion_mask, strict=True)]
+    completions = [as_message(*pair) for pair in zip(rollout.prompts, rollout.completions, strict=True)]
+    answers = call_rewards(functions, rollout.prompts, completions, ids, **{**rollout.columns, **columns})
+    by_function, total = {}, torch.zeros(shape[0], device=device)
+    per_token: torch.Tensor | None = None
+    for name, weight, scores in zip(names_of(functions), weights, answers, strict=True):
+        sums = [sum(score) if isinstance(score, list) else score for score in scores]
+        by_function[name] = torch.tensor([math.nan if s is None else s for s in sums], device=device)
+        total += weight * by_function[name].nan_to_num(0.0)
+        for row, score in enumerate(scores):
+            if isinstance(score, list):
+                per_token = torch.zeros(shape, device=device) if per_token is None else per_token
+                per_token[row, : len(score)] += weight * torch.tensor(score, device=device)
+    return Rewards(by_function, total, per_token)
+
+
+class RewardScale(NamedTuple):
+    """Mean and standard deviation of the scores of the first batch, which the SFT model samples."""
+
+    mean: float
+    std: float
+
+
+def measure_scale(scores: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> RewardScale:
+    """The scale of raw scores (B,) over all processes; `reduce` sums over them. That of a constant reward is 1.
+
+    lm-human-preferences normalizes likewise, on samples of the policy before training:
+    https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/train_reward.py#L207
+    """
+    values = exact(scores)
+    count, total, total_squares = reduce(torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()]))
+    mean, squares = float(total / count), float(total_squares / count)
+    std = math.sqrt(max(0.0, squares - mean**2))
+    return RewardScale(mean, std if std > 1e-6 else 1.0)
+
+
+def shape_scores(
+    rewards: Rewards,
+    scale: RewardScale,
+    lengths: torch.Tensor,
+    ended: torch.Tensor,
+    *,
+    score_clip: float | None,
+    length_penalty: float,
+    missing_eos_penalty: float | None,
+    missing_eos_score: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the policy learns from: scores (B,), and the part of them that belongs to tokens (B, T) or None.
+
+    In this order: shift and scale, clip, length penalty, then what replaces or lowers the score of a completion that
+    never ended.
+    """
+    scores = (rewards.scores - scale.mean) / scale.std
+    per_token = None if rewards.per_token is None else rewards.per_token / scale.std
+    if score_clip is not None:
+        clipped = scores.clamp(-score_clip, score_clip)
+        if per_token is not None:  # rewards of tokens shrink with their sum; 1 where nothing was clipped
+            per_token = per_token * torch.where(scores == 0, 1.0, clipped / scores)[:, None]
+        scores = clipped
+    scores = scores - length_penalty * lengths
+    if missing_eos_penalty is not None:
+        scores = torch.where(ended, scores, scores - missing_eos_penalty)
+    if missing_eos_score is not None:
+        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
+        per_token = None if per_token is None else per_token * ended[:, None]
+    return scores, per_token
+
+
+@torch.no_grad()
+def before_update(
+    model: PolicyAndValue,
+    ref_model: PreTrainedModel | PeftModel | None,
+    ref_adapter_name: str | None,
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logprobs, values and reference logprobs, (B, T) float32, computed on rows of similar length at a time."""
+    model.eval()
+    results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
+    for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
+        input_ids, attention_mask, length = trim(rollout, rows)
+        policy = model(input_ids, attention_mask, length, temperature)
+        reference = reference_logprobs(
+            model.policy, ref_model, ref_adapter_name, input_ids, attention_mask, length, temperature
+        )
+        for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
+            result[rows, :length] = part
+    return results[0], results[1], results[2]

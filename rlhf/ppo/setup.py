@@ -1,0 +1,103 @@
+"""What PPOTrainer checks and prepares before it trains."""
+
+import math
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import disable_dropout_in_model
+
+from rlhf.errors import InputError
+from rlhf.models import recompute_with_same_adapter
+from rlhf.ppo.config import PPOConfig
+
+
+def check_models(model: Any, ref_model: Any, reward_model: Any, value_model: Any) -> None:
+    """Raise InputError for models that can't play their roles together."""
+    if ref_model is model:
+        raise InputError("ref_model is the policy itself. Pass a copy, or None.")
+    if reward_model is not None and value_model is reward_model:
+        raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
+    for name, classifier in (("reward_model", reward_model), ("value_model", value_model)):
+        labels = getattr(getattr(classifier, "config", None), "num_labels", 1)
+        if labels != 1:
+            raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError if the pad token is missing, or is also the eos token."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")
+
+
+def check_prompts(dataset: Dataset | None, name: str, response_length: int, model: Any) -> None:
+    """Raise InputError for a dataset without prompts, or with prompts that leave no room for a response."""
+    if dataset is None or len(dataset) == 0:
+        raise InputError(f"{name}: PPO needs at least one prompt.")
+    if "input_ids" not in dataset.column_names:
+        raise InputError(
+            f"{name}: needs a column input_ids with the prompts' tokens; found {sorted(dataset.column_names)}. "
+            "rlhf.data.prompt_rows makes it from text or messages."
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids) for ids in dataset["input_ids"])
+    if longest == 0 or min(len(ids) for ids in dataset["input_ids"]) == 0:
+        raise InputError(f"{name}: has a prompt without tokens.")
+    if context is not None and longest + response_length > context:
+        raise InputError(
+            f"--response_length {response_length}: the longest prompt of {name} has {longest} tokens, together more "
+            f"than the model's context of {context}. Shorten one of them."
+        )
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """No dropout anywhere, or the ratio of new to old probabilities would not start at 1."""
+    disable_dropout_in_model(module)
+    for part in module.modules():
+        if isinstance(getattr(part, "attention_dropout", None), float):  # attention reads it on every forward
+            part.attention_dropout = 0.0
+
+
+def checkpoint_activations(model: PreTrainedModel | PeftModel | None, args: PPOConfig) -> None:
+    """Trade compute for memory in the update: recompute activations instead of keeping them."""
+    if model is None:
+        return
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = dict(args.activation_checkpointing_kwargs or {"use_reentrant": False})
+    if isinstance(model, PeftModel):
+        if settings.get("use_reentrant", True):
+            raise InputError(
+                "--activation_checkpointing_kwargs: with adapters, use_reentrant must be false, so that a layer is "
+                "recomputed with the adapter that it ran with."
+            )
+        settings["context_fn"] = recompute_with_same_adapter(model)
+    inner.enable_input_require_grads()
+    inner.activation_checkpointing_enable(settings)
+
+
+def set_sizes(args: PPOConfig, dataset_length: int, processes: int) -> None:
+    """Fill in the sizes that TRL's PPOConfig derives from the others; a run is a whole number of batches.
+
+    Raises:
+        InputError: if `total_episodes` is given and is no multiple of the batch size.
+    """
+    args.world_size = processes
+    args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.micro_batch_size = args.per_device_train_batch_size * processes
+    args.batch_size = args.local_batch_size * processes
+    args.mini_batch_size = args.batch_size // args.num_mini_batches
+    args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
+    if args.max_steps > 0:
+        args.total_episodes = args.max_steps * args.batch_size
+    elif args.total_episodes is None:
+        args.total_episodes = max(1, int(args.num_train_epochs * dataset_length / args.batch_size)) * args.batch_size
+    elif args.total_episodes % args.batch_size or args.total_episodes < 1:
+        below = args.total_episodes // args.batch_size * args.batch_size
+        raise InputError(
+            f"--total_episodes {args.total_episodes}: is no whole number of batches of {args.batch_size} "
+            f"(per_device_train_batch_size × gradient_accumulation_steps × processes). Give "
+            f"{f'{below} or ' if below else ''}{below + args.batch_size}."
+        )
+    args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
