@@ -5,6 +5,7 @@ import json
 import torch
 from conftest import TINY_PPO, TINY_TRAINING, run
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 
 def _weights(folder):
@@ -39,9 +40,60 @@ def test_reward_on_two_processes_equals_one(tiny, files, tmp_path):
     assert _close(one, two, 1e-4)
 
 
-def test_lora_ppo_on_two_processes(tiny, files, tmp_path):
-    result = run("recipes/ppo.py", "--model_name_or_path", tiny, "--dataset_name", files / "prompts.jsonl",
-                 "--output_dir", tmp_path / "ppo", *TINY_PPO, processes=2)  # fmt: skip
-    assert "'episode': 16" in result.stdout
-    weights = _weights(tmp_path / "ppo")
-    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+def _ppo(sft, files, folder, processes, *more):
+    """Two updates of LoRA PPO with a global batch of 8."""
+    arguments = list(TINY_PPO)
+    arguments[arguments.index("--per_device_train_batch_size") + 1] = str(8 // processes)
+    arguments[arguments.index("--response_length") + 1] = "24"
+    arguments += ["--learning_rate", 1e-2, "--stop_token_id", *range(0, 49152, 40), *more]  # of uneven length
+    run("recipes/ppo.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",
+        folder, *arguments, processes=processes)  # fmt: skip
+    log = json.loads((folder / "checkpoint-2" / "ppo_state.json").read_text())["log"]
+    return [entry for entry in log if "objective/kl" in entry]
+
+
+def test_defect_30_lora_ppo_on_two_processes_equals_one(sft, files, tmp_path):
+    """Same rollouts, same gathered metrics, same weights after each update."""
+    one = _ppo(sft, files, tmp_path / "one", 1)
+    two = _ppo(sft, files, tmp_path / "two", 2)
+    for first, second in zip(one, two, strict=True):
+        for key in first:
+            if not key.startswith("time/") and key not in ("eps", "epoch"):
+                assert abs(first[key] - second[key]) < 1e-3 * max(1.0, abs(first[key])), key
+    assert one[0]["completions/mean_length"] < 24
+    for step in (1, 2):
+        folders = [tmp_path / name / f"checkpoint-{step}" for name in ("one", "two")]
+        first, second = (load_file(folder / "trainable.safetensors") for folder in folders)
+        assert _close(first, second, 1e-4)
+    assert _close(_weights(tmp_path / "one"), _weights(tmp_path / "two"), 1e-4)
+
+
+def test_two_processes_resume_exactly(sft, files, tmp_path):
+    settings = ("--save_steps", 1)
+    _ppo(sft, files, tmp_path / "run", 2, *settings)
+    finished = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**state, "finished": False}))
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "gone")
+    assert {path.name for path in (tmp_path / "gone").glob("random_state_*")} == {
+        "random_state_0.pt",
+        "random_state_1.pt",
+    }
+    _ppo(sft, files, tmp_path / "run", 2, *settings)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == finished
+
+
+def test_defect_31_full_ppo_on_two_processes_saves_a_whole_model(tiny, files, tmp_path):
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = list(TINY_PPO)
+        arguments[arguments.index("--per_device_train_batch_size") + 1] = str(4 // processes)
+        run("recipes/ppo.py", "--model_name_or_path", tiny, "--use_peft", "false", "--dataset_name",
+            files / "prompts.jsonl", "--output_dir", folder, *arguments, "--learning_rate", 1e-3,
+            processes=processes)  # fmt: skip
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    assert any(not torch.equal(start[name], weights[1][name]) for name in start)
+    assert _close(*weights, 1e-4)
