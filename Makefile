@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup demo test lint format
+.PHONY: setup demo bench optimum kills test lint format
 
 setup: $(SETUP)
 
@@ -22,6 +22,16 @@ $(DEV): $(SETUP)
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+# PPO beside stock TRL: time and memory of an update; a problem with a known optimum; kill and resume
+bench: $(DEV)
+	$(BIN)/python tests/bench_ppo.py
+
+optimum: $(DEV)
+	$(BIN)/python tests/optimum_ppo.py
+
+kills: $(DEV)
+	$(BIN)/python tests/kill_ppo.py --kills 20
 
 test: $(DEV)
 	$(BIN)/python -m pytest

@@ -161,17 +161,21 @@ def count_a(prompts, completions, **columns):
     return [float(completion_text(completion).count("a")) for completion in completions]
 
 
-@pytest.fixture(scope="session")
-def sft(tiny, tokenizer, tmp_path_factory):
-    """Folder of a LoRA adapter of the tiny model with weights that do something."""
-    folder = tmp_path_factory.mktemp("sft")
-    model = load_causal_lm(resolve(tiny), LORA, tokenizer)
+def make_adapter(base, tokenizer, folder):
+    """Save a LoRA adapter of a tiny model with weights that do something."""
+    model = load_causal_lm(resolve(str(base)), LORA, tokenizer)
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sft(tiny, tokenizer, tmp_path_factory):
+    """Folder of a LoRA adapter of the tiny model."""
+    return make_adapter(tiny, tokenizer, tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
+from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -298,3 +299,8 @@ def test_recipes_read_alike(recipe):
     order = ["# Arguments", "# Data", "# Tokenizer", "# Model", "# Save, card, push"]
     positions = [text.index(heading) for heading in order]
     assert positions == sorted(positions)
+
+
+def test_a_ppo_run_killed_at_random_moments_ends_as_if_nothing_had_happened(sft, files, tmp_path):
+    moments = kill_and_compare(sft, str(files / "prompts.jsonl"), tmp_path, kills=2)
+    assert len(moments) == 2

@@ -1,0 +1,217 @@
+"""Time and memory of an update, ours beside stock TRL 1.12, in one run: `make bench`.
+
+Both train a LoRA adapter of the starter on the starter's prompts: batch 32, 48 new tokens, one PPO epoch, one
+minibatch, microbatches of 8, the same reward adapter. Two processes take turns, one update each, so that whatever else
+the machine does hits both. The first update warms up and is left out.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_mini_batches": 1, "num_ppo_epochs": 1,
+    "response_length": 48, "temperature": 1.0, "learning_rate": 1e-4, "stop_token": "eos", "logging_steps": 1,
+    "num_sample_generations": 0, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    "activation_checkpointing": False, "local_rollout_forward_batch_size": 32,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- one of the two
+
+
+def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
+    """The trainer, ready to run; `seconds` is filled with the time per phase of the last update."""
+    import torch
+    from trl import ModelConfig
+
+    from rlhf.data import prompt_rows
+    from rlhf.models import load_causal_lm, load_reward_model, load_tokenizer, resolve
+    from rlhf.starter import starter_dataset
+
+    has_bf16 = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    lora = ModelConfig(
+        dtype="bfloat16" if has_bf16 else "float32", use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0,
+        lora_target_modules=["all-linear"],
+    )  # fmt: skip
+    source = resolve("starter")
+    tokenizer = load_tokenizer(source)
+    rows = prompt_rows(starter_dataset("ppo")["train"], "starter", tokenizer, 48, None).select(range(32 * updates))
+    folder = tempfile.mkdtemp()
+    settings = {**SETTINGS, "output_dir": folder, "bf16": has_bf16, "total_episodes": 32 * updates}
+    policy = load_causal_lm(source, lora, tokenizer)
+    if which == "ours":
+        from rlhf.models import REWARD
+        from rlhf.ppo import PPOConfig, PPOTrainer
+        from rlhf.rewards import load_reward, resolve_reward
+
+        load_reward_model(source, lora, tokenizer).save_pretrained(folder)
+        reward = load_reward(resolve_reward(folder), lora, policy=policy)
+        assert REWARD in policy.peft_config
+        trainer = PPOTrainer(PPOConfig(**settings), tokenizer, policy, train_dataset=rows, reward_funcs=[reward])
+        seconds["read"] = lambda: {
+            name.removeprefix("time/"): value for name, value in trainer.state.log_history[-1].items()
+            if name.startswith("time/")
+        }  # fmt: skip
+        return trainer
+    from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
+
+    value = load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer)
+    reward_model = load_reward_model(source, lora, tokenizer, trainable=False)
+    rows = rows.select_columns(["input_ids"])
+    settings = {key: v for key, v in settings.items() if key != "activation_checkpointing"}
+    args = TRLPPOConfig(**settings, gradient_checkpointing=False)
+    trainer = TRLPPOTrainer(args, tokenizer, policy, None, reward_model, rows, value)
+    time_stock(trainer, seconds)
+    return trainer
+
+
+def time_stock(trainer: Any, seconds: dict[str, Any]) -> None:
+    """TRL logs no time per phase: note when sampling ends and when the first step of the update begins."""
+    module = sys.modules[type(trainer).__module__]
+    marks: dict[str, float] = {}
+    generation, accumulate = module.batch_generation, trainer.accelerator.accumulate
+
+    def timed_generation(*args: Any, **kwargs: Any) -> Any:
+        marks["start"] = time.perf_counter()
+        marks.pop("update", None)
+        result = generation(*args, **kwargs)
+        marks["sampled"] = time.perf_counter()
+        return result
+
+    def timed_accumulate(*args: Any, **kwargs: Any) -> Any:
+        marks.setdefault("update", time.perf_counter())
+        return accumulate(*args, **kwargs)
+
+    module.batch_generation, trainer.accelerator.accumulate = timed_generation, timed_accumulate
+    seconds["read"] = lambda: {
+        "rollout": marks["sampled"] - marks["start"],
+        "reward+logprobs": marks["update"] - marks["sampled"],
+        "update": time.perf_counter() - marks["update"],
+    }
+
+
+def run_worker(which: str, updates: int, profile: bool) -> None:
+    """Train, one update for every line on standard input, and print what it took."""
+    import torch
+    from transformers import TrainerCallback
+
+    seconds: dict[str, Any] = {}
+    trainer = worker(which, updates, seconds)
+    started = [0.0]
+
+    def wait() -> None:
+        if not sys.stdin.readline():
+            sys.exit()
+        started[0] = time.perf_counter()
+
+    class Turns(TrainerCallback):
+        """Reports after each update and waits for the next turn."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            entry = state.log_history[-1]
+            if "objective/kl" not in entry:
+                return
+            report = {
+                "seconds": time.perf_counter() - started[0],
+                "phases": seconds["read"](),
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+            print("BENCH " + json.dumps(report), flush=True)
+            if state.global_step < updates:
+                wait()
+
+    trainer.add_callback(Turns())
+    print("BENCH ready", flush=True)
+    wait()
+    if not profile:
+        trainer.train()
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    products = ("mm", "addmm", "bmm", "baddbmm", "matmul", "_scaled_dot_product", "mkldnn", "linear")
+    share = sum(t for key, t in times.items() if key.removeprefix("aten::").startswith(products)) / sum(times.values())
+    print("BENCH " + json.dumps({"matrix multiplication": share}), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ both of them
+
+
+def read(process: subprocess.Popen) -> Any:
+    """The next report of a worker."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("BENCH "):
+            return line[6:].strip() if line[6:].strip() == "ready" else json.loads(line[6:])
+    raise SystemExit(f"A worker ended without a report (exit code {process.wait()}); its errors are above.")
+
+
+def start(which: str, updates: int, *more: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--worker", which, "--updates", str(updates), *more]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert read(process) == "ready"
+    return process
+
+
+def turn(process: subprocess.Popen) -> dict[str, Any]:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return read(process)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=6, help="updates of each, the first to warm up")
+    parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return run_worker(arguments.worker, arguments.updates, arguments.profile)
+    workers = {name: start(name, arguments.updates) for name in ("trl", "ours")}
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in range(arguments.updates):
+        for name, process in workers.items():
+            reports[name].append(turn(process))
+            print(
+                f"update {number + 1} of {arguments.updates}, {name}: {reports[name][-1]['seconds']:.1f} s", flush=True
+            )
+    for process in workers.values():
+        process.wait()
+    profiled = start("ours", 1, "--profile")
+    turn(profiled)
+    share = read(profiled)["matrix multiplication"]
+    print_table({name: report[1:] for name, report in reports.items()})
+    print(f"Matrix multiplication is {share:.0%} of the processor time of one of our updates.")
+
+
+def print_table(reports: dict[str, list[dict[str, Any]]]) -> None:
+    """Means over the updates, and the ratios of the two."""
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    seconds = {name: mean([r["seconds"] for r in report]) for name, report in reports.items()}
+    rates = {name: [32 / r["seconds"] for r in report] for name, report in reports.items()}
+    peaks = {name: max(r["peak"] for r in report) for name, report in reports.items()}
+    count = len(reports["ours"])
+    print(f"\n{'':24}{'TRL 1.12':>12}{'ours':>12}{'ratio':>10}    (means of {count} updates)")
+    rows = [
+        ("episodes/s", mean(rates["trl"]), mean(rates["ours"]), seconds["trl"] / seconds["ours"]),
+        ("s per update", seconds["trl"], seconds["ours"], seconds["ours"] / seconds["trl"]),
+        ("peak memory, GiB", peaks["trl"], peaks["ours"], peaks["ours"] / peaks["trl"]),
+    ]
+    for name, trl, ours, ratio in rows:
+        print(f"{name:24}{trl:12.2f}{ours:12.2f}{ratio:9.2f}x")
+    for name, report in reports.items():
+        phases = {phase: mean([r["phases"][phase] for r in report]) for phase in report[0]["phases"]}
+        print(f"{name:>4}: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in phases.items()))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
