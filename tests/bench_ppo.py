@@ -42,6 +42,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     )  # fmt: skip
     source = resolve("starter")
     tokenizer = load_tokenizer(source)
+    tokenizer.padding_side = "left"  # which stock TRL leaves to the user
     rows = prompt_rows(starter_dataset("ppo")["train"], "starter", tokenizer, 48, None).select(range(32 * updates))
     folder = tempfile.mkdtemp()
     settings = {**SETTINGS, "output_dir": folder, "bf16": has_bf16, "total_episodes": 32 * updates}

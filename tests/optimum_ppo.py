@@ -5,8 +5,10 @@ below 0.95 (mean of the last three updates).
 """
 
 import argparse
+import io
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +53,6 @@ def ours(seed: int, folder: Path) -> list[float]:
         args, tokenizer, AutoModelForCausalLM.from_pretrained(path), train_dataset=Dataset.from_dict(
             {"prompt": ["go"], "input_ids": [[3]]}), reward_funcs=[share_of_a],
     )  # fmt: skip
-    trainer.log = lambda logs, *_: trainer.state.log_history.append(dict(logs))  # quietly
     trainer.train()
     return [entry["objective/raw_scores"] for entry in trainer.state.log_history if "objective/kl" in entry]
 
@@ -88,7 +89,6 @@ def stock(seed: int, folder: Path) -> list[float]:
         ShareOfA(), Dataset.from_dict({"input_ids": [[3]] * 64}),
         AutoModelForSequenceClassification.from_pretrained(path, num_labels=1),
     )  # fmt: skip
-    trainer.log = lambda logs, *_: trainer.state.log_history.append(dict(logs))
     trainer.train()
     return [entry["objective/scores"] for entry in trainer.state.log_history if "objective/kl" in entry]
 
@@ -106,7 +106,8 @@ def main() -> None:
         for seed in range(arguments.seeds):
             for which, run in (("ours", ours), ("TRL 1.12", stock)):
                 if which == "ours" or seed < 2:
-                    curve = run(seed, Path(name))
+                    with redirect_stdout(io.StringIO()):  # of the trainers and the monitor
+                        curve = run(seed, Path(name))
                     end = sum(curve[-3:]) / 3
                     ends += [end] if which == "ours" else []
                     numbers = "".join(f"{curve[mark]:8.2f}" for mark in marks)

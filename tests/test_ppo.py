@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +234,18 @@ def test_no_dropout_is_left_in_training_mode(tokenizer, prompts, tmp_path):
     ppo.model.train()
     first, second = (ppo.model(ids, torch.ones_like(ids), 3, 1.0).logprobs for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_every_logged_metric_is_in_the_glossary(sft, tokenizer, prompts, tmp_path):
+    extra = {"eval_dataset": prompts, "eval_reward_funcs": [count_a], "ptx_dataset": prompts}
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, extra=extra, eval_strategy="steps", eval_steps=1, ptx_coef=1.0)
+    ppo.train()
+    glossary = (Path(__file__).parents[1] / "README.md").read_text().split("## What is logged")[1]
+    names = {key for entry in ppo.state.log_history for key in entry if "remark" not in entry}
+    names -= {"step", "epoch", "eval_runtime"}  # the Trainer's own
+    general = {re.sub("time/.*", "time/*", name.replace("count_a", "<name>")) for name in names}
+    assert len(general) > 30
+    assert not {name for name in general if f"`{name}`" not in glossary}
 
 
 def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path):

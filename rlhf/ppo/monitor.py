@@ -26,9 +26,10 @@ class Run(NamedTuple):
     updates: History  # metrics of every update so far, oldest first
     evaluations: History  # metrics of every evaluation so far, with keys `eval_…`
     response_length: int  # most tokens that a completion can have
+    can_end: bool  # whether there is a stop token or stop string at all
 
 
-def remarks(history: History, response_length: int) -> list[Remark]:
+def remarks(history: History, response_length: int, can_end: bool = True) -> list[Remark]:
     """What the rules say about the newest of the logged updates.
 
     Args:
@@ -37,7 +38,7 @@ def remarks(history: History, response_length: int) -> list[Remark]:
     updates = [entry for entry in history if "objective/kl" in entry]
     if not updates:
         return []
-    run = Run(updates, [entry for entry in history if "eval_score" in entry], response_length)
+    run = Run(updates, [entry for entry in history if "eval_score" in entry], response_length, can_end)
     step = int(updates[-1].get("step", len(updates)))
     said = ((rule.__name__.lstrip("_"), rule(run)) for rule in RULES)
     return [Remark(step, name, text) for name, text in said if text is not None]
@@ -77,7 +78,7 @@ def _first_ratio(run: Run) -> str | None:
 
 
 def _no_reply_ends(run: Run) -> str | None:
-    if run.updates[-1]["completions/ended"] == 0:
+    if run.can_end and run.updates[-1]["completions/ended"] == 0:
         return (
             f"No completion ended by itself within response_length={run.response_length} tokens, so scores judge "
             "unfinished texts. Check that the SFT model learned to end its replies (stop_token, stop_strings), raise "

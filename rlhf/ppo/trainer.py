@@ -437,7 +437,8 @@ class PPOTrainer(TRLPPOTrainer):
 
     def _remark(self) -> None:
         """Print what the monitor finds wrong, each thing again only after ten updates, and keep it in the log."""
-        for step, name, text in remarks(self.state.log_history, self.args.response_length):
+        can_end = bool(self.stop_token_ids or self.args.stop_strings)
+        for step, name, text in remarks(self.state.log_history, self.args.response_length, can_end):
             if step - self.remarked.get(name, -10) >= 10:
                 self.remarked[name] = step
                 self.state.log_history.append({"step": step, "remark": name, "text": text})
