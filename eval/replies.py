@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from rlhf.generation import left_pad
 from rlhf.models import Source, load_causal_lm, load_tokenizer
-from rlhf.ppo.model import positions_of
+from rlhf.prefix import forward
 
 
 class Replies(NamedTuple):
@@ -57,9 +57,11 @@ def reply_logprobs(
         numbers = order[start : start + batch_size]
         batch = left_pad(tokenizer, [prompts[number] + replies[number] for number in numbers]).to(model.device)
         longest = max(len(replies[number]) for number in numbers)
-        logits = model(
-            **batch, position_ids=positions_of(batch["attention_mask"]), logits_to_keep=longest + 1, use_cache=False
-        ).logits[:, :-1]
+        totals = batch["attention_mask"].sum(1)
+        prompt_lengths = totals - torch.tensor([len(replies[number]) for number in numbers], device=totals.device)
+        config = model.config.get_text_config()
+        run = forward(model, config, **batch, prompt_lengths=prompt_lengths, logits_to_keep=longest + 1)
+        logits = run.output.logits[:, -longest - 1 : -1]
         targets = batch["input_ids"][:, -longest:]
         logprobs = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         for row, number in enumerate(numbers):

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
+from rlhf.prefix import forward
+
 
 class Samples(NamedTuple):
     """What `sample` returns. B rows, P prompt tokens (left-padded), T completion tokens (right-padded)."""
@@ -41,10 +43,12 @@ def draw(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     if do_sample:
-        cumulative = logprobs.exp().cumsum(-1)
+        # in float64, where there is one: else the rounding of a long sum, not the logits, decides between neighbours
+        exact = torch.float32 if logits.device.type == "mps" else torch.float64
+        cumulative = logprobs.exp().cumsum(-1, dtype=exact)
         # scaled by the last entry: rounding leaves it a little off 1, and the draw must not fall behind it
         uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
-        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp_(
+        tokens = torch.searchsorted(cumulative, uniform.to(exact)[:, None] * cumulative[:, -1:], right=True).clamp_(
             max=logits.shape[-1] - 1
         )
     else:
@@ -75,20 +79,19 @@ def sample(
     completions = torch.full((rows, room), pad, dtype=torch.long, device=input_ids.device)
     logprobs = torch.zeros(rows, room, device=input_ids.device)
     active = torch.arange(rows, device=input_ids.device)  # which row of the batch each row of the cache belongs to
-    mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
-    sequences, cache, step = input_ids, model_kwargs.get("past_key_values"), 0
-    inputs, positions = input_ids, (mask.long().cumsum(-1) - 1).clamp(min=0)
     going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     lengths = torch.full((rows,), room, device=input_ids.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     stops = StoppingCriteriaList(rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria))
-    while step < room:
-        output = model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
+    sequences, cache = input_ids, model_kwargs.get("past_key_values")
+    output, _, mask, positions = forward(
+        model, model.config.get_text_config(), input_ids, mask, mask.sum(1), cache=cache, logits_to_keep=1
+    )
+    cache = output.past_key_values
+    step = 0
+    while True:
         logits = logits_processor(sequences, output.logits[:, -1].float())
         uniform = None if uniforms is None else uniforms[active, step]
         tokens, logprob = draw(logits, generation_config.do_sample, uniform)
@@ -98,7 +101,7 @@ def sample(
         stopped = going & stops(sequences, None)
         ended[active[stopped]], lengths[active[stopped]] = True, step
         going = going & ~stopped
-        if not going.any():
+        if step == room or not going.any():
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions[:, -1:] + 1
@@ -108,7 +111,11 @@ def sample(
             cache.batch_select_indices(keep)
             active, sequences, mask, positions = active[keep], sequences[keep], mask[keep], positions[keep]
             going = going[keep]
-        inputs = sequences[:, -1:]
+        output = model(
+            input_ids=sequences[:, -1:], attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache = output.past_key_values
     return Samples(torch.cat([input_ids, completions[:, :step]], 1), logprobs[:, :step], lengths.clamp(max=step), ended)
 
 

@@ -37,6 +37,7 @@ from rlhf.models import (
     resolve,
     trunk,
 )
+from rlhf.prefix import forward
 from rlhf.starter import STARTER, gold_scores
 
 Completion = str | Messages
@@ -98,30 +99,35 @@ class RewardModel:
         rows = [self.encode(*pair) for pair in zip(prompts, texts, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         scores = [0.0] * len(rows)
+        side = "left" if self._reads_the_last_token() else "right"
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = self.tokenizer.pad(
-                {"input_ids": [rows[number] for number in numbers]}, padding_side="right", return_tensors="pt"
+                {"input_ids": [rows[number] for number in numbers]}, padding_side=side, return_tensors="pt"
             ).to(self.model.device)
             for number, score in zip(numbers, self._scores(**batch).tolist(), strict=True):
                 scores[number] = score
         return scores
 
-    def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Scores (B,) float32 of right-padded rows, read at their last token."""
+    def _reads_the_last_token(self) -> bool:
+        """True of decoders; an encoder pools in its own way."""
         classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if self.head is None and not hasattr(classifier, "score"):  # an encoder, which pools in its own way
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()[:, 0]
+        return self.head is not None or hasattr(classifier, "score")
+
+    def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Scores (B,) float32."""
         self.model.eval()
+        if not self._reads_the_last_token():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()[:, 0]
+        body = trunk(self.model)
+        # a pad token may lie outside of the embeddings; masked, any other token does as well
+        ids = input_ids.masked_fill(attention_mask == 0, 0)
         with nullcontext() if self.adapter is None else active_adapter(self.model, self.adapter):
-            # a pad token may lie outside of the embeddings; masked, any other token does as well
-            ids = input_ids.masked_fill(attention_mask == 0, 0)
-            hidden = trunk(self.model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)[0]
-        last = attention_mask.sum(1) - 1
-        at_end = hidden[torch.arange(len(last), device=last.device), last]
+            hidden = forward(body, body.config, ids, attention_mask, attention_mask.sum(1)).output[0][:, -1]
         if self.head is None:
-            return classifier.score(at_end).float()[:, 0]
-        return self.head.to(at_end.device)(at_end.float())[:, 0]
+            classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            return classifier.score(hidden).float()[:, 0]
+        return self.head.to(hidden.device)(hidden.float())[:, 0]
 
 
 def starter_reward(prompts: list[Prompt], completions: list[Completion], **columns: list[Any]) -> list[float]:

@@ -45,7 +45,16 @@ def _ppo(sft, files, folder, processes, *more):
     arguments = list(TINY_PPO)
     arguments[arguments.index("--per_device_train_batch_size") + 1] = str(8 // processes)
     arguments[arguments.index("--response_length") + 1] = "24"
-    arguments += ["--learning_rate", 1e-2, "--stop_token_id", *range(0, 49152, 40), *more]  # of uneven length
+    # a sharp distribution, in which rounding doesn't decide between thousands of likely tokens
+    arguments += [
+        "--learning_rate",
+        1e-2,
+        "--temperature",
+        0.1,
+        "--stop_token_id",
+        *range(0, 49152, 40),
+        *more,
+    ]  # of uneven length
     run("recipes/ppo.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",
         folder, *arguments, processes=processes)  # fmt: skip
     log = json.loads((folder / "checkpoint-2" / "ppo_state.json").read_text())["log"]

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf.generation import draw, generate, left_pad, sample_completions
-from rlhf.ppo.model import positions_of
+from rlhf.prefix import positions_of
 
 
 def test_draw_follows_the_distribution():

@@ -232,7 +232,7 @@ def test_no_dropout_is_left_in_training_mode(tokenizer, prompts, tmp_path):
     ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
     ids = torch.tensor([[5, 6, 7, 8]])
     ppo.model.train()
-    first, second = (ppo.model(ids, torch.ones_like(ids), 3, 1.0).logprobs for _ in range(2))
+    first, second = (ppo.model(ids, torch.ones_like(ids), torch.tensor([3]), 1.0).logprobs for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -79,7 +79,7 @@ def test_ptx_loss_is_the_language_model_loss_and_pulls_towards_the_texts(sft, to
     assert nothing is None
     assert abs(first - start) < 0.5  # the mean over the first update's minibatches, which already learn
     assert abs(without - start) < 1e-3  # a reward of 0 teaches nothing
-    assert with_ptx < start - 0.2
+    assert with_ptx < start - 0.1
 
 
 def _loss(ppo, text):
@@ -95,7 +95,7 @@ def test_ptx_batches_pad_and_mask():
     batch = next(ptx_batches(rows, 8, 0, torch.device("cpu")))
     for ids, attention, mask in zip(*(tensor.tolist() for tensor in batch), strict=True):
         assert (ids, attention, mask) in (
-            ([5, 6, 7], [1, 1, 1], [True, True]), ([8, 9, 0], [1, 1, 0], [True, False])
+            ([5, 6, 7], [1, 1, 1], [True, True]), ([0, 8, 9], [0, 1, 1], [True, False])
         )  # fmt: skip
     again = next(ptx_batches(rows, 8, 0, torch.device("cpu")))
     assert torch.equal(batch.input_ids, again.input_ids)
@@ -153,8 +153,9 @@ def test_stop_strings_end_a_completion(sft, tokenizer, prompts, tmp_path):
 
 
 def test_rollouts_do_not_depend_on_how_rows_are_batched(sft, tokenizer, prompts, tmp_path):
-    one = ppo_trainer(sft, tokenizer, prompts, tmp_path, response_length=12, local_rollout_forward_batch_size=8)
-    two = ppo_trainer(sft, tokenizer, prompts, tmp_path, response_length=12, local_rollout_forward_batch_size=3)
+    settings = {"response_length": 12, "temperature": 0.1}
+    one = ppo_trainer(sft, tokenizer, prompts, tmp_path, local_rollout_forward_batch_size=8, **settings)
+    two = ppo_trainer(sft, tokenizer, prompts, tmp_path, local_rollout_forward_batch_size=3, **settings)
     first, second = (ppo.rollout(next(ppo.prompts())) for ppo in (one, two))
     assert first.completions == second.completions
     torch.manual_seed(99)  # nor on the state of torch's generator

@@ -81,7 +81,7 @@ def test_gradients_never_leak_between_roles(sft, reward_adapter, tokenizer, prom
 
     def gradients(*parts):
         model.zero_grad()
-        output = model(IDS, MASK, 3, 1.0)
+        output = model(IDS, MASK, torch.tensor([3]), 1.0)
         sum(getattr(output, part).pow(2).sum() for part in parts).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
@@ -101,7 +101,7 @@ def test_activation_checkpointing_changes_no_gradient(sft, tokenizer, prompts, t
                           value_function=value_function)  # fmt: skip
         torch.nn.init.ones_(ppo.model.value_head.weight)
         assert ppo.model.policy.get_base_model().model.gradient_checkpointing is checkpointing
-        output = ppo.model.train()(IDS, MASK, 3, 1.0)
+        output = ppo.model.train()(IDS, MASK, torch.tensor([3]), 1.0)
         (output.logprobs.sum() + output.values.sum()).backward()
         gradients.append({name: p.grad for name, p in ppo.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

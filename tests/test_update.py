@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import torch
 
-from rlhf.ppo.model import TokenOutputs, token_logprobs
+from rlhf.ppo.model import TokenOutputs, left_align, token_logprobs
 from rlhf.ppo.types import Advantages, Rollout, Scored
-from rlhf.ppo.update import minibatches, ppo_loss, trim, update
+from rlhf.ppo.update import minibatches, pack, ppo_loss, update
 
 SETTINGS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
 
@@ -45,11 +45,14 @@ def test_logprobs_are_those_of_the_scaled_logits_in_float32():
 
 
 def test_minibatches_are_fresh_permutations():
-    batches = list(minibatches(8, 3, 2, 2, torch.Generator().manual_seed(0)))
+    batches = list(minibatches(torch.arange(8) % 3, 3, 2, 2, torch.Generator().manual_seed(0)))
     assert len(batches) == 6  # epochs × minibatches optimizer steps
     epochs = [torch.cat([torch.cat(b) for b in batches[2 * e : 2 * e + 2]]) for e in range(3)]
     assert all(sorted(epoch.tolist()) == list(range(8)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
+    for micro_batches in batches:  # similar lengths together
+        lengths = (torch.cat(micro_batches) % 3).tolist()
+        assert lengths == sorted(lengths)
 
 
 def _toy(rows=4, length=6):
@@ -71,8 +74,8 @@ def _gradient(micro_batch_size):
     weight = torch.zeros(4, 6, requires_grad=True)
     gradients = []
 
-    def forward(input_ids, attention_mask, length, temperature, **_):
-        rows = input_ids[:, 0]
+    def forward(input_ids, attention_mask, lengths, temperature, **_):
+        rows, length = input_ids[:, -1], int(lengths.max())
         return TokenOutputs(scored.logprobs[rows, :length] + weight[rows, :length], torch.ones(len(rows), length),
                             weight[rows, :length])  # fmt: skip
 
@@ -83,7 +86,7 @@ def _gradient(micro_batch_size):
 
     stats = update(
         forward, step, rollout, scored, advantages,
-        minibatches(4, 1, 1, micro_batch_size, torch.Generator().manual_seed(0)),
+        minibatches(rollout.attention_mask.sum(1), 1, 1, micro_batch_size, torch.Generator().manual_seed(0)),
         backward=lambda loss: loss.backward(), synchronized=lambda last: nullcontext(), reduce=lambda sums: sums,
         processes=1, temperature=1.0, **SETTINGS,
     )  # fmt: skip
@@ -100,13 +103,19 @@ def test_four_microbatches_give_the_gradient_of_one():
     assert whole_stats.first_ratio == 1.0
 
 
-def test_trim_drops_only_common_padding():
+def test_pack_joins_prompts_and_completions_and_pads_on_the_left():
     rollout, _, _ = _toy()
     padded = rollout._replace(
         input_ids=torch.nn.functional.pad(rollout.input_ids, (3, 0), value=77),
         attention_mask=torch.nn.functional.pad(rollout.attention_mask, (3, 0)),
     )
-    input_ids, mask, length = trim(padded, torch.tensor([0, 2]))
-    assert length == 2
-    assert input_ids.shape == mask.shape == (2, 4)
-    assert 77 not in input_ids
+    packed = pack(padded, torch.tensor([0, 2]))
+    assert packed.lengths.tolist() == [1, 2]
+    assert packed.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert packed.input_ids.tolist() == [[0, 0, 0, 0], [2, 2, 2, 2]]  # row 0 holds zeros, row 2 twos
+
+
+def test_left_align_undoes_the_padding():
+    values = torch.tensor([[0.0, 0.0, 1.0], [4.0, 5.0, 6.0]])
+    aligned = left_align(values, torch.tensor([1, 3]))
+    assert aligned[0, 0] == 1.0 and aligned[1].tolist() == [4.0, 5.0, 6.0]

@@ -1,6 +1,7 @@
 """Policy and value function as one module, and the reference."""
 
-from typing import Literal, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.models import active_adapter, trunk
+from rlhf.prefix import forward
 
 
 class TokenOutputs(NamedTuple):
@@ -16,11 +18,6 @@ class TokenOutputs(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor
     values: torch.Tensor
-
-
-def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids (B, L) that don't count padding, so that a row means the same however it is padded."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def token_logprobs(
@@ -78,43 +75,47 @@ class PolicyAndValue(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        completion_length: int,
+        lengths: torch.Tensor,
         temperature: float,
         with_values: bool = True,
         entropy_gradient: bool = False,
     ) -> TokenOutputs:
-        """Log-probabilities, values and (in training mode) entropy of the last `completion_length` tokens.
+        """Log-probabilities, values and (in training mode) entropy of completion tokens, T of the longest completion.
 
         Args:
-            input_ids, attention_mask: (B, L).
+            input_ids, attention_mask: (B, L), left-padded: prompts and completions without a gap.
+            lengths: (B,) completion tokens of each row.
             with_values: False leaves the values at 0 and saves their computation.
             entropy_gradient: let gradients through the entropy, for an entropy bonus.
         """
-        logits, hidden = _logits_and_hidden(self.policy, input_ids, attention_mask, completion_length)
+        rows = (input_ids, attention_mask, lengths)
+        logits, hidden = _logits_and_hidden(self.policy, *rows)
+        length = int(lengths.max())
         logprobs, entropy = token_logprobs(
             logits,
-            input_ids[:, -completion_length:],
+            input_ids[:, -length:],
             temperature,
             entropy="graph" if entropy_gradient else "value" if self.training else "none",
         )
-        if not with_values:
-            return TokenOutputs(logprobs, entropy, torch.zeros_like(logprobs))
+        values = self._values(hidden, *rows) if with_values else torch.zeros_like(logprobs)
+        return TokenOutputs(*(left_align(tensor, lengths) for tensor in (logprobs, entropy, values)))
+
+    def _values(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Values (B, T) float32; `hidden` (B, T, d) are the policy's hidden states before each completion token."""
         if self.value_model is not None:
-            values = _value_model_outputs(self.value_model, input_ids, attention_mask)[:, -completion_length - 1 : -1]
-        else:
-            if self.value_adapter is not None:
-                with active_adapter(self.policy, self.value_adapter):
-                    hidden = trunk(self.policy)(
-                        input_ids=input_ids,
-                        attention_mask=attention_mask,
-                        position_ids=positions_of(attention_mask),
-                        use_cache=False,
-                    )[0][:, -completion_length - 1 : -1]
-            elif self.warming_up:
-                hidden = hidden.detach()
-            with torch.autocast(hidden.device.type, enabled=False):
-                values = self.value_head(hidden.float()).squeeze(-1)
-        return TokenOutputs(logprobs, entropy, values.float())
+            classifier = self.value_model
+            classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
+            hidden = _trunk_hidden(self.value_model, input_ids, attention_mask, lengths)
+            return classifier.score(hidden).squeeze(-1).float()
+        if self.value_adapter is not None:
+            with active_adapter(self.policy, self.value_adapter):
+                hidden = _trunk_hidden(self.policy, input_ids, attention_mask, lengths)
+        elif self.warming_up:
+            hidden = hidden.detach()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     def value_parameters(self) -> set[str]:
         """Names of the trainable parameters that only the value function uses."""
@@ -127,36 +128,50 @@ class PolicyAndValue(nn.Module):
         }
 
 
+def left_align(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Move the last `lengths` entries of each row of (B, T) to its beginning."""
+    columns = torch.arange(values.shape[1], device=values.device) + (values.shape[1] - lengths)[:, None]
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
+
+
 def _logits_and_hidden(
-    model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+    model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, T, V) and last hidden states (B, T, d) at the positions before each completion token.
+    """Logits (B, T, V) and last hidden states (B, T, d) at the positions before the last T tokens.
 
     The hidden states are caught on their way to the language model's head: asking for `output_hidden_states` would keep
     those of every layer, and logits of prompt positions are never computed.
     """
     caught = []
     hook = trunk(model).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+    last = int(lengths.max()) + 1
     try:
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions_of(attention_mask),
-            logits_to_keep=completion_length + 1,
-            use_cache=False,
-        )
+        logits = _run(model, trunk(model), input_ids, attention_mask, lengths, logits_to_keep=last).logits
     finally:
         hook.remove()
-    return output.logits[:, -completion_length - 1 : -1], caught[-1][:, -completion_length - 1 : -1]
+    return logits[:, -last:-1], caught[-1][:, -last:-1]
 
 
-def _value_model_outputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The score head's output (B, L) at every position of a sequence classifier."""
-    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = classifier.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions_of(attention_mask), use_cache=False
-    )[0]
-    return classifier.score(hidden).squeeze(-1)
+def _trunk_hidden(
+    model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states (B, T, d) at the positions before the last T tokens."""
+    hidden = _run(trunk(model), trunk(model), input_ids, attention_mask, lengths)[0]
+    return hidden[:, -int(lengths.max()) - 1 : -1]
+
+
+def _run(
+    model: nn.Module,
+    body: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    lengths: torch.Tensor,
+    **settings: Any,
+) -> Any:
+    """The model's output for rows that share what they begin with, unless its activations are checkpointed."""
+    checkpointed = body.training and body.is_gradient_checkpointing
+    prompts = attention_mask.sum(1) - lengths
+    return forward(model, body.config, input_ids, attention_mask, prompts, share=not checkpointed, **settings).output
 
 
 @torch.no_grad()
@@ -166,19 +181,15 @@ def reference_logprobs(
     ref_adapter_name: str | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    completion_length: int,
+    lengths: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     """Log-probabilities (B, T) of the completion tokens under the reference.
 
     The reference is `ref_model`, or the policy with adapter `ref_adapter_name`, or with its adapters off.
     """
-
-    def logprobs(model: PreTrainedModel | PeftModel) -> torch.Tensor:
-        logits, _ = _logits_and_hidden(model, input_ids, attention_mask, completion_length)
-        return token_logprobs(logits, input_ids[:, -completion_length:], temperature, entropy="none")[0]
-
-    if ref_model is not None:
-        return logprobs(ref_model)
-    with active_adapter(policy, ref_adapter_name):
-        return logprobs(policy)
+    model = policy if ref_model is None else ref_model
+    with nullcontext() if ref_model is not None else active_adapter(policy, ref_adapter_name):
+        logits, _ = _logits_and_hidden(model, input_ids, attention_mask, lengths)
+    logprobs, _ = token_logprobs(logits, input_ids[:, -int(lengths.max()) :], temperature, entropy="none")
+    return left_align(logprobs, lengths)

@@ -12,7 +12,7 @@ from rlhf.feedback import as_message
 from rlhf.ppo.metrics import exact
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.types import Rewards, Rollout
-from rlhf.ppo.update import trim
+from rlhf.ppo.update import pack
 from rlhf.rewards import RewardFunction, call_rewards, reward_name
 
 
@@ -117,11 +117,10 @@ def before_update(
     model.eval()
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
-        input_ids, attention_mask, length = trim(rollout, rows)
-        policy = model(input_ids, attention_mask, length, temperature)
-        reference = reference_logprobs(
-            model.policy, ref_model, ref_adapter_name, input_ids, attention_mask, length, temperature
-        )
+        packed = pack(rollout, rows)
+        policy = model(*packed, temperature)
+        reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, *packed, temperature)
+        mask = rollout.completion_mask[rows, : policy.logprobs.shape[1]]
         for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
-            result[rows, :length] = part
+            result[rows, : part.shape[1]] = part * mask
     return results[0], results[1], results[2]

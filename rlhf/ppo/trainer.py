@@ -309,7 +309,7 @@ class PPOTrainer(TRLPPOTrainer):
         args = self.args
         seed = args.seed + 100_003 * self.accelerator.process_index + 7 * self.state.global_step
         order = minibatches(
-            len(rollout.input_ids),
+            rollout.attention_mask.sum(1).cpu(),
             args.num_ppo_epochs,
             args.num_mini_batches,
             args.per_device_train_batch_size,

@@ -71,31 +71,47 @@ def ppo_loss(
 
 
 def minibatches(
-    rows: int, num_ppo_epochs: int, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator
+    lengths: torch.Tensor, num_ppo_epochs: int, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator
 ) -> Iterator[list[torch.Tensor]]:
-    """Per optimizer step, the row numbers of its microbatches: a fresh permutation each epoch."""
+    """Per optimizer step, the row numbers of its microbatches: a fresh permutation each epoch.
+
+    Within a minibatch, rows of similar length come together, which saves padding and changes no gradient.
+
+    Args:
+        lengths: (B,) tokens of each row.
+    """
     for _ in range(num_ppo_epochs):
-        for minibatch in torch.randperm(rows, generator=generator).chunk(num_mini_batches):
-            yield list(minibatch.split(micro_batch_size))
+        for minibatch in torch.randperm(len(lengths), generator=generator).chunk(num_mini_batches):
+            by_length = lengths[minibatch].argsort(stable=True)
+            yield list(minibatch[by_length].split(micro_batch_size))
 
 
-def trim(rollout: Rollout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`input_ids`, `attention_mask` and completion length of some rows, without columns that are padding in all."""
-    mask = rollout.attention_mask[rows]
-    used = mask.any(0).nonzero()
-    start, end = int(used[0]), int(used[-1]) + 1
-    prompt_length = mask.shape[1] - rollout.completion_mask.shape[1]
-    # a pad token may lie outside of the embeddings; masked, any other token does as well
-    input_ids = rollout.input_ids[rows].masked_fill(mask == 0, 0)
-    return input_ids[:, start:end], mask[:, start:end], end - prompt_length
-
-
-class PtxBatch(NamedTuple):
-    """Rows of the dataset of PPO-ptx. (B, L) int64, right-padded."""
+class Rows(NamedTuple):
+    """Some rows of a rollout, as the models take them. (B, L) int64, left-padded, and (B,) int64."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # (B, L - 1) bool: tokens 1.. that count
+    lengths: torch.Tensor  # completion tokens
+
+
+def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
+    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest of them."""
+    mask = rollout.attention_mask[rows].bool()
+    totals = mask.sum(1)
+    width = int(totals.max())
+    packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
+    kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
+    # padding becomes 0: a pad token may lie outside of the embeddings, and masked, any other token does as well
+    packed[kept] = rollout.input_ids[rows][mask]
+    return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))
+
+
+class PtxBatch(NamedTuple):
+    """Rows of the dataset of PPO-ptx. (B, L) int64, left-padded."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    loss_mask: torch.Tensor  # (B, L - 1) bool: whether each token but a row's first counts, from the row's beginning
 
 
 def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
@@ -109,12 +125,10 @@ def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: tor
         rows = [dataset[n] for n in torch.randint(len(dataset), (batch_size,), generator=generator).tolist()]
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row.get("labels") or row["input_ids"]) for row in rows]
-        attention = [torch.ones_like(tokens) for tokens in ids]
-        yield PtxBatch(
-            pad_sequence(ids, batch_first=True, padding_value=0).to(device),
-            pad_sequence(attention, batch_first=True, padding_value=0).to(device),
-            pad_sequence([kept[1:] != -100 for kept in labels], batch_first=True, padding_value=False).to(device),
-        )
+        ones = [torch.ones_like(tokens) for tokens in ids]
+        left = {"batch_first": True, "padding_value": 0, "padding_side": "left"}
+        counted = pad_sequence([kept[1:] != -100 for kept in labels], batch_first=True, padding_value=False)
+        yield PtxBatch(pad_sequence(ids, **left).to(device), pad_sequence(ones, **left).to(device), counted.to(device))
 
 
 def update(
@@ -162,12 +176,10 @@ def update(
         sums = torch.zeros(9)
         for number, rows in enumerate(micro_batches):
             with synchronized(number == len(micro_batches) - 1):
-                input_ids, attention_mask, length = trim(rollout, rows)
+                packed = pack(rollout, rows)
+                length = int(packed.lengths.max())
                 mask = rollout.completion_mask[rows, :length]
-                new = forward(
-                    input_ids, attention_mask, length, temperature,
-                    entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0,
-                )  # fmt: skip
+                new = forward(*packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
                 losses = ppo_loss(
                     new, scored.logprobs[rows, :length], scored.values[rows, :length],
                     advantages.advantages[rows, :length], advantages.returns[rows, :length], mask, **loss_settings,
@@ -185,8 +197,8 @@ def update(
 
 def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
     """Mean negative log-probability of the masked tokens, at temperature 1."""
-    length = batch.input_ids.shape[1] - 1
-    new = forward(batch.input_ids, batch.attention_mask, length, 1.0, with_values=False)
+    lengths = batch.attention_mask.sum(1) - 1  # every token but the first is a completion token
+    new = forward(batch.input_ids, batch.attention_mask, lengths, 1.0, with_values=False)
     return -(new.logprobs * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
 
 
