@@ -13,7 +13,7 @@ from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from rlhf.arguments import command, last_checkpoint
+from rlhf.arguments import command, last_checkpoint, write_digests
 from rlhf.errors import InputError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -153,7 +153,16 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, capsys):
     (tmp_path / "checkpoint-best").mkdir()  # the user's own
     arguments = types.SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
     assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-10 is incomplete" in capsys.readouterr().out
+    assert "checkpoint-10 is passed over: incomplete" in capsys.readouterr().out
+    whole = tmp_path / "checkpoint-3"
+    whole.mkdir()
+    (whole / "ppo_state.json").write_text("{}")
+    (whole / "optimizer.pt").write_bytes(b"12345678")
+    write_digests(whole)
+    assert last_checkpoint(arguments) == str(whole)
+    (whole / "optimizer.pt").write_bytes(b"12345679")
+    assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-3 is passed over: optimizer.pt is damaged" in capsys.readouterr().out
     arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-99")
     with pytest.raises(InputError, match="no such folder"):
         last_checkpoint(arguments)
