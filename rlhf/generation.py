@@ -73,10 +73,8 @@ def sample(
             default: torch's generator.
         model_kwargs: `attention_mask` (B, P), 0 on padding or None, and what else `generate` hands to a decoding loop.
     """
-    rows, prompt_length = input_ids.shape
-    room = generation_config.max_length - prompt_length
-    pad = generation_config.pad_token_id
-    completions = torch.full((rows, room), pad, dtype=torch.long, device=input_ids.device)
+    rows, room = len(input_ids), generation_config.max_length - input_ids.shape[1]
+    completions = torch.full((rows, room), generation_config.pad_token_id, device=input_ids.device)
     logprobs = torch.zeros(rows, room, device=input_ids.device)
     active = torch.arange(rows, device=input_ids.device)  # which row of the batch each row of the cache belongs to
     going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)

@@ -176,16 +176,10 @@ def update(
         sums = torch.zeros(9)
         for number, rows in enumerate(micro_batches):
             with synchronized(number == len(micro_batches) - 1):
-                packed = pack(rollout, rows)
-                length = int(packed.lengths.max())
-                mask = rollout.completion_mask[rows, :length]
-                new = forward(*packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
-                losses = ppo_loss(
-                    new, scored.logprobs[rows, :length], scored.values[rows, :length],
-                    advantages.advantages[rows, :length], advantages.returns[rows, :length], mask, **loss_settings,
-                )  # fmt: skip
+                losses = micro_batch_losses(forward, rollout, scored, advantages, rows, temperature, loss_settings)
                 backward(losses.loss * share)
-            sums += torch.stack([*(value.detach().float() for value in losses), mask.sum().float()]).cpu()
+            count = rollout.completion_mask[rows].sum().float()
+            sums += torch.stack([*(value.detach().float() for value in losses), count]).cpu()
         norms.append(step())
         sums = reduce(sums.to(rollout.input_ids.device)).cpu()
         totals += sums
@@ -193,6 +187,30 @@ def update(
         if target_kl is not None and float(sums[3] / sums[8]) > target_kl:
             break
     return update_stats(totals, ratios, norms, ptx_losses)
+
+
+def micro_batch_losses(
+    forward: Callable[..., TokenOutputs],
+    rollout: Rollout,
+    scored: Scored,
+    advantages: Advantages,
+    rows: torch.Tensor,
+    temperature: float,
+    loss_settings: dict[str, Any],
+) -> LossSums:
+    """The losses of some rows under the model as it is now."""
+    packed = pack(rollout, rows)
+    length = int(packed.lengths.max())
+    new = forward(*packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
+    return ppo_loss(
+        new,
+        scored.logprobs[rows, :length],
+        scored.values[rows, :length],
+        advantages.advantages[rows, :length],
+        advantages.returns[rows, :length],
+        rollout.completion_mask[rows, :length],
+        **loss_settings,
+    )
 
 
 def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
