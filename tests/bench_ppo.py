@@ -186,10 +186,10 @@ def main() -> None:
             )
     for process in workers.values():
         process.wait()
+    print_table({name: report[1:] for name, report in reports.items()})
     profiled = start("ours", 1, "--profile")
     turn(profiled)
     share = read(profiled)["matrix multiplication"]
-    print_table({name: report[1:] for name, report in reports.items()})
     print(f"Matrix multiplication is {share:.0%} of the processor time of one of our updates.")
 
 
