@@ -85,18 +85,19 @@ def _float32_without_bfloat16(given: list[str], known: set[str], default: Path) 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
     GFLOPS in bfloat16 and at 118 in float32 on an AVX2 machine with 2 cores.
     """
-    if torch.accelerator.is_available():
-        return []
-    if any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")):
-        return []
+    if str(default) not in given or torch.accelerator.is_available() or cpu_has_bfloat16():
+        return []  # a configuration of the user's own says what they want
     flags = [word.split("=")[0] for word in given]
-    if str(default) not in given:
-        return []  # the user's own configuration says what they want
     added = [f"--{flag}={value}" for flag, value in (("dtype", "float32"), ("bf16", "false")) if
              f"--{flag}" in known and f"--{flag}" not in flags]  # fmt: skip
     if added and main_process():
         print("This CPU has no bfloat16 arithmetic: computing in float32. Choose yourself with --dtype and --bf16.")
     return added
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def _use_all_cores() -> None:
@@ -184,6 +185,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any) -> bool:
         "sft_model_path",
         "reward_model_path",
         "reward_funcs",
+        "eval_reward_funcs",
         "dataset_name",
         "ptx_dataset_name",
         "models",

@@ -1,6 +1,6 @@
 """What all rows of a batch begin with is computed once.
 
-Chats begin with the same system prompt: about 30 of the starter's 46 prompt tokens. `forward` runs them as one row,
+Chats begin with the same system prompt: 24 of the starter's 46 prompt tokens. `forward` runs them as one row,
 repeats the key-value cache for the others and goes on from there. Results and gradients are those of the plain forward,
 up to rounding.
 """

@@ -28,14 +28,14 @@ SETTINGS: dict[str, Any] = {
 
 def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     """The trainer, ready to run; `seconds` is filled with the time per phase of the last update."""
-    import torch
     from trl import ModelConfig
 
+    from rlhf.arguments import cpu_has_bfloat16
     from rlhf.data import prompt_rows
     from rlhf.models import load_causal_lm, load_reward_model, load_tokenizer, resolve
     from rlhf.starter import starter_dataset
 
-    has_bf16 = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    has_bf16 = cpu_has_bfloat16()
     lora = ModelConfig(
         dtype="bfloat16" if has_bf16 else "float32", use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0,
         lora_target_modules=["all-linear"],

@@ -13,7 +13,7 @@ from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from rlhf.arguments import command, last_checkpoint, write_digests
+from rlhf.arguments import _float32_without_bfloat16, command, last_checkpoint, write_digests
 from rlhf.errors import InputError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -177,6 +177,18 @@ def test_recorded_commands_hold_no_token_and_no_outside_path(monkeypatch):
     assert "hf_" not in recorded and "/home" not in recorded
     assert recorded.startswith("accelerate launch recipes/x.py --hub_token ...")
     assert recorded.endswith("--output_dir out --models a=b outputs/sft")
+
+
+def test_only_the_recipes_own_configuration_goes_to_float32_without_bfloat16(monkeypatch):
+    default, known = ROOT / "recipes" / "configs" / "sft.yaml", {"--dtype", "--bf16"}
+    for capable, given, added in (
+        (False, ["--config", str(default)], ["--dtype=float32", "--bf16=false"]),
+        (False, ["--config", str(default), "--dtype", "bfloat16"], ["--bf16=false"]),
+        (False, ["--config", "mine.yaml"], []),
+        (True, ["--config", str(default)], []),
+    ):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda capable=capable: {"avx2": True, "amx_bf16": capable})
+        assert _float32_without_bfloat16(given, known, default) == ([] if torch.accelerator.is_available() else added)
 
 
 def test_accelerate_launch_with_the_projects_config(tiny, files, tmp_path):

@@ -484,7 +484,7 @@ class PPOTrainer(TRLPPOTrainer):
 
     def _evaluate_one(self, rows: Dataset, prefix: str) -> dict[str, float]:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # every process takes every so-manyth row; the last rows may be taken twice, so that none stands idle
+        # every process takes as many rows; the first ones may be taken twice, so that none stands idle
         share = math.ceil(len(rows) / processes)
         own = [rows[(rank * share + number) % len(rows)] for number in range(share)]
         start = time.perf_counter()
