@@ -5,9 +5,12 @@
     accelerate launch recipes/collect.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt --output_dir outputs/preferences-qwen
 
+    accelerate launch recipes/collect.py --labeler human --output_dir outputs/votes
+
 Without arguments it reads recipes/configs/collect.yaml: replies of the starter to its preference prompts, compared by a
-simulated labeler who prefers upbeat replies. Output: train.jsonl and test.jsonl with `prompt`, `chosen`, `rejected`,
-`labeler`, `certainty` and `model`, of different prompts, which recipes/reward.py reads.
+simulated labeler who prefers upbeat replies. `--labeler human` opens a page to vote on, `judge` asks a model, `reward` a
+reward model or function. Output: train.jsonl and test.jsonl with `prompt`, `chosen`, `rejected`, `labeler`, `certainty`
+and `model`, of different prompts, which recipes/reward.py reads; tasks.jsonl has all sampled replies.
 """
 
 from dataclasses import dataclass, field
@@ -16,21 +19,20 @@ from pathlib import Path
 from trl import ModelConfig, ScriptArguments
 
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, prompt_rows, write_jsonl
+from rlhf.data import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback import LABELERS, preference_pairs
+from rlhf.feedback import make_task, preference_pairs
 from rlhf.generation import sample_completions
 from rlhf.hub import push_dataset, push_request
+from rlhf.labelers import LabelerArguments, make_labeler
 from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
 
 
 @dataclass
 class CollectArguments:
-    """What is sampled and who compares."""
+    """What is sampled. Who compares: rlhf.labelers.LabelerArguments."""
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
-    labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
-    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
     num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
@@ -45,15 +47,14 @@ class CollectArguments:
 
 def main() -> None:
     # Arguments
-    script_args, collect_args, model_args = parse(__file__, ScriptArguments, CollectArguments, ModelConfig)
+    script_args, collect_args, labeler_args, model_args = parse(
+        __file__, ScriptArguments, CollectArguments, LabelerArguments, ModelConfig
+    )
     need_one_process(__file__)
     push = push_request(collect_args)
-    if collect_args.labeler not in LABELERS:
-        raise InputError(f"--labeler {collect_args.labeler}: unknown. Labelers are {', '.join(LABELERS)}.")
     for flag, least in (("num_generations", 2), ("max_new_tokens", 1), ("temperature", 1e-3)):
         if getattr(collect_args, flag) < least:
             raise InputError(f"--{flag} {getattr(collect_args, flag)}: must be at least {least}.")
-    labeler = LABELERS[collect_args.labeler](temperature=collect_args.labeler_temperature, seed=collect_args.seed)
 
     # Data
     train, test = load_splits(script_args, "preference")
@@ -66,43 +67,50 @@ def main() -> None:
         name: prompt_rows(split, script_args.dataset_name, tokenizer, collect_args.max_new_tokens, room)
         for name, split in (("train", train), ("test", test))
     }
-    if not start_run(__file__, collect_args.output_dir, script_args, collect_args, model_args):
+    labeler = make_labeler(labeler_args, model_args, tokenizer, collect_args.output_dir, collect_args.seed)
+    if not start_run(__file__, collect_args.output_dir, script_args, collect_args, labeler_args, model_args):
         return push_dataset(collect_args.output_dir, __file__, push, source)
 
-    # Model
-    model = load_causal_lm(
-        source, model_args, tokenizer, trainable=False, trust_remote_code=collect_args.trust_remote_code
-    )
-
-    # Sample and compare
-    counts = {}
-    for split, rows in splits.items():
-        file = Path(collect_args.output_dir) / f"{split}.jsonl"
-        if file.exists():  # of an interrupted run: files are complete or not there
-            counts[f"{split} pairs"] = len(file.read_text(encoding="utf-8").splitlines())
-            continue
-        completions = sample_completions(
-            model,
-            tokenizer,
-            rows["input_ids"][:],
-            max_new_tokens=collect_args.max_new_tokens,
-            temperature=collect_args.temperature,
-            num_return_sequences=collect_args.num_generations,
-            batch_size=collect_args.per_device_eval_batch_size,
-            seed=collect_args.seed,
-            description=f"Sampling {split} replies",
+    # Model and replies; those of an interrupted run are complete or not there
+    tasks = read_tasks(collect_args.output_dir)
+    if tasks is None:
+        model = load_causal_lm(
+            source, model_args, tokenizer, trainable=False, trust_remote_code=collect_args.trust_remote_code
         )
-        pairs = []
-        for prompt, replies in zip(rows["prompt"], completions, strict=True):
-            texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
-            pairs += preference_pairs(prompt, list(dict.fromkeys(texts)), labeler, Path(source.name).name)
-        write_jsonl(file, pairs)
-        counts[f"{split} pairs"] = len(pairs)
+        tasks = []
+        for split, rows in splits.items():
+            completions = sample_completions(
+                model,
+                tokenizer,
+                rows["input_ids"][:],
+                max_new_tokens=collect_args.max_new_tokens,
+                temperature=collect_args.temperature,
+                num_return_sequences=collect_args.num_generations,
+                batch_size=collect_args.per_device_eval_batch_size,
+                seed=collect_args.seed,
+                description=f"Sampling {split} replies",
+            )
+            for prompt, replies in zip(rows["prompt"], completions, strict=True):
+                texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+                texts = list(dict.fromkeys(texts))
+                tasks.append(make_task(split, prompt, texts, [Path(source.name).name] * len(texts)))
+        write_tasks(collect_args.output_dir, tasks)
+        del model
+
+    # Compare
+    answers = labeler.compare(tasks)
+    pairs: dict[str, list] = {"train": [], "test": []}
+    for task, comparisons in zip(tasks, answers, strict=True):
+        pairs[task.split] += preference_pairs(task, comparisons)
 
     # Save, card, push
+    for split, rows in pairs.items():
+        write_jsonl(Path(collect_args.output_dir) / f"{split}.jsonl", rows)
+    counts = {f"{split} pairs": len(rows) for split, rows in pairs.items()}
     print(f"{collect_args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
-    finish_run(collect_args.output_dir, counts)
-    push_dataset(collect_args.output_dir, __file__, push, source)
+    if labeler.finished:
+        finish_run(collect_args.output_dir, counts)
+        push_dataset(collect_args.output_dir, __file__, push, source)
 
 
 if __name__ == "__main__":

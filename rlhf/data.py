@@ -25,7 +25,7 @@ from trl import ScriptArguments, is_conversational
 from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
 from rlhf.errors import InputError
-from rlhf.feedback import Messages, starter_preferences
+from rlhf.feedback import Messages, Task, starter_preferences
 from rlhf.starter import STARTER, starter_dataset
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -368,3 +368,33 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     with open(working, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     working.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, beside the target first, so that the file is complete or not there."""
+    working = path.with_name(path.name + ".partial")
+    working.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    working.replace(path)
+
+
+def write_tasks(folder: str, tasks: list[Task]) -> None:
+    """Write tasks.jsonl into a run's folder, whole or not at all."""
+    write_jsonl(Path(folder) / TASKS_FILE, [task._asdict() for task in tasks])
+
+
+def read_tasks(folder: str) -> list[Task] | None:
+    """The tasks of a run's folder, or None if it has none.
+
+    Raises:
+        InputError: if tasks.jsonl holds something else.
+    """
+    file = Path(folder) / TASKS_FILE
+    if not file.exists():
+        return None
+    tasks = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            tasks.append(Task(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{file}, line {number}: not a task ({error}).") from error
+    return tasks

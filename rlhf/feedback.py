@@ -1,10 +1,12 @@
 """Labelers compare replies; their comparisons become preference pairs.
 
-A labeler is anything with a `name` and a method `compare(prompt, completions) -> list[Comparison]`: a simulation, a
-person behind a page, a model. What it says is recorded with who said it and how sure they were.
+A labeler is anything with a `name` and a method `compare(tasks)`: a simulation, people behind a page, a model
+(rlhf/labelers.py). What is said is recorded with who said it and how sure they were.
 """
 
+import hashlib
 import itertools
+import json
 import math
 import random
 import zlib
@@ -19,30 +21,70 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 
 
+class Task(NamedTuple):
+    """A prompt and the different replies to compare."""
+
+    id: str  # of the content below: a vote can't end up at other replies
+    split: str  # train or test
+    prompt: Prompt
+    completions: list[str]
+    models: list[str]  # what each completion was sampled from
+
+
+def make_task(split: str, prompt: Prompt, completions: list[str], models: list[str]) -> Task:
+    """A task, named after its content."""
+    content = json.dumps([split, prompt, completions, models], sort_keys=True)
+    return Task(hashlib.sha256(content.encode()).hexdigest()[:16], split, prompt, completions, models)
+
+
 class Comparison(NamedTuple):
-    """One labeler's answer about two of a prompt's completions."""
+    """One labeler's answer about two of a task's completions."""
 
     first: int  # index of a completion
     second: int  # index of another one
     preferred: Literal["first", "second", "tie"]
-    certainty: float  # probability that the labeler would answer so again; 0.5 for a tie
+    certainty: float | None  # probability that the labeler would answer so again; 0.5 for a tie; None if not known
+    labeler: str
 
 
 class Labeler(Protocol):
-    """Who or what compares. `name` is written into every pair of the dataset."""
+    """Who or what compares. With `finished` false after `compare`, there is more to compare another time."""
 
     name: str
+    finished: bool
 
-    def compare(self, prompt: Prompt, completions: list[str]) -> list[Comparison]:
-        """Compare the completions of one prompt, in as many pairs as the labeler likes."""
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        """Compare the completions of each task, in as many pairs as the labeler likes."""
         ...
+
+
+def prefer_higher(scores: list[float], labeler: str, temperature: float | None = None) -> list[Comparison]:
+    """All pairs of a task's completions, ordered by score; equal scores are a tie.
+
+    Args:
+        temperature: if the scores are those of a Bradley–Terry model, the unit in which its noise is 1, and with it
+            how certain each answer is: 1 / (1 + exp(-difference / temperature)).
+    """
+    answers = []
+    for first, second in itertools.combinations(range(len(scores)), 2):
+        difference = scores[first] - scores[second]
+        preferred: Literal["first", "second", "tie"]
+        preferred = "tie" if difference == 0 else "first" if difference > 0 else "second"
+        certainty = bradley_terry(abs(difference), temperature) if temperature is not None else None
+        answers.append(Comparison(first, second, preferred, certainty, labeler))
+    return answers
+
+
+def bradley_terry(difference: float, temperature: float) -> float:
+    """P(the first is preferred) = 1 / (1 + exp(-(s_first - s_second) / temperature)); Biometrika 39 (1952)."""
+    steepness = difference / temperature if temperature else math.copysign(math.inf, difference)
+    return 1 / (1 + math.exp(-max(-500.0, min(500.0, steepness))))
 
 
 @dataclass
 class SimulatedLabeler:
     """Prefers what a hidden score ranks higher, with Bradley–Terry noise, so that the truth is known and checkable.
 
-    P(first preferred) = 1 / (1 + exp(-(s_first - s_second) / temperature)); Bradley & Terry, Biometrika 39 (1952).
     Completions with equal scores are a tie. Answers depend on the seed, the prompt and the completions alone, so an
     interrupted collection goes on with the same answers.
 
@@ -55,31 +97,29 @@ class SimulatedLabeler:
     seed: int = 0
     score: Callable[[list[str]], list[float]] = gold_scores
     name: str = "simulated"
+    finished: bool = True
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise InputError(f"--labeler_temperature {self.temperature}: can't be negative.")
 
-    def compare(self, prompt: Prompt, completions: list[str]) -> list[Comparison]:
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        return [self._compare(task.prompt, task.completions) for task in tasks]
+
+    def _compare(self, prompt: Prompt, completions: list[str]) -> list[Comparison]:
         scores = self.score(completions)
         generator = random.Random(zlib.crc32(repr((self.seed, prompt, completions)).encode()))
         comparisons = []
-        for first, second in itertools.combinations(range(len(completions)), 2):
-            difference = scores[first] - scores[second]
+        for sure in prefer_higher(scores, self.name):
             draw = generator.random()
-            if difference == 0:
-                comparisons.append(Comparison(first, second, "tie", 0.5))
+            if sure.preferred == "tie":
+                comparisons.append(sure._replace(certainty=0.5))
                 continue
-            steepness = difference / self.temperature if self.temperature else math.copysign(math.inf, difference)
-            probability = 1 / (1 + math.exp(-max(-500.0, min(500.0, steepness))))
+            probability = bradley_terry(scores[sure.first] - scores[sure.second], self.temperature)
             preferred: Literal["first", "second"] = "first" if draw < probability else "second"
-            comparisons.append(
-                Comparison(first, second, preferred, probability if preferred == "first" else 1 - probability)
-            )
+            certainty = probability if preferred == "first" else 1 - probability
+            comparisons.append(sure._replace(preferred=preferred, certainty=certainty))
         return comparisons
-
-
-LABELERS: dict[str, Callable[..., Labeler]] = {"simulated": SimulatedLabeler}
 
 
 def as_message(prompt: Prompt, completion: str) -> str | Messages:
@@ -87,26 +127,24 @@ def as_message(prompt: Prompt, completion: str) -> str | Messages:
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
-def preference_pairs(prompt: Prompt, completions: list[str], labeler: Labeler, model: str) -> list[dict[str, Any]]:
-    """Rows `prompt`, `chosen`, `rejected`, `labeler`, `certainty`, `model` from one prompt's comparisons, without ties.
-
-    Args:
-        model: what the completions were sampled from, recorded in each row.
-    """
+def preference_pairs(task: Task, comparisons: list[Comparison]) -> list[dict[str, Any]]:
+    """Rows `prompt`, `chosen`, `rejected`, `labeler`, `certainty`, `model` from a task's comparisons, without ties."""
     rows = []
-    for comparison in labeler.compare(prompt, completions):
+    for comparison in comparisons:
         if comparison.preferred == "tie":
             continue
-        first, second = completions[comparison.first], completions[comparison.second]
-        chosen, rejected = (first, second) if comparison.preferred == "first" else (second, first)
+        chosen, rejected = comparison.first, comparison.second
+        if comparison.preferred == "second":
+            chosen, rejected = rejected, chosen
+        models = dict.fromkeys((task.models[chosen], task.models[rejected]))
         rows.append(
             {
-                "prompt": prompt,
-                "chosen": as_message(prompt, chosen),
-                "rejected": as_message(prompt, rejected),
-                "labeler": labeler.name,
+                "prompt": task.prompt,
+                "chosen": as_message(task.prompt, task.completions[chosen]),
+                "rejected": as_message(task.prompt, task.completions[rejected]),
+                "labeler": comparison.labeler,
                 "certainty": comparison.certainty,
-                "model": model,
+                "model": ", ".join(models),
             }
         )
     return rows
@@ -124,9 +162,12 @@ def starter_preferences(config: str | None = None, seed: int = 0) -> dict[str, l
     for split, rows in starter_dataset("preference", config).items():
         replies = [row["completion"][0]["content"] for row in rows]
         others = replies[1:] + replies[:1]
-        splits[split] = [
-            pair
+        tasks = [
+            make_task(split, row["prompt"], [reply, other], ["people", "people"])
             for row, reply, other in zip(rows, replies, others, strict=True)
-            for pair in preference_pairs(row["prompt"], [reply, other], labeler, "people")
+        ]
+        answers = labeler.compare(tasks)
+        splits[split] = [
+            pair for task, given in zip(tasks, answers, strict=True) for pair in preference_pairs(task, given)
         ]
     return splits

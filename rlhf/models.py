@@ -38,6 +38,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.data import control_ids, encode_messages
+from rlhf.attention import group_attention
 from rlhf.errors import InputError
 from rlhf.starter import STARTER, starter_model
 
@@ -235,7 +236,7 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token
 
 def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_remote_code: bool, **kwargs):
     dtype = model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype)
-    return auto_class.from_pretrained(
+    model = auto_class.from_pretrained(
         source.base,
         revision=base_revision(source),
         dtype=dtype,
@@ -245,6 +246,9 @@ def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_r
         use_safetensors=True,
         **kwargs,
     )
+    if model_args.attn_implementation is None:
+        group_attention(model)
+    return model
 
 
 def load_causal_lm(

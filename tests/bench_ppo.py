@@ -38,7 +38,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     has_bf16 = cpu_has_bfloat16()
     lora = ModelConfig(
         dtype="bfloat16" if has_bf16 else "float32", use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0,
-        lora_target_modules=["all-linear"],
+        lora_target_modules=["all-linear"], attn_implementation="sdpa" if which == "trl" else None,
     )  # fmt: skip
     source = resolve("starter")
     tokenizer = load_tokenizer(source)
