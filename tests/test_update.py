@@ -36,12 +36,12 @@ def test_loss_by_hand():
 
 
 def test_logprobs_are_those_of_the_scaled_logits_in_float32():
-    logits = torch.tensor([[[2.0, 0.0, -1.0]]], dtype=torch.bfloat16)
-    logprobs, entropy = token_logprobs(logits, torch.tensor([[1]]), temperature=0.5)
+    logits = torch.tensor([[2.0, 0.0, -1.0]], dtype=torch.bfloat16)
+    logprobs, entropy = token_logprobs(logits, torch.tensor([1]), temperature=0.5)
     expected = torch.log_softmax(torch.tensor([4.0, 0.0, -2.0]), -1)
     assert logprobs.dtype == torch.float32
-    assert torch.isclose(logprobs[0, 0], expected[1])
-    assert torch.isclose(entropy[0, 0], -(expected.exp() * expected).sum())
+    assert torch.isclose(logprobs[0], expected[1])
+    assert torch.isclose(entropy[0], -(expected.exp() * expected).sum())
 
 
 def test_minibatches_are_fresh_permutations():

@@ -26,21 +26,22 @@ def token_logprobs(
     temperature: float,
     entropy: Literal["none", "value", "graph"] = "value",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token and entropy of each distribution, (B, T) float32.
+    """Log-probability of each token and entropy of each distribution, (N,) float32.
 
     Args:
-        logits: (B, T, V) at the positions before the tokens, raw; they are divided by `temperature` in float32.
-        tokens: (B, T) int64.
+        logits: (N, V) at the positions before the tokens, raw; they are divided by `temperature` in float32.
+        tokens: (N,) int64.
         entropy: `none` leaves it at 0 and saves its computation; `graph` lets gradients through it.
     """
     logprobs, entropies = [], []
-    # row by row: (T, V) fits the caches, (B, T, V) doesn't
-    for row_logits, row_tokens in zip(logits, tokens, strict=True):
-        every = torch.log_softmax(row_logits.float() / temperature, dim=-1)
-        logprobs.append(every.gather(-1, row_tokens.unsqueeze(-1)).squeeze(-1))
+    # in pieces: (64, V) fits the caches, (N, V) doesn't
+    for some_logits, some_tokens in zip(logits.split(64), tokens.split(64), strict=True):
+        scaled = some_logits if temperature == 1 else some_logits.float() / temperature
+        every = torch.log_softmax(scaled, dim=-1, dtype=torch.float32)
+        logprobs.append(every.gather(-1, some_tokens.unsqueeze(-1)).squeeze(-1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "graph"):
             entropies.append(torch.zeros_like(logprobs[-1]) if entropy == "none" else -(every.exp() * every).sum(-1))
-    return torch.stack(logprobs), torch.stack(entropies)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 class PolicyAndValue(nn.Module):
@@ -89,16 +90,14 @@ class PolicyAndValue(nn.Module):
             entropy_gradient: let gradients through the entropy, for an entropy bonus.
         """
         rows = (input_ids, attention_mask, lengths)
-        logits, hidden = _logits_and_hidden(self.policy, *rows)
-        length = int(lengths.max())
-        logprobs, entropy = token_logprobs(
-            logits,
-            input_ids[:, -length:],
+        found, hidden = _policy_outputs(
+            self.policy,
+            *rows,
             temperature,
             entropy="graph" if entropy_gradient else "value" if self.training else "none",
         )
-        values = self._values(hidden, *rows) if with_values else torch.zeros_like(logprobs)
-        return TokenOutputs(*(left_align(tensor, lengths) for tensor in (logprobs, entropy, values)))
+        values = left_align(self._values(hidden, *rows), lengths) if with_values else torch.zeros_like(found[0])
+        return TokenOutputs(*found, values)
 
     def _values(
         self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor
@@ -134,22 +133,41 @@ def left_align(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return values.gather(1, columns.clamp(max=values.shape[1] - 1))
 
 
-def _logits_and_hidden(
-    model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, T, V) and last hidden states (B, T, d) at the positions before the last T tokens.
+def _policy_outputs(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    lengths: torch.Tensor,
+    temperature: float,
+    entropy: Literal["none", "value", "graph"],
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Log-probabilities and entropy (B, T) of the completion tokens, and last hidden states (B, T, d) before them.
 
-    The hidden states are caught on their way to the language model's head: asking for `output_hidden_states` would keep
-    those of every layer, and logits of prompt positions are never computed.
+    The hidden states are caught on their way to the language model's head (asking for `output_hidden_states` would keep
+    those of every layer), and only those before a completion token go through it: no logits of prompts or padding.
     """
+    length = int(lengths.max())
+    columns = torch.arange(length, device=lengths.device)
+    is_token = columns >= (length - lengths)[:, None]  # (B, T), right-aligned
+    before = torch.cat([is_token, torch.zeros_like(is_token[:, :1])], 1)
     caught = []
-    hook = trunk(model).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
-    last = int(lengths.max()) + 1
+
+    def select(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        caught.append(inputs[0][:, -length - 1 :])
+        shares_prefix = len(inputs[0]) < len(before)  # what rows begin with, computed once: no logits needed
+        return (inputs[0][:, -1:] if shares_prefix else caught[-1][before][None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits = _run(model, trunk(model), input_ids, attention_mask, lengths, logits_to_keep=last).logits
+        logits = _run(
+            model, trunk(model), input_ids, attention_mask, lengths, logits_to_keep=length + 1
+        ).logits  # fmt: skip
     finally:
         hook.remove()
-    return logits[:, -last:-1], caught[-1][:, -last:-1]
+    found = token_logprobs(logits[0], input_ids[:, -length:][is_token], temperature, entropy)
+    rows = columns < lengths[:, None]  # the same tokens in the same order, left-aligned
+    spread = tuple(torch.zeros(rows.shape, device=rows.device).masked_scatter(rows, values) for values in found)
+    return (spread[0], spread[1]), caught[-1][:, :-1]
 
 
 def _trunk_hidden(
@@ -190,6 +208,5 @@ def reference_logprobs(
     """
     model = policy if ref_model is None else ref_model
     with nullcontext() if ref_model is not None else active_adapter(policy, ref_adapter_name):
-        logits, _ = _logits_and_hidden(model, input_ids, attention_mask, lengths)
-    logprobs, _ = token_logprobs(logits, input_ids[:, -int(lengths.max()) :], temperature, entropy="none")
-    return left_align(logprobs, lengths)
+        (logprobs, _), _ = _policy_outputs(model, input_ids, attention_mask, lengths, temperature, entropy="none")
+    return logprobs

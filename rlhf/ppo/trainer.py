@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.experimental.utils import create_reference_model
 from trl.trainer.utils import print_prompt_completions_sample
@@ -228,7 +229,7 @@ class PPOTrainer(TRLPPOTrainer):
 
     def _sample(self, rows: list[dict[str, Any]], uniforms: torch.Tensor) -> Rollout:
         policy = self.accelerator.unwrap_model(self.model).policy.eval()
-        with self.accelerator.autocast():
+        with self._mixed_precision():
             return sample_rollout(
                 policy,
                 self.processing_class,
@@ -259,7 +260,7 @@ class PPOTrainer(TRLPPOTrainer):
             missing_eos_penalty=args.missing_eos_penalty,
             missing_eos_score=args.missing_eos_score,
         )
-        with self._timed("logprobs"), self.accelerator.autocast():
+        with self._timed("logprobs"), self._mixed_precision():
             logprobs, values, reference = before_update(
                 self.accelerator.unwrap_model(self.model),
                 self.ref_model,
@@ -316,7 +317,7 @@ class PPOTrainer(TRLPPOTrainer):
             torch.Generator().manual_seed(seed),
         )
         self.accelerator.unwrap_model(self.model).warming_up = self._warming_up()
-        with self._timed("update"):
+        with self._timed("update"), self._without_casts():
             return update(
                 self._forward,
                 self._step,
@@ -391,6 +392,18 @@ class PPOTrainer(TRLPPOTrainer):
                 print(f"Kept the best checkpoint, {best.name}: {self.args.metric_for_best_model} "
                       f"{self.state.best_metric:.4g}.")  # fmt: skip
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _without_casts(self) -> Any:
+        """Leave out PEFT's cast of each LoRA layer's input to float32, where autocast would undo it anyway."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        undone = self.is_peft_model and self.accelerator.mixed_precision in ("bf16", "fp16")
+        return disable_input_dtype_casting(policy, active=undone)
+
+    @contextmanager
+    def _mixed_precision(self) -> Iterator[None]:
+        """Autocast around forward passes alone: it keeps casts of weights until it ends, and a step changes them."""
+        with self.accelerator.autocast(), self._without_casts():
+            yield
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -491,7 +504,7 @@ class PPOTrainer(TRLPPOTrainer):
         device, length = self.accelerator.device, self.args.response_length
         rollout = self._sample(own, draws(0, range(rank * share, (rank + 1) * share), length, -1, device))
         rewards = self.rewards(rollout)
-        with self.accelerator.autocast():
+        with self._mixed_precision():
             logprobs, _, reference = before_update(
                 self.accelerator.unwrap_model(self.model),
                 self.ref_model,
