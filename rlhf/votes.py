@@ -119,19 +119,17 @@ class VoteFile:
         """Read what has been appended since. A last line cut off by a crash is closed and passed over."""
         if not self.path.exists():
             return
-        with self.path.open("r+b") as file:
+        with self.path.open("rb") as file:
             file.seek(self._read)
             content = file.read()
-            if content and not content.endswith(b"\n"):
-                file.write(b"\n")
-                content += b"\n"
-        whole = content.decode(errors="replace").split("\n")[:-1]
-        done = self._read
-        for number, line in enumerate(whole):
-            cut_off = number == len(whole) - 1 and not line.rstrip().endswith("}")
-            if line.strip() and not cut_off:
-                self._take(line, number + 1 if done == 0 else None)
-        self._read = done + len(content)
+        lines = content.decode(errors="replace").split("\n")
+        for number, line in enumerate(lines):
+            if line.strip():
+                self._take(line, number + 1 if self._read == 0 else None)
+        self._read += len(content)
+        if lines[-1]:
+            with self.path.open("ab") as file:
+                self._read += file.write(b"\n")
 
     def _take(self, line: str, number: int | None) -> None:
         where = f"{self.path}" + (f", line {number}" if number else "")

@@ -6,7 +6,7 @@ import pytest
 from conftest import user
 
 from rlhf.errors import InputError
-from rlhf.feedback import Comparison, SimulatedLabeler, preference_pairs
+from rlhf.feedback import Comparison, SimulatedLabeler, make_task, preference_pairs
 
 SCORES = {"a": 0.0, "b": 0.5, "c": 0.5}
 
@@ -15,8 +15,12 @@ def labeler(**settings):
     return SimulatedLabeler(score=lambda texts: [SCORES[text] for text in texts], **settings)
 
 
+def ask(labeler, prompt, completions):
+    return labeler.compare([make_task("train", prompt, completions, ["m"] * len(completions))])[0]
+
+
 def test_answers_follow_bradley_terry():
-    answers = [labeler(temperature=0.25, seed=seed).compare("p", ["a", "b"])[0] for seed in range(3000)]
+    answers = [ask(labeler(temperature=0.25, seed=seed), "p", ["a", "b"])[0] for seed in range(3000)]
     expected = 1 / (1 + math.exp(-0.5 / 0.25))
     share = sum(answer.preferred == "second" for answer in answers) / len(answers)
     assert abs(share - expected) < 0.03
@@ -26,7 +30,7 @@ def test_answers_follow_bradley_terry():
 
 
 def test_without_noise_it_never_errs_and_equal_scores_tie():
-    answers = labeler(temperature=0).compare("p", ["a", "b", "c"])
+    answers = ask(labeler(temperature=0), "p", ["a", "b", "c"])
     assert [(a.first, a.second, a.preferred) for a in answers] == [
         (0, 1, "second"),
         (0, 2, "second"),
@@ -36,9 +40,9 @@ def test_without_noise_it_never_errs_and_equal_scores_tie():
 
 def test_same_seed_same_answers():
     texts = ["a", "b"]
-    first = [labeler(seed=1).compare(str(n), texts) for n in range(50)]
-    assert first == [labeler(seed=1).compare(str(n), texts) for n in range(50)]
-    assert first != [labeler(seed=2).compare(str(n), texts) for n in range(50)]
+    first = [ask(labeler(seed=1), str(n), texts) for n in range(50)]
+    assert first == [ask(labeler(seed=1), str(n), texts) for n in range(50)]
+    assert first != [ask(labeler(seed=2), str(n), texts) for n in range(50)]
 
 
 def test_negative_noise_is_refused():
@@ -47,13 +51,8 @@ def test_negative_noise_is_refused():
 
 
 def test_pairs_record_who_decided_and_how_sure():
-    class Person:
-        name = "ada"
-
-        def compare(self, prompt, completions):
-            return [Comparison(0, 1, "second", 0.9), Comparison(0, 2, "tie", 0.5)]
-
-    rows = preference_pairs(user("hi"), ["x", "y", "z"], Person(), "model")
+    answers = [Comparison(0, 1, "second", 0.9, "ada"), Comparison(0, 2, "tie", 0.5, "ada")]
+    rows = preference_pairs(make_task("train", user("hi"), ["x", "y", "z"], ["model"] * 3), answers)
     assert rows == [
         {
             "prompt": user("hi"),
@@ -64,4 +63,11 @@ def test_pairs_record_who_decided_and_how_sure():
             "model": "model",
         }
     ]
-    assert preference_pairs("hi", ["x", "y"], Person(), "m")[0]["chosen"] == "y"
+    as_text = make_task("train", "hi", ["x", "y"], ["one", "other"])
+    (row,) = preference_pairs(as_text, answers[:1])
+    assert (row["chosen"], row["model"]) == ("y", "other, one")
+
+
+def test_a_task_is_named_after_its_content():
+    assert make_task("train", "hi", ["x", "y"], ["m", "m"]).id == make_task("train", "hi", ["x", "y"], ["m", "m"]).id
+    assert make_task("train", "hi", ["x", "y"], ["m", "m"]).id != make_task("train", "hi", ["y", "x"], ["m", "m"]).id

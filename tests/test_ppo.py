@@ -198,8 +198,9 @@ def test_what_is_saved_loads_with_plain_peft_and_in_a_pipeline(sft, tiny, tokeni
     ids = torch.tensor([[5, 6, 7]])
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path))
     policy = ppo.accelerator.unwrap_model(ppo.model).policy.eval()
-    assert torch.equal(loaded(ids).logits, policy(ids).logits)
-    assert not torch.equal(loaded(ids).logits, PeftModel.from_pretrained(loaded.unload(), sft)(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, policy(ids).logits)  # plain PEFT uses torch's attention
+    before = PeftModel.from_pretrained(loaded.unload(), sft)(ids).logits
+    assert not torch.allclose(policy(ids).logits, before, atol=1e-4)
     reply = pipeline("text-generation", model=str(tmp_path))(user("Hi"), max_new_tokens=4)
     assert reply[0]["generated_text"][-1]["role"] == "assistant"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
