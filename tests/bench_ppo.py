@@ -195,7 +195,7 @@ def main() -> None:
     print_table({name: report[1:] for name, report in reports.items()})
     profiled = start("ours", 1, epochs, "--profile")
     turn(profiled)
-    share = read(profiled)["matrix multiplication"]
+    share = turn(profiled)["matrix multiplication"]
     print(f"Matrix multiplication is {share:.0%} of the processor time of one of our updates.")
 
 
