@@ -8,9 +8,9 @@
     accelerate launch recipes/collect.py --labeler human --output_dir outputs/votes
 
 Without arguments it reads recipes/configs/collect.yaml: replies of the starter to its preference prompts, compared by a
-simulated labeler who prefers upbeat replies. `--labeler human` opens a page to vote on, `judge` asks a model, `reward` a
-reward model or function. Output: train.jsonl and test.jsonl with `prompt`, `chosen`, `rejected`, `labeler`, `certainty`
-and `model`, of different prompts, which recipes/reward.py reads; tasks.jsonl has all sampled replies.
+simulated labeler who prefers upbeat replies. `--labeler human` opens a page to vote on, `judge` asks a model, `reward`
+a reward model or function. Output: train.jsonl and test.jsonl, of different prompts, with `prompt`, `chosen`,
+`rejected`, `labeler`, `certainty` and `model`, which recipes/reward.py reads; tasks.jsonl has all sampled replies.
 """
 
 from dataclasses import dataclass, field

@@ -30,6 +30,7 @@ from rlhf.starter import STARTER, starter_dataset
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20
+TASKS_FILE = "tasks.jsonl"
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -93,9 +94,7 @@ class ScoreLabeler:
             self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
         )
         totals = iter([math.fsum(map(_total, scores)) for scores in zip(*columns, strict=True)])
-        return [
-            prefer_higher([next(totals) for _ in task.completions], self.name, self.temperature) for task in tasks
-        ]
+        return [prefer_higher([next(totals) for _ in task.completions], self.name, self.temperature) for task in tasks]
 
 
 def _total(score: float | list[float] | None) -> float:
@@ -140,6 +139,7 @@ class JudgeLabeler:
                 answers[task.id].append(pair._replace(certainty=None))  # a tie: no pair in the dataset
                 continue
             share = (one_way[0] / sum(one_way) + other_way[1] / sum(other_way)) / 2
+            preferred: Literal["first", "second", "tie"]
             preferred = "tie" if share == 0.5 else "first" if share > 0.5 else "second"
             answers[task.id].append(pair._replace(preferred=preferred, certainty=max(share, 1 - share)))
         if silent:
@@ -172,10 +172,7 @@ class JudgeLabeler:
             raise InputError(
                 f"--judge_model_name_or_path {self.source.name}: a question has {longest} tokens, its context {room}."
             )
-        letters = [
-            sorted({ids[0] for text in (letter, f" {letter}") if len(ids := tokenizer.encode(text, add_special_tokens=False)) == 1})
-            for letter in "AB"
-        ]  # fmt: skip
+        letters = [_first_tokens(tokenizer, (letter, f" {letter}")) for letter in "AB"]
         model.eval()
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         found: dict[int, tuple[float, float]] = {}
@@ -192,3 +189,9 @@ class JudgeLabeler:
         if tokenizer.chat_template is None:
             return encode_prompt(tokenizer, question + "\nAnswer:")
         return encode_prompt(tokenizer, [{"role": "user", "content": question}])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, spellings: tuple[str, ...]) -> list[int]:
+    """Ids of the spellings that are a single token."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1})

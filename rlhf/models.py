@@ -37,8 +37,8 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from rlhf.data import control_ids, encode_messages
 from rlhf.attention import group_attention
+from rlhf.data import control_ids, encode_messages
 from rlhf.errors import InputError
 from rlhf.starter import STARTER, starter_model
 

@@ -1,7 +1,7 @@
 """People's votes: one JSON line each, appended to a file that is never rewritten; who sees what next; agreement.
 
-A vote ranks the completions of a task. A line is either a vote or the undoing of one; what is true is what the lines say
-when read in order, so several servers, crashes and restarts can't make them disagree.
+A vote ranks the completions of a task. A line is either a vote or the undoing of one; what is true is what the lines
+say when read in order, so several servers, crashes and restarts can't make them disagree.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import krippendorff
 from filelock import FileLock
@@ -49,6 +49,7 @@ class Vote(NamedTuple):
         answers = []
         for first, second in itertools.combinations(range(len(self.ranks)), 2):
             difference = self.ranks[first] - self.ranks[second]
+            preferred: Literal["first", "second", "tie"]
             preferred = "tie" if difference == 0 else "first" if difference < 0 else "second"
             answers.append(Comparison(first, second, preferred, None, self.labeler))
         return answers
@@ -267,7 +268,9 @@ class Assignment:
     def everybody_is_done(self) -> bool:
         """Whether somebody voted, and nobody who did has anything left."""
         labelers = {vote.labeler for vote in self.file.votes if vote.task in self.tasks}
-        return not self.tasks or (bool(labelers) and all(self.next(labeler, hold=False) is None for labeler in labelers))
+        return not self.tasks or (
+            bool(labelers) and all(self.next(labeler, hold=False) is None for labeler in labelers)
+        )
 
     def order(self, task: str, labeler: str, repeat: bool) -> list[int]:
         """Position on the page -> completion: random, and the same whenever it is asked."""

@@ -1,9 +1,9 @@
 """Time and memory of an update, ours beside stock TRL 1.12, in one run: `make bench`.
 
-Both train a LoRA adapter of the starter on the starter's prompts: batch 32, 48 new tokens, two PPO epochs of
-two minibatches as in recipes/configs/ppo.yaml (--num_ppo_epochs changes it), microbatches of 8, the same reward adapter.
-TRL's class gets torch's attention, which it would get anywhere. Two processes take turns, one update each, so that whatever else
-the machine does hits both. The first update warms up and is left out.
+Both train a LoRA adapter of the starter on the starter's prompts: batch 32, 48 new tokens, two PPO epochs of two
+minibatches as in recipes/configs/ppo.yaml (--num_ppo_epochs changes it), microbatches of 8, the same reward adapter.
+TRL's class gets torch's attention, which it would get anywhere. Two processes take turns, one update each, so that
+whatever else the machine does hits both. The first update warms up and is left out.
 """
 
 import argparse

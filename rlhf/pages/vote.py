@@ -182,9 +182,7 @@ class People:
         foreign = [vote for vote in votes if vote.task not in known]
         if foreign:
             print(f"{self.path}: {len(foreign)} votes are for replies that no longer exist; they are left alone.")
-        votes = [
-            vote for vote in votes if vote.task in known and (vote.skipped or len(vote.ranks) == known[vote.task])
-        ]
+        votes = [vote for vote in votes if vote.task in known and (vote.skipped or len(vote.ranks) == known[vote.task])]
         result = agreement(votes)
         write_json(self.path.with_name("agreement.json"), result)
         alpha, repeats = result["alpha"], result["repeats"]
