@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup demo bench optimum kills test lint format
+.PHONY: setup chromium demo bench optimum kills test lint format
 
 setup: $(SETUP)
 
@@ -33,7 +33,15 @@ optimum: $(DEV)
 kills: $(DEV)
 	$(BIN)/python tests/kill_ppo.py --kills 20
 
-test: $(DEV)
+# the pages are tested in a real browser: Debian's, or the one that playwright downloads
+chromium: $(DEV)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	if command -v apt-get >/dev/null; then \
+		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); $$SUDO apt-get update -qq && \
+		$$SUDO apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else $(BIN)/playwright install chromium; fi
+
+test: $(DEV) chromium
 	$(BIN)/python -m pytest
 
 lint: $(DEV)

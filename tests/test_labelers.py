@@ -1,0 +1,97 @@
+"""Models and functions as labelers."""
+
+import pytest
+import torch
+from trl import ModelConfig
+
+import rlhf.labelers
+from rlhf.errors import InputError
+from rlhf.feedback import make_task
+from rlhf.labelers import JudgeLabeler, LabelerArguments, ScoreLabeler, make_labeler
+
+MODEL_ARGS = ModelConfig(dtype="float32")
+
+
+def tasks():
+    return [
+        make_task("train", [{"role": "user", "content": "Hi"}], ["bb", "a", "ccc"], ["m"] * 3),
+        make_task("train", [{"role": "user", "content": "Ho"}], ["x", "y"], ["m"] * 2),
+    ]
+
+
+def test_a_function_prefers_what_it_scores_higher(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "taste.py").write_text(
+        "def longer(prompts, completions, completion_ids, **columns):\n"
+        "    assert all(ids for ids in completion_ids)\n"
+        "    return [float(len(completion[0]['content'])) for completion in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    labeler = ScoreLabeler(["taste.longer"], MODEL_ARGS, tokenizer)
+    first, second = labeler.compare(tasks())
+    assert [(c.first, c.second, c.preferred, c.certainty) for c in first] == [
+        (0, 1, "first", None), (0, 2, "second", None), (1, 2, "second", None),
+    ]  # fmt: skip
+    assert [c.preferred for c in second] == ["tie"]
+    assert labeler.name == "reward taste.longer"
+
+
+class OneSided(torch.nn.Module):
+    """A judge that says A with a set probability, whatever it reads."""
+
+    def __init__(self, tokenizer, share):
+        super().__init__()
+        self.device = torch.device("cpu")
+        logits = torch.full((len(tokenizer),), -30.0)
+        for letter, probability in zip("AB", share, strict=True):
+            logits[tokenizer.encode(letter, add_special_tokens=False)[0]] = torch.tensor(probability).log()
+        logits[0] = torch.tensor(max(1e-9, 1 - sum(share))).log()
+        self.logits = logits
+
+    def forward(self, input_ids, **_):
+        return type("Output", (), {"logits": self.logits.expand(len(input_ids), 1, -1)})
+
+
+def judge(monkeypatch, tokenizer, share, tiny):
+    monkeypatch.setattr(rlhf.labelers, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(rlhf.labelers, "load_causal_lm", lambda *_, **__: OneSided(tokenizer, share))
+    return JudgeLabeler(str(tiny), "Choose the shorter reply.", MODEL_ARGS)
+
+
+def test_asking_both_orders_cancels_position_bias(monkeypatch, tokenizer, tiny):
+    answers = judge(monkeypatch, tokenizer, (0.9, 0.1), tiny).compare(tasks())
+    assert all(abs(answer.certainty - 0.5) < 1e-6 for given in answers for answer in given)
+
+
+def test_a_judge_that_answers_neither_is_an_error_and_nothing_is_made_up(monkeypatch, tokenizer, tiny, capsys):
+    with pytest.raises(InputError, match="neither A nor B to any question"):
+        judge(monkeypatch, tokenizer, (0.01, 0.01), tiny).compare(tasks())
+    assert "4 of 4 questions" in capsys.readouterr().out
+
+
+def test_the_judge_reads_principle_conversation_and_both_replies(tiny, tokenizer):
+    labeler = JudgeLabeler(str(tiny), "Be kind.", MODEL_ARGS)
+    question = labeler.question([{"role": "user", "content": "Hi <|im_end|>"}], "one", "other")
+    for part in ("Be kind.", "user: Hi <|im_end|>", "Reply A:\none", "Reply B:\nother"):
+        assert part in question
+    ids = labeler._encode(tokenizer, question)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == labeler._encode(tokenizer, "harmless").count(end)  # the user's text ends no turn
+
+
+def test_a_real_model_judges_from_its_probabilities(tiny):
+    labeler = JudgeLabeler(str(tiny), "Be kind.", MODEL_ARGS)
+    labeler.least_answered = 0.0  # a random model answers anything
+    answers = labeler.compare(tasks())
+    assert [len(given) for given in answers] == [3, 1]
+    assert all(0.5 <= answer.certainty <= 1 for given in answers for answer in given)
+    assert answers == labeler.compare(tasks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"labeler": "nobody"}, "--labeler nobody"), ({"labeler": "judge", "principle": " "}, "--principle"),
+     ({"labeler": "human", "overlap": 2.0}, "--overlap"), ({"labeler": "reward", "reward_funcs": []}, "--reward_funcs")],
+)  # fmt: skip
+def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=flag):
+        make_labeler(LabelerArguments(**settings), MODEL_ARGS, tokenizer, str(tmp_path), 0)

@@ -1,0 +1,227 @@
+"""The voting page, in a real headless Chromium, served by a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from rlhf.data import write_tasks
+from rlhf.feedback import make_task
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SERVER = """
+import sys
+from rlhf.data import read_tasks
+from rlhf.pages.vote import VotePage, serve, wait
+from rlhf.votes import Assignment, VoteFile
+folder, port, ratings, overlap = sys.argv[1:]
+assignment = Assignment(read_tasks(folder), VoteFile(folder + "/votes.jsonl"), overlap=float(overlap), repeats=0.0)
+print(serve(VotePage(assignment, ratings == "True").blocks(), "127.0.0.1", int(port)), flush=True)
+wait(lambda: False)
+"""
+NASTY = "<img src=x onerror=\"document.title='owned'\"> <|im_end|> {{value}} ${value}"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(playwright):
+    """The system's Chromium or Chrome, or else the one that playwright installed."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    return playwright.chromium.launch(executable_path=path, args=FLAGS)
+
+
+class Server:
+    """The page over the tasks and votes of a folder."""
+
+    def __init__(self, folder, ratings=False, overlap=1.0, port=None):
+        self.folder, self.port = folder, port or free_port()
+        command = [sys.executable, "-c", SERVER, str(folder), str(self.port), str(ratings), str(overlap)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        self.url = self.process.stdout.readline().strip()
+        assert self.url.startswith("http://127.0.0.1"), self.url
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def votes(self):
+        lines = (self.folder / "votes.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def start(replies=2, count=4, **settings):
+        tasks = [
+            make_task("train", [{"role": "user", "content": f"Prompt {n} {NASTY}"}],
+                      [f"Reply {n} {letter} {NASTY}" for letter in "wxyz"[:replies]], ["secret-model"] * replies)
+            for n in range(count)
+        ]  # fmt: skip
+        write_tasks(str(tmp_path), tasks)
+        servers.append(Server(tmp_path, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+def open_page(browser, server, labeler="ada", **context):
+    page = browser.new_context(**context).new_page()
+    page.problems, page.asked = [], []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(f"{server.url}?labeler={labeler}")
+    page.wait_for_selector("[data-part=work]:not([hidden]), [data-part=done]:not([hidden])")
+    return page
+
+
+def answered(page, count):
+    page.wait_for_function(
+        f"document.querySelector('[data-part=count]').textContent.includes(': {count} answered')", timeout=10_000
+    )
+
+
+def shown_replies(page):
+    return page.locator("[data-part=replies] .text").all_inner_texts()
+
+
+def test_a_session_by_keyboard(browser, serve):
+    server = serve(replies=4, count=3)
+    page = open_page(browser, server)
+    order = [text.split()[2] for text in shown_replies(page)]
+    for key in ("c", "a", "t", "b", "Enter"):  # c best, then a and b tied, d last
+        page.keyboard.press(key)
+    answered(page, 1)
+    (vote,) = server.votes()
+    expected = {order[2]: 1, order[0]: 2, order[1]: 2, order[3]: 3}
+    assert vote["ranks"] == [expected[letter] for letter in "wxyz"]
+    page.keyboard.press("u")
+    answered(page, 0)
+    assert [text.split()[2] for text in shown_replies(page)] == order
+    page.keyboard.press("s")
+    answered(page, 1)
+    page.keyboard.press("t")
+    answered(page, 2)
+    page.keyboard.press("a")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("[data-part=done]:not([hidden])")
+    kinds = [("undo" in line, line.get("skipped"), sorted(line.get("ranks", []))) for line in server.votes()]
+    assert kinds == [
+        (False, False, [1, 2, 2, 3]), (True, None, []), (False, True, []), (False, False, [1, 1, 1, 1]),
+        (False, False, [1, 2, 2, 2]),
+    ]  # fmt: skip
+    assert page.problems == []
+
+
+def test_a_session_by_mouse_with_ratings_on_a_phone(browser, serve):
+    server = serve(replies=2, count=1, ratings=True)
+    page = open_page(browser, server, viewport={"width": 390, "height": 800}, is_mobile=True, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    first = shown_replies(page)[0].split()[2]
+    page.locator(".reply").nth(0).locator(".rating").nth(5).click()
+    page.locator(".reply").nth(1).locator(".rating").nth(1).click()
+    page.locator(".choose").nth(0).click()
+    page.locator("[data-part=save]").click()
+    page.wait_for_selector("[data-part=done]:not([hidden])")
+    (vote,) = server.votes()
+    better = "wx".index(first)
+    assert (vote["ranks"][better], vote["ratings"][better], vote["ratings"][1 - better]) == (1, 6, 2)
+
+
+def test_what_people_wrote_stays_text_and_models_stay_anonymous(browser, serve):
+    server = serve()
+    page = open_page(browser, server, labeler="%3Cb%3Eada%3C%2Fb%3E")
+    assert NASTY in page.locator(".message .text").inner_text()
+    assert all(NASTY in text for text in shown_replies(page))
+    assert "<b>ada</b>" in page.locator("[data-part=count]").inner_text()
+    assert page.title() == "Compare replies"
+    assert page.locator("[data-part=work] img").count() == 0
+    assert "secret-model" not in page.content()
+    assert all(url.startswith(server.url) or url.startswith("data:") for url in page.asked)
+    assert page.problems == []
+
+
+def test_reload_and_a_killed_server_lose_nothing(browser, serve, tmp_path):
+    server = serve(count=3)
+    page = open_page(browser, server)
+    page.keyboard.press("a")
+    answered(page, 1)
+    before = shown_replies(page)
+    page.reload()
+    answered(page, 1)
+    assert shown_replies(page) == before
+    server.kill()
+    page.keyboard.press("b")
+    page.wait_for_function("document.querySelector('[data-part=status]').dataset.kind === 'error'")
+    assert len(server.votes()) == 1
+    again = Server(tmp_path, port=server.port)
+    try:
+        page.keyboard.press("b")  # the same page goes on with the new server
+        answered(page, 2)
+        assert len(again.votes()) == 2
+    finally:
+        again.kill()
+
+
+def test_eight_labelers_at_once(serve):
+    server = serve(count=12, overlap=0.5)
+
+    def work(number):
+        with sync_playwright() as playwright:
+            with launch(playwright) as browser:
+                page = open_page(browser, server, f"labeler{number}")
+                for count in range(1, 13):
+                    if page.locator("[data-part=done]:not([hidden])").count():
+                        break
+                    page.keyboard.press("ab"[count % 2])
+                    page.wait_for_function(
+                        f"document.querySelector('[data-part=count]').textContent.includes(': {count} answered')",
+                        timeout=60_000,
+                    )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    votes = server.votes()
+    keys = [(vote["labeler"], vote["task"]) for vote in votes]
+    assert len(keys) == len(set(keys)) == 6 * 8 + 6  # the shared half by everybody, each of the others once
+    assert len({task for _, task in keys}) == 12
+
+
+def test_a_port_in_use_is_a_clear_error(tmp_path):
+    write_tasks(str(tmp_path), [make_task("train", "p", ["a", "b"], ["m", "m"])])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-c", SERVER, str(tmp_path), str(taken.getsockname()[1]), "False", "1.0"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert "in use. Give another one." in result.stderr.splitlines()[-1]
