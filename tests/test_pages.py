@@ -196,17 +196,16 @@ def test_eight_labelers_at_once(serve):
     server = serve(count=12, overlap=0.5)
 
     def work(number):
-        with sync_playwright() as playwright:
-            with launch(playwright) as browser:
-                page = open_page(browser, server, f"labeler{number}")
-                for count in range(1, 13):
-                    if page.locator("[data-part=done]:not([hidden])").count():
-                        break
-                    page.keyboard.press("ab"[count % 2])
-                    page.wait_for_function(
-                        f"document.querySelector('[data-part=count]').textContent.includes(': {count} answered')",
-                        timeout=60_000,
-                    )
+        with sync_playwright() as playwright, launch(playwright) as browser:
+            page = open_page(browser, server, f"labeler{number}")
+            for count in range(1, 13):
+                if page.locator("[data-part=done]:not([hidden])").count():
+                    break
+                page.keyboard.press("ab"[count % 2])
+                page.wait_for_function(
+                    f"document.querySelector('[data-part=count]').textContent.includes(': {count} answered')",
+                    timeout=60_000,
+                )
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
