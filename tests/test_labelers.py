@@ -90,7 +90,8 @@ def test_a_real_model_judges_from_its_probabilities(tiny):
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [({"labeler": "nobody"}, "--labeler nobody"), ({"labeler": "judge", "principle": " "}, "--principle"),
-     ({"labeler": "human", "overlap": 2.0}, "--overlap"), ({"labeler": "reward", "reward_funcs": []}, "--reward_funcs")],
+     ({"labeler": "human", "overlap": 2.0}, "--overlap"),
+     ({"labeler": "reward", "reward_funcs": []}, "--reward_funcs")],
 )  # fmt: skip
 def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path):
     with pytest.raises(InputError, match=flag):
