@@ -21,10 +21,9 @@ from trl import ModelConfig, ScriptArguments
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback import make_task, preference_pairs
-from rlhf.generation import sample_completions
+from rlhf.feedback import preference_pairs
 from rlhf.hub import push_dataset, push_request
-from rlhf.labelers import LabelerArguments, make_labeler
+from rlhf.labelers import LabelerArguments, make_labeler, sample_tasks
 from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
 
 
@@ -79,21 +78,7 @@ def main() -> None:
         )
         tasks = []
         for split, rows in splits.items():
-            completions = sample_completions(
-                model,
-                tokenizer,
-                rows["input_ids"][:],
-                max_new_tokens=collect_args.max_new_tokens,
-                temperature=collect_args.temperature,
-                num_return_sequences=collect_args.num_generations,
-                batch_size=collect_args.per_device_eval_batch_size,
-                seed=collect_args.seed,
-                description=f"Sampling {split} replies",
-            )
-            for prompt, replies in zip(rows["prompt"], completions, strict=True):
-                texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
-                texts = list(dict.fromkeys(texts))
-                tasks.append(make_task(split, prompt, texts, [Path(source.name).name] * len(texts)))
+            tasks += sample_tasks(model, tokenizer, split, rows, collect_args, source.name)
         write_tasks(collect_args.output_dir, tasks)
         del model
 
