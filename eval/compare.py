@@ -3,13 +3,19 @@
     accelerate launch eval/compare.py --models base=starter sft=outputs/sft ppo=outputs/ppo \
         --reward_model_path outputs/reward --output_dir outputs/comparison
     accelerate launch eval/compare.py --models base=Qwen/Qwen2.5-0.5B-Instruct mine=outputs/qwen-ppo --reference base
+    accelerate launch eval/compare.py --models sft=outputs/sft ppo=outputs/ppo --judges gold human judge
 
 Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}) and
 samples.jsonl. One reply per model and prompt, by pure sampling at --temperature. `best_of_<n>` is, for each prompt, the
 reply of the reference model that the reward model likes best of n. Intervals are bootstrapped over prompts (distinct-2:
 over groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
+
+--judges say whose reply is better than the reference's, not knowing which is which: `gold` (the starter's hidden
+score), `reward` (--reward_funcs: best a reward model that was not trained against; without it --reward_model_path),
+`judge` (a model that goes by --principle), `human` (opens the voting page; the same command goes on after Ctrl-C).
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -22,12 +28,17 @@ from rich.markup import escape
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
-from eval.measure import Comparison, compare, differences_of, table_rows
+from eval.judges import make_judges
+from eval.measure import Comparison, compare, differences_of
+from eval.metrics import table_rows
 from rlhf.arguments import finish_run, history_of, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
+from rlhf.feedback import Labeler
+from rlhf.labelers import LabelerSettings
 from rlhf.models import context_length, load_tokenizer, resolve
 from rlhf.rewards import resolve_reward
+from rlhf.starter import STARTER
 
 
 @dataclass
@@ -39,6 +50,10 @@ class CompareArguments:
     )
     reference: str = field(default="sft", metadata={"help": "Name of the model for win rates, KL and best-of-n."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Reward model for its score and best-of-n."})
+    judges: list[str] | None = field(
+        default=None,
+        metadata={"help": "Who judges: gold, reward, judge, human. Default: gold for the starter, else reward."},
+    )
     best_of_n: int = field(default=4, metadata={"help": "Replies of the reference to choose from; below 2: none."})
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder for results.json, samples.jsonl."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
@@ -60,11 +75,27 @@ def named_models(arguments: CompareArguments) -> dict[str, str]:
     return pairs
 
 
+def judges_of(
+    arguments: CompareArguments, settings: LabelerSettings, dataset: str, model_args: ModelConfig, tokenizer: Any
+) -> dict[str, Labeler]:
+    """The judges of --judges, or those that go without saying."""
+    names = arguments.judges
+    if names is None:
+        names = ["gold"] if dataset == STARTER else ["reward"] if arguments.reward_model_path else []
+    if "gold" in names and dataset != STARTER:
+        raise InputError("--judges gold: is the starter's hidden score, which no other dataset has. Give reward.")
+    if "reward" in names and settings.reward_funcs is None:
+        if arguments.reward_model_path is None:
+            raise InputError("--judges reward: needs --reward_funcs or --reward_model_path.")
+        settings = dataclasses.replace(settings, reward_funcs=[arguments.reward_model_path])
+    return make_judges(names, settings, model_args, tokenizer, arguments.output_dir, arguments.seed)
+
+
 def print_results(results: dict[str, Any], comparison: Comparison, reference: str) -> None:
     """The table of metrics, and five prompts with every model's reply."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     names, rows = table_rows(results)
-    table = Table(title=f"Held-out prompts; means with 95% intervals; win rate and KL against '{reference}'")
+    table = Table(title=f"Held-out prompts; means with 95% intervals; win rates and KL against '{reference}'")
     for heading in ("", *names):
         table.add_column(heading)
     for row in rows:
@@ -83,7 +114,9 @@ def print_results(results: dict[str, Any], comparison: Comparison, reference: st
 
 
 def main() -> None:
-    script_args, arguments, model_args = parse(__file__, ScriptArguments, CompareArguments, ModelConfig)
+    script_args, arguments, settings, model_args = parse(
+        __file__, ScriptArguments, CompareArguments, LabelerSettings, ModelConfig
+    )
     need_one_process(__file__)
     for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3), ("max_prompts", 1)):
         if getattr(arguments, flag) < least:
@@ -102,10 +135,11 @@ def main() -> None:
         rows = prompt_rows(
             test, script_args.dataset_name, tokenizers[name], arguments.max_new_tokens, context_length(source)
         )
-    if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
+    judges = judges_of(arguments, settings, script_args.dataset_name, model_args, tokenizers[arguments.reference])
+    if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, model_args):
         return
 
-    comparison = compare(models, rows, script_args.dataset_name, reward, model_args, arguments)
+    comparison = compare(models, rows, script_args.dataset_name, reward, judges, model_args, arguments)
     commands, seeds = history_of([*named_models(arguments).values(), arguments.reward_model_path or ""])
     results = {
         "models": {
@@ -115,6 +149,7 @@ def main() -> None:
             for name, metrics in comparison.metrics.items()
         },
         "differences": differences_of(comparison.metrics, arguments.seed),
+        "reference": arguments.reference,
         "reward_model": comparison.reward_accuracy,
         "commands": commands,
         "seeds": {**seeds, "comparison": arguments.seed},
@@ -133,7 +168,8 @@ def main() -> None:
     )
     print_results(results, comparison, arguments.reference)
     print(f"Written: {folder / 'results.json'} and samples.jsonl")
-    finish_run(arguments.output_dir, {})
+    if all(judge.finished for judge in judges.values()):
+        finish_run(arguments.output_dir, {})
 
 
 if __name__ == "__main__":

@@ -1,36 +1,27 @@
 """What eval/compare.py computes: replies, log-probabilities and scores of every model, and the metrics of them."""
 
-import functools
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import evaluate
 from datasets import Dataset
 from trl import ModelConfig
 
 from eval.intervals import difference, interval
+from eval.judges import ask, win_rates
+from eval.metrics import metric
 from eval.replies import LogProbs, Replies, loaded, reply_logprobs
-from rlhf.data import encode_conversation, encode_prompt
-from rlhf.feedback import Prompt
+from rlhf.data import encode_conversation, encode_prompt, write_json
+from rlhf.feedback import Labeler, Prompt
 from rlhf.generation import sample_completions
 from rlhf.models import Source
 from rlhf.rewards import RewardSource, load_reward
 from rlhf.starter import STARTER, gold_scores
 
-HERE = Path(__file__).parent
-# The order of the table, and how a value is shown.
-FORMATS = {
-    "gold_score": ".3f",
-    "reward_score": ".3f",
-    "win_rate": ".1%",
-    "kl": ".2f",
-    "reply_length": ".1f",
-    "distinct_2": ".3f",
-    "perplexity": ".1f",
-    "human_loss": ".3f",
-}
+# all sampled replies with their token ids, so that an interrupted evaluation goes on with the same ones
+REPLIES_FILE = "replies.json"
 
 
 class Comparison(NamedTuple):
@@ -38,18 +29,8 @@ class Comparison(NamedTuple):
 
     prompts: list[Prompt]
     texts: dict[str, list[str]]  # by model
-    metrics: dict[str, dict[str, dict[str, Any]]]  # by model and metric, results of eval.intervals.interval
-    reward_accuracy: dict[str, Any]  # agreement of the reward model with the gold score on the reference's replies
-
-
-def metric(name: str, **inputs: Any) -> dict[str, Any]:
-    """Compute the `evaluate` module eval/<name>."""
-    return _module(name).compute(**inputs)
-
-
-@functools.cache
-def _module(name: str) -> evaluate.EvaluationModule:
-    return evaluate.load(str(HERE / name))
+    metrics: dict[str, dict[str, dict[str, Any]]]  # by model and metric, results of the metric modules
+    reward_accuracy: dict[str, Any]  # the reward model beside the gold score, on pairs of the reference's replies
 
 
 def compare(
@@ -57,6 +38,7 @@ def compare(
     rows: Dataset,
     dataset: str,
     reward: RewardSource | None,
+    judges: dict[str, Labeler],
     model_args: ModelConfig,
     arguments: Any,
 ) -> Comparison:
@@ -66,6 +48,7 @@ def compare(
         sources: the models by name; `arguments.reference` is one of them.
         dataset: where the prompts come from; the gold score is the truth for the starter's only.
         reward: what `resolve_reward` says of `arguments.reward_model_path`, if that is given.
+        judges: who compares each model's replies with the reference's, by name.
         arguments: CompareArguments of eval/compare.py.
     """
     prompts = rows["prompt"][:]
@@ -76,37 +59,44 @@ def compare(
     if reward is not None:
         score = load_reward(reward, model_args, batch_size=arguments.per_device_eval_batch_size)
         scores = {name: score(prompts, reply.texts) for name, reply in replies.items() if name != reference}
-        by_prompt = _split(
+        by_prompt = split(
             score([prompt for prompt in prompts for _ in range(max(1, count))], candidates.texts), prompts
         )
+        del score
         scores[reference] = [row[0] for row in by_prompt]
-        accuracy = _reward_accuracy(candidates.texts, by_prompt) if is_starter else {}
+        accuracy = agreement_with_gold(candidates, by_prompt) if is_starter else {}
         if count > 1:
             name, best = f"best_of_{count}", [max(range(count), key=row.__getitem__) for row in by_prompt]
             replies[name] = Replies(
-                [row[n] for row, n in zip(_split(candidates.ids, prompts), best, strict=True)],
-                [row[n] for row, n in zip(_split(candidates.texts, prompts), best, strict=True)],
+                [row[n] for row, n in zip(split(candidates.ids, prompts), best, strict=True)],
+                [row[n] for row, n in zip(split(candidates.texts, prompts), best, strict=True)],
             )
             scores[name] = [max(row) for row in by_prompt]
     under_base, under_reference = _under(sources, rows, replies, own, model_args, arguments)
+    texts = {name: reply.texts for name, reply in replies.items()}
+    judged = {judge: ask(labeler, prompts, texts, reference) for judge, labeler in judges.items()}
+    lengths = {name: [len(ids) for ids in reply.ids] for name, reply in replies.items()}
     metrics = {}
     for name, reply in replies.items():
-        judged = gold_scores(reply.texts) if is_starter else scores.get(name)
-        opponent = gold_scores(replies[reference].texts) if is_starter else scores.get(reference)
         metrics[name] = {
             **({"gold_score": metric("gold_score", predictions=reply.texts)} if is_starter else {}),
             **({"reward_score": metric("reward_score", predictions=scores[name])} if scores else {}),
-            **({"win_rate": metric("win_rate", predictions=judged, references=opponent)} if judged else {}),
+            **{
+                f"{kind}/{judge}": result
+                for judge, verdicts in judged.items()
+                for kind, result in win_rates(verdicts[name], lengths[name], lengths[reference]).items()
+            },
             "kl": _kl(name, own, under_reference, count),
-            "reply_length": metric("reply_length", predictions=[len(ids) for ids in reply.ids]),
+            "reply_length": metric("reply_length", predictions=lengths[name]),
             "distinct_2": metric("distinct_2", predictions=reply.texts),
+            "repetition": metric("repetition", predictions=reply.texts),
             "perplexity": metric("perplexity", predictions=under_base[name].sums, references=under_base[name].tokens),
-            **({"human_loss": _loss(human[name])} if name in human else {}),
+            **(_of_human_replies(human[name], rows) if name in human else {}),
         }
-    return Comparison(prompts, {name: reply.texts for name, reply in replies.items()}, metrics, accuracy)
+    return Comparison(prompts, texts, metrics, accuracy)
 
 
-def _split(flat: list[Any], prompts: list[Prompt]) -> list[list[Any]]:
+def split(flat: list[Any], prompts: list[Prompt]) -> list[list[Any]]:
     """A list in pieces of equal length, one per prompt."""
     size = len(flat) // len(prompts)
     return [flat[start : start + size] for start in range(0, len(flat), size)]
@@ -122,23 +112,16 @@ def _replies(
         has the first ones; log-probabilities of each model's replies under itself; those of the human replies.
     """
     replies, own, human = {}, {}, {}
+    kept = Path(arguments.output_dir) / REPLIES_FILE
+    sampled = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for name, source in sources.items():
         with loaded(source, model_args) as (model, tokenizer):
             prompts = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
             count = max(1, arguments.best_of_n) if name == arguments.reference else 1
-            sampled = sample_completions(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                num_return_sequences=count,
-                batch_size=arguments.per_device_eval_batch_size,
-                seed=arguments.seed,
-                description=f"{name}: sampling",
-            )
-            flat = [ids for several in sampled for ids in several]
-            everything = Replies(flat, [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat])
+            if name not in sampled:
+                sampled[name] = sample_replies(model, tokenizer, prompts, count, arguments, name)
+                write_json(kept, sampled)  # people may be judging these very replies when the run is interrupted
+            everything = Replies(**sampled[name])
             replies[name] = Replies(everything.ids[::count], everything.texts[::count])
             if name == arguments.reference:
                 candidates = everything
@@ -152,6 +135,30 @@ def _replies(
     return replies, candidates, own, human
 
 
+def sample_replies(
+    model: Any, tokenizer: Any, prompts: list[list[int]], count: int, arguments: Any, name: str
+) -> dict[str, Any]:
+    """`count` replies to each prompt, prompt by prompt, as the fields of Replies.
+
+    Args:
+        arguments: has `max_new_tokens`, `temperature`, `per_device_eval_batch_size` and `seed`.
+        name: what the progress bar calls the model.
+    """
+    sampled = sample_completions(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        num_return_sequences=count,
+        batch_size=arguments.per_device_eval_batch_size,
+        seed=arguments.seed,
+        description=f"{name}: sampling",
+    )
+    flat = [ids for several in sampled for ids in several]
+    return {"ids": flat, "texts": [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat]}
+
+
 def _under(
     sources: dict[str, Source],
     rows: Dataset,
@@ -163,7 +170,6 @@ def _under(
     """Log-probabilities of every model's replies under the base, and of `sources`' under the reference.
 
     The base is the model named `base`, or else the one that the reference is an adapter of.
-
 
     What `own` already has is not computed again: the base's replies under the base, the reference's under itself.
     """
@@ -194,27 +200,37 @@ def _kl(name: str, own: dict[str, LogProbs], under_reference: dict[str, LogProbs
     return interval([math.log(count) - (count - 1) / count] * len(own[next(iter(own))].sums))
 
 
-def _loss(logprobs: LogProbs) -> dict[str, Any]:
-    return interval([-value for value in logprobs.sums], [float(count) for count in logprobs.tokens])
+def _of_human_replies(logprobs: LogProbs, rows: Dataset) -> dict[str, Any]:
+    """How well a model predicts what people really replied: loss per token, and bits per byte of their text."""
+    sizes = [float(len(completion[0]["content"].encode())) for completion in rows["completion"]]
+    return {
+        "human_loss": interval([-value for value in logprobs.sums], [float(count) for count in logprobs.tokens]),
+        "human_bits_per_byte": metric("bits_per_byte", predictions=logprobs.sums, references=sizes),
+    }
 
 
-def _reward_accuracy(texts: list[str], scores: list[list[float]]) -> dict[str, Any]:
-    """Share of reply pairs that the reward model orders as the noise-free gold score does; one value per prompt.
+def agreement_with_gold(replies: Replies, scores: list[list[float]]) -> dict[str, Any]:
+    """Accuracy and calibration of the reward model on pairs of replies, taking the noise-free gold score as the truth.
 
-    Pairs with equal gold scores are left out. Prompts weigh by their number of pairs.
+    Pairs with equal gold scores are left out.
+
+    Args:
+        scores: the reward model's, by prompt; `replies` has the same replies in one list.
     """
-    gold = iter(gold_scores(texts))
-    agree, pairs = [], []
-    for row in scores:
-        truth = [next(gold) for _ in row]
-        compared = [(i, j) for i, j in itertools.combinations(range(len(row)), 2) if truth[i] != truth[j]]
-        if compared:
-            agree.append(float(sum((row[i] > row[j]) == (truth[i] > truth[j]) for i, j in compared)))
-            pairs.append(float(len(compared)))
-    if not agree:
+    gold, lengths = iter(gold_scores(replies.texts)), iter(map(len, replies.ids))
+    chosen, rejected, longer, groups = [], [], [], []
+    for prompt, row in enumerate(scores):
+        known = [(next(gold), score, next(lengths)) for score in row]
+        for one, other in itertools.combinations(known, 2):
+            if one[0] != other[0]:
+                better, worse = (one, other) if one[0] > other[0] else (other, one)
+                chosen.append(better[1])
+                rejected.append(worse[1])
+                longer.append(better[2] - worse[2])
+                groups.append(prompt)
+    if not chosen:
         return {}
-    result = interval(agree, pairs)
-    return {"accuracy": {key: result[key] for key in ("mean", "low", "high", "n")}, "pairs": int(sum(pairs))}
+    return metric("reward_accuracy", predictions=chosen, references=rejected, length_differences=longer, groups=groups)
 
 
 def differences_of(metrics: dict[str, dict[str, dict[str, Any]]], seed: int) -> dict[str, Any]:
@@ -223,24 +239,8 @@ def differences_of(metrics: dict[str, dict[str, dict[str, Any]]], seed: int) -> 
         f"{second}_minus_{first}": {
             name: difference(metrics[second][name], metrics[first][name], seed)
             for name in metrics[second]
-            if name in metrics[first]
+            if "values" in metrics[second][name]  # a length-controlled win rate is one fit, not a mean
+            and len(metrics[second][name]["values"]) == len(metrics[first].get(name, {}).get("values", []))
         }
         for first, second in itertools.combinations(metrics, 2)
     }
-
-
-def table_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Model names, and rows of the table: metric, then `mean [low, high]` of each model."""
-    names = list(results["models"])
-    rows = []
-    for name, style in FORMATS.items():
-        cells = [results["models"][model].get(name) for model in names]
-        if any(cells):
-            rows.append(
-                [name]
-                + [
-                    f"{cell['mean']:{style}} [{cell['low']:{style}}, {cell['high']:{style}}]" if cell else ""
-                    for cell in cells
-                ]
-            )
-    return names, rows

@@ -66,7 +66,9 @@ def main() -> None:
         name: prompt_rows(split, script_args.dataset_name, tokenizer, collect_args.max_new_tokens, room)
         for name, split in (("train", train), ("test", test))
     }
-    labeler = make_labeler(labeler_args, model_args, tokenizer, collect_args.output_dir, collect_args.seed)
+    labeler = make_labeler(
+        labeler_args.labeler, labeler_args, model_args, tokenizer, collect_args.output_dir, collect_args.seed
+    )
     if not start_run(__file__, collect_args.output_dir, script_args, collect_args, labeler_args, model_args):
         return push_dataset(collect_args.output_dir, __file__, push, source)
 

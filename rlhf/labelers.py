@@ -17,36 +17,48 @@ from rlhf.feedback import Comparison, Labeler, Prompt, SimulatedLabeler, Task, a
 from rlhf.generation import left_pad, sample_completions
 from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
+from rlhf.starter import STARTER
 
 LABELERS = ("simulated", "human", "judge", "reward")
 
 
 @dataclass
-class LabelerArguments:
+class LabelerSettings:
+    """How those who compare replies work, in collecting preferences and in evaluation."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "For 'reward': reward models (folder or Hub id) or import paths of functions."},
+    )
+    judge_model_name_or_path: str = field(default="starter", metadata={"help": "For 'judge': the model."})
+    principle: str = field(
+        default="Choose the reply that is more helpful, honest and harmless.",
+        metadata={"help": "For 'judge': what it goes by, in words."},
+    )
+    server_name: str = field(default="127.0.0.1", metadata={"help": "For 'human': address of the page."})
+    server_port: int = field(default=7860, metadata={"help": "For 'human': port of the page."})
+    overlap: float = field(default=0.2, metadata={"help": "For 'human': share of tasks that everybody gets."})
+    repeats: float = field(default=0.05, metadata={"help": "For 'human': share of tasks asked twice, unsaid."})
+    ratings: bool = field(default=False, metadata={"help": "For 'human': also rate each reply from 1 to 7."})
+
+
+@dataclass
+class LabelerArguments(LabelerSettings):
     """Who compares the replies."""
 
     labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
     labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["starter"],
-        metadata={"help": "For --labeler reward: a reward model (folder or Hub id) or a function's import path."},
-    )
-    judge_model_name_or_path: str = field(default="starter", metadata={"help": "For --labeler judge: the model."})
-    principle: str = field(
-        default="Choose the reply that is more helpful, honest and harmless.",
-        metadata={"help": "For --labeler judge: what it goes by, in words."},
-    )
-    server_name: str = field(default="127.0.0.1", metadata={"help": "For --labeler human: address of the page."})
-    server_port: int = field(default=7860, metadata={"help": "For --labeler human: port of the page."})
-    overlap: float = field(default=0.2, metadata={"help": "For --labeler human: share of tasks that everybody gets."})
-    repeats: float = field(default=0.05, metadata={"help": "For --labeler human: share of tasks asked twice, unsaid."})
-    ratings: bool = field(default=False, metadata={"help": "For --labeler human: also rate each reply from 1 to 7."})
 
 
 def make_labeler(
-    args: LabelerArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: str, seed: int
+    name: str,
+    settings: LabelerSettings,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    seed: int,
 ) -> Labeler:
-    """The labeler that the flags ask for; its models are found now and loaded when it is first asked.
+    """A labeler by name; its models are found now and loaded when it is first asked.
 
     Args:
         tokenizer: of the model that wrote the replies, for reward functions that ask for their token ids.
@@ -55,17 +67,19 @@ def make_labeler(
     Raises:
         InputError: for an unknown labeler, model or function.
     """
-    if args.labeler == "simulated":
-        return SimulatedLabeler(temperature=args.labeler_temperature, seed=seed)
-    if args.labeler == "reward":
-        return ScoreLabeler(args.reward_funcs, model_args, tokenizer)
-    if args.labeler == "judge":
-        return JudgeLabeler(args.judge_model_name_or_path, args.principle, model_args)
-    if args.labeler == "human":
+    if name == "simulated" and isinstance(settings, LabelerArguments):
+        return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
+    if name == "reward":
+        return ScoreLabeler(
+            [STARTER] if settings.reward_funcs is None else settings.reward_funcs, model_args, tokenizer
+        )
+    if name == "judge":
+        return JudgeLabeler(settings.judge_model_name_or_path, settings.principle, model_args)
+    if name == "human":
         from rlhf.pages.vote import People  # Gradio takes seconds to import
 
-        return People(args, Path(folder) / "votes.jsonl", seed)
-    raise InputError(f"--labeler {args.labeler}: unknown. Labelers are {', '.join(LABELERS)}.")
+        return People(settings, Path(folder) / "votes.jsonl", seed)
+    raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
 
 
 def sample_tasks(model: Any, tokenizer: Any, split: str, rows: Dataset, args: Any, name: str) -> list[Task]:

@@ -95,4 +95,5 @@ def test_a_real_model_judges_from_its_probabilities(tiny):
 )  # fmt: skip
 def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path):
     with pytest.raises(InputError, match=flag):
-        make_labeler(LabelerArguments(**settings), MODEL_ARGS, tokenizer, str(tmp_path), 0)
+        arguments = LabelerArguments(**settings)
+        make_labeler(arguments.labeler, arguments, MODEL_ARGS, tokenizer, str(tmp_path), 0)

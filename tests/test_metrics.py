@@ -13,8 +13,11 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from eval.intervals import difference, interval
-from eval.measure import _reward_accuracy, differences_of
-from eval.replies import reply_logprobs
+from eval.judges import ask, win_rates
+from eval.measure import agreement_with_gold, differences_of
+from eval.metrics import table_rows
+from eval.replies import Replies, reply_logprobs
+from rlhf.feedback import Comparison, SimulatedLabeler
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,12 @@ def in_root(monkeypatch):
         ("reply_length", {"predictions": [3, 5]}, 4.0),
         ("distinct_2", {"predictions": ["a b a b", "c d"]}, 3 / 4),
         ("perplexity", {"predictions": [-2.0, -4.0], "references": [1, 2]}, math.exp(6 / 3)),
+        ("bits_per_byte", {"predictions": [-math.log(4.0), -math.log(2.0)], "references": [1, 3]}, 3 / 4),
+        ("repetition", {"predictions": ["a b c d a b c d", "a b c"]}, (1 / 5 + 0) / 2),
+        ("reward_accuracy", {"predictions": [1.0, 2.0, 0.0, 5.0], "references": [0.0, 2.0, 3.0, 1.0]}, 2.5 / 4),
+        ("accuracy", {"predictions": [1, 0, 1], "references": [1, 1, 1]}, 2 / 3),
+        ("f1", {"predictions": [1, 0, 1, 0], "references": [1, 1, 0, 0]}, 1 / 2),
+        ("rouge", {"predictions": ["the cat sat", "no"], "references": ["the cat ran", "no"]}, (2 / 3 + 1) / 2),
     ],
 )
 def test_modules_load_from_their_folder_and_compute(name, inputs, expected):
@@ -79,10 +88,101 @@ def test_perplexity_difference_resamples_ratios():
 
 def test_reward_accuracy_counts_pairs_that_gold_tells_apart():
     texts = ["love love", "a table", "a chair", "hate", "good", "bad"]
-    result = _reward_accuracy(texts, [[3.0, 2.0, 1.0], [0.0, 1.0, 5.0]])
+    replies = Replies([[1] * len(text) for text in texts], texts)
+    result = agreement_with_gold(replies, [[3.0, 2.0, 1.0], [0.0, 1.0, 5.0]])
     # first prompt: 2 of 2 right (table and chair tie); second: hate < bad < good in gold, 1 < 5 is wrong for good, bad
-    assert result["pairs"] == 5
-    assert math.isclose(result["accuracy"]["mean"], 4 / 5)
+    assert result["n"] == 5
+    assert math.isclose(result["mean"], 4 / 5)
+    assert sum(quarter["n"] for quarter in result["by_length_difference"]) == 5
+
+
+def test_calibration_of_a_model_that_is_as_sure_as_it_is_right():
+    # says 73% (margin 1) on four pairs and is right on three; says 95% (margin 3) on two and is right on one
+    margins = [1.0, 1.0, 1.0, -1.0, 3.0, -3.0]
+    result = evaluate.load("eval/reward_accuracy").compute(predictions=margins, references=[0.0] * 6)
+    low, high = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))
+    assert [bin["n"] for bin in result["reliability"]] == [4, 2]
+    assert math.isclose(result["calibration_error"], (4 * abs(low - 0.75) + 2 * abs(high - 0.5)) / 6)
+    assert math.isclose(result["log_loss"], np.mean(np.log1p(np.exp(-np.asarray(margins)))))
+
+
+def test_accuracy_by_length_difference_finds_a_taste_for_length():
+    length = np.arange(-20, 20)
+    result = evaluate.load("eval/reward_accuracy").compute(
+        predictions=length.astype(float).tolist(), references=[0.0] * 40, length_differences=length.tolist()
+    )
+    quarters = result["by_length_difference"]
+    assert [quarter["mean"] for quarter in quarters] == [0.0, 0.0, 0.95, 1.0]
+    assert (quarters[0]["shortest"], quarters[-1]["longest"]) == (-20, 19)
+
+
+def test_length_control_ranks_a_padded_model_right_where_the_plain_win_rate_does_not():
+    generator = np.random.default_rng(0)
+    better = generator.normal(-0.4, 1.0, 400)  # by how much the padded reply is better: it is worse on average
+    longer = np.maximum(0, generator.normal(6, 6, 400)).round()
+    judged = better + 0.15 * longer  # a judge who also likes length
+    inputs = {"predictions": judged.tolist(), "references": [0.0] * 400}
+    lengths = {"prediction_lengths": (10 + longer).tolist(), "reference_lengths": [10] * 400}
+    plain = evaluate.load("eval/win_rate").compute(**inputs)
+    controlled = evaluate.load("eval/length_controlled_win_rate").compute(**inputs, **lengths)
+    assert plain["low"] > 0.5 > controlled["high"]
+
+
+def test_length_control_changes_nothing_where_length_does_not_matter():
+    generator = np.random.default_rng(1)
+    inputs = {"predictions": generator.normal(0.3, 1, 500).tolist(), "references": [0.0] * 500}
+    lengths = {"prediction_lengths": generator.integers(5, 30, 500).tolist(), "reference_lengths": [15] * 500}
+    plain = evaluate.load("eval/win_rate").compute(**inputs)["mean"]
+    controlled = evaluate.load("eval/length_controlled_win_rate").compute(**inputs, **lengths)
+    assert abs(controlled["mean"] - plain) < 0.02
+    same = evaluate.load("eval/length_controlled_win_rate").compute(
+        predictions=[1.0, 0.0, 1.0], references=[0.0, 1.0, 1.0], prediction_lengths=[3] * 3, reference_lengths=[3] * 3
+    )
+    assert same["mean"] == 0.5
+
+
+class Panel:
+    """Two people who disagree on the first question, agree on the second, and skip the third."""
+
+    name, finished = "panel", True
+
+    def compare(self, tasks):
+        assert [task.completions for task in tasks] == [["a", "x"], ["b", "y"], ["c", "z"]]
+        said = [["first", "second"], ["first", "first"], []]
+        return [[Comparison(0, 1, preferred, None, "p") for preferred in answers] for answers in said]
+
+
+def test_judges_are_asked_about_different_replies_only():
+    texts = {"mine": ["a", "b", "c", "same"], "sft": ["x", "y", "z", "same"]}
+    verdicts = ask(Panel(), ["1", "2", "3", "4"], {"mine": texts["mine"], "sft": texts["sft"]}, "sft")
+    assert verdicts["mine"].prompts == [0, 1, 3]
+    assert win_rates(verdicts["mine"], [1] * 4, [1] * 4)["win_rate"]["mean"] == (0.5 + 1 + 0.5) / 3
+    assert win_rates(verdicts["sft"], [1] * 4, [1] * 4)["win_rate"]["mean"] == 0.5
+    gold = ask(SimulatedLabeler(temperature=0.0), ["1"], {"up": ["I love it"], "sft": ["I hate it"]}, "sft")
+    assert (
+        win_rates(gold["up"], [3], [3])["win_rate"] | {"mean": 1.0, "ties": 0.0}
+        == win_rates(gold["up"], [3], [3])["win_rate"]
+    )
+
+
+def test_the_table_has_one_row_per_metric_and_judge():
+    cell = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    models = {"sft": {"kl": cell, "win_rate/human": cell, "win_rate/gold": cell}, "ppo": {"kl": cell}}
+    names, rows = table_rows({"models": models})
+    assert names == ["sft", "ppo"]
+    assert [row[0] for row in rows] == ["win_rate/gold", "win_rate/human", "kl"]
+    assert rows[0][1:] == ["50.0% [40.0%, 60.0%]", ""]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in (ROOT / "eval").glob("*/__init__.py")), ids=str)
+def test_every_metric_has_a_card_whose_example_runs(folder):
+    card = (folder / "README.md").read_text()
+    for section in ("## Use", "## Returns", "## Limits"):
+        assert section in card
+    code = card.split("```python")[1].split("```")[0].replace("metric.compute", "result = metric.compute")
+    found: dict = {}
+    exec(code, found)
+    assert found["result"]["low"] <= found["result"]["mean"] <= found["result"]["high"]
 
 
 def test_reply_logprobs_equal_the_models_whatever_the_padding(tiny, tokenizer):

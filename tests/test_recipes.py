@@ -92,10 +92,18 @@ def test_comparison_writes_means_with_intervals(road):
     out, logs = road
     results = json.loads((out / "comparison" / "results.json").read_text())
     assert set(results["models"]) == {"base", "sft", "ppo", "best_of_2"}
-    for metric in ("reward_score", "win_rate", "kl", "reply_length", "distinct_2", "perplexity"):
+    for metric in (
+        "reward_score",
+        "win_rate/reward",
+        "length_controlled_win_rate/reward",
+        "kl",
+        "reply_length",
+        "distinct_2",
+        "perplexity",
+    ):
         cell = results["models"]["ppo"][metric]
         assert cell["low"] <= cell["mean"] <= cell["high"] and cell["n"] >= 1
-    assert results["models"]["sft"]["win_rate"]["mean"] == 0.5
+    assert results["models"]["sft"]["win_rate/reward"]["mean"] == 0.5
     assert abs(results["models"]["sft"]["kl"]["mean"]) < 1e-4
     best, plain = results["models"]["best_of_2"]["reward_score"], results["models"]["sft"]["reward_score"]
     assert best["mean"] >= plain["mean"]

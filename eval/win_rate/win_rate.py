@@ -1,4 +1,4 @@
-"""Share of prompts on which one model's reply scores higher than another's; a tie counts half."""
+"""Share of prompts on which one model's reply is judged better than another's; a tie counts half."""
 
 import datasets
 import evaluate
@@ -9,7 +9,7 @@ DESCRIPTION = """Share of prompts on which the prediction's score is above the r
 
 
 class WinRate(evaluate.Metric):
-    """Share of prompts on which one model's reply scores higher than another's; a tie counts half."""
+    """Share of prompts on which one model's reply is judged better than another's; a tie counts half."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -22,4 +22,5 @@ class WinRate(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict:
-        return interval([0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(predictions, references, strict=True)])
+        outcomes = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(predictions, references, strict=True)]
+        return {**interval(outcomes), "ties": outcomes.count(0.5) / max(1, len(outcomes))}
