@@ -31,6 +31,7 @@ from trl import ModelConfig, ScriptArguments
 from eval.judges import make_judges
 from eval.measure import Comparison, compare, differences_of
 from eval.metrics import table_rows
+from eval.report import write_report
 from rlhf.arguments import finish_run, history_of, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
@@ -170,6 +171,7 @@ def main() -> None:
     print(f"Written: {folder / 'results.json'} and samples.jsonl")
     if all(judge.finished for judge in judges.values()):
         finish_run(arguments.output_dir, {})
+    print(f"Report: {write_report(arguments.output_dir)}")
 
 
 if __name__ == "__main__":

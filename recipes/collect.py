@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
 
+from eval.report import write_report
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
 from rlhf.errors import InputError, report_errors
@@ -97,6 +98,7 @@ def main() -> None:
     print(f"{collect_args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
     if labeler.finished:
         finish_run(collect_args.output_dir, counts)
+        write_report(collect_args.output_dir)
         push_dataset(collect_args.output_dir, __file__, push, source)
 
 

@@ -15,6 +15,7 @@ ModelConfig works.
 
 from trl import ModelConfig, ScriptArguments
 
+from eval.report import write_report
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import language_model_rows, load_splits, prompt_rows
 from rlhf.errors import report_errors
@@ -70,8 +71,10 @@ def main() -> None:
     last = next(entry for entry in reversed(trainer.state.log_history) if "objective/raw_scores" in entry)
     metrics = {key: last[key] for key in ("objective/raw_scores", "objective/kl", "completions/mean_length")}
 
-    # Save, card, push
+    # Save, report, card, push
     trainer.save_model()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,

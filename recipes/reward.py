@@ -13,11 +13,15 @@ the score head is trained and saved. Every flag of TRL's RewardConfig and ModelC
 
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
+from eval.held_out import evaluate_reward_model
+from eval.report import write_report
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models import load_reward_model, load_tokenizer, resolve
+
+MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibration_error"}
 
 
 def main() -> None:
@@ -55,16 +59,19 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
+    held_out = evaluate_reward_model(trainer, tokenizer, test)
 
-    # Save, card, push
+    # Save, report, card, push
     trainer.save_model()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,
         [script_args, training_args, model_args],
         source=source,
         datasets=[script_args.dataset_name],
-        metrics={"held-out accuracy": metrics["eval_accuracy"], "held-out margin": metrics["eval_margin"]},
+        metrics={f"held-out {name}": held_out[key] for name, key in MEASURED.items()},
         repo_id=push and push.repo_id,
     )
     finish_run(training_args.output_dir, metrics)

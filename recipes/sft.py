@@ -11,6 +11,7 @@ laptop. The loss is taken on the assistant's replies only. Every flag of TRL's S
 
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
+from eval.report import write_report
 from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, sft_rows
 from rlhf.errors import report_errors
@@ -53,8 +54,10 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
 
-    # Save, card, push
+    # Save, report, card, push
     trainer.save_model()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir,
         __file__,

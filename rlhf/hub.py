@@ -25,7 +25,7 @@ from rlhf.starter import HUB_MODEL_ID, STARTER
 MODEL_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "added_tokens.json", "README.md",
+    "merges.txt", "added_tokens.json", "README.md", "training.png", "calibration.png",
 )  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def write_card(
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
         pipeline_tag="text-classification" if stage == "reward" else "text-generation",
     )
+    pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
     card = [
         f"---\n{data.to_yaml()}\n---",
@@ -149,6 +150,7 @@ def write_card(
         f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
         "## Results",
         _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
+        *(f"![{Path(name).stem}]({name})\n" for name in pictures[:1]),
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",

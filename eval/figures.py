@@ -1,0 +1,207 @@
+"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds.
+
+Each function takes plain data as it is in the run's folder and returns a matplotlib Figure.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.fits import Kind, curve
+
+Log = list[dict[str, Any]]
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
+# (title, {label: metric}) of each panel; a panel none of whose metrics was logged is left out
+PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "ppo": [
+        ("score", {"training": "objective/raw_scores", "held out": "eval_score"}),
+        ("KL to the reference, nats per reply", {"training": "objective/kl", "held out": "eval_kl"}),
+        ("entropy, nats per token", {"entropy": "policy/entropy_avg"}),
+        ("reply length, tokens", {"training": "completions/mean_length", "held out": "eval_length"}),
+        ("value function: explained variance", {"explained variance": "val/explained_variance"}),
+        ("seconds per update", {"rollout": "time/rollout", "reward": "time/reward", "logprobs": "time/logprobs",
+                                "update": "time/update"}),
+    ],
+    "reward": [
+        ("loss", {"training": "loss", "held out": "eval_loss"}),
+        ("accuracy", {"training": "accuracy", "held out": "eval_accuracy"}),
+        ("margin", {"training": "margin", "held out": "eval_margin"}),
+    ],
+    "sft": [
+        ("loss per token", {"training": "loss", "held out": "eval_loss"}),
+        ("token accuracy", {"training": "mean_token_accuracy", "held out": "eval_mean_token_accuracy"}),
+        ("learning rate", {"learning rate": "learning_rate"}),
+    ],
+}  # fmt: skip
+
+
+def _grid(count: int, columns: int = 3, height: float = 2.6) -> tuple[Figure, list[Any]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def training_figure(recipe: str, log: Log) -> Figure | None:
+    """Curves of a training run, the monitor's remarks marked and numbered on them; None if nothing was logged.
+
+    Args:
+        log: the trainer's log_history; entries with `remark` are the monitor's.
+    """
+    panels = []
+    for title, metrics in PANELS.get(recipe, []):
+        lines = {
+            label: [(entry["step"], entry[key]) for entry in log if "step" in entry and key in entry]
+            for label, key in metrics.items()
+        }
+        if any(lines.values()):
+            panels.append((title, {label: points for label, points in lines.items() if points}))
+    if not panels:
+        return None
+    remarks = [entry for entry in log if "remark" in entry]
+    figure, axes = _grid(len(panels))
+    for axis, (title, lines) in zip(axes, panels, strict=False):
+        for color, (label, points) in zip(COLORS, lines.items(), strict=False):
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, color=color, label=label, marker="o" if len(points) < 15 else "", markersize=3)
+        for number, remark in enumerate(remarks, 1):
+            axis.axvline(remark["step"], color=RED, linestyle=":", linewidth=1)
+            axis.text(remark["step"], 1.0, str(number), color=RED, fontsize=8, transform=axis.get_xaxis_transform())
+        axis.set_title(title, fontsize=9)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def calibration_figure(accuracy: dict[str, Any]) -> Figure:
+    """Reliability of a reward model, and its accuracy by length difference.
+
+    Args:
+        accuracy: result of the metric reward_accuracy.
+    """
+    quarters = accuracy.get("by_length_difference", [])
+    figure, axes = _grid(2 if quarters else 1, height=3.2)
+    bins = accuracy["reliability"]
+    sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+    sizes = [20 + 200 * b["n"] / max(1, accuracy["n"]) for b in bins]
+    axes[0].plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, label="as sure as right")
+    axes[0].plot(sure, right, color=BLUE, linewidth=1)
+    axes[0].scatter(sure, right, sizes, color=BLUE, label="area: number of pairs")
+    axes[0].set(xlabel="how sure the reward model is", ylabel="how often it is right", xlim=(0.48, 1.02))
+    error = accuracy["calibration_error"]
+    axes[0].set_title(f"accuracy {accuracy['mean']:.1%}, calibration error {error:.3f}", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False)
+    if quarters:
+        _intervals(axes[1], [f"{q['shortest']:+.0f} to {q['longest']:+.0f}" for q in quarters], quarters, BLUE)
+        axes[1].axvline(0.5, color=GREY, linewidth=1)
+        axes[1].set_title("accuracy by length of chosen − rejected", fontsize=9)
+    return figure
+
+
+def _intervals(axis: Any, labels: list[str], cells: list[dict[str, Any]], color: str, shift: float = 0.0) -> None:
+    """Means with intervals, one below the other."""
+    heights = [number + shift for number in range(len(cells))]
+    means = [cell["mean"] for cell in cells]
+    spread = [[m - c["low"] for m, c in zip(means, cells, strict=True)],
+              [c["high"] - m for m, c in zip(means, cells, strict=True)]]  # fmt: skip
+    axis.errorbar(means, heights, xerr=np.maximum(0, spread), fmt="o", color=color, capsize=3, markersize=4)
+    if not shift:
+        axis.set_yticks(range(len(cells)), labels)
+        axis.invert_yaxis()
+
+
+def comparison_figure(results: dict[str, Any]) -> Figure | None:
+    """Win rates of a comparison, plain and length-controlled, one panel per judge; scores if there are no judges.
+
+    Args:
+        results: content of results.json.
+    """
+    models = {name: cells for name, cells in results["models"].items() if name != results.get("reference")}
+    judges = sorted({key.split("/")[1] for cells in models.values() for key in cells if key.startswith("win_rate/")})
+    if not judges or not models:
+        return None
+    figure, axes = _grid(len(judges), height=1.2 + 0.4 * len(models))
+    for axis, judge in zip(axes, judges, strict=False):
+        for shift, color, kind in ((0.0, BLUE, "win_rate"), (0.25, ORANGE, "length_controlled_win_rate")):
+            known = [name for name in models if f"{kind}/{judge}" in models[name]]
+            _intervals(axis, known, [models[name][f"{kind}/{judge}"] for name in known], color, shift)
+            axis.plot([], [], color=color, marker="o", label=kind.replace("_", " "))
+        axis.axvline(0.5, color=GREY, linewidth=1)
+        axis.set(xlim=(0, 1), title=f"against {results.get('reference', 'the reference')}, judged by {judge}")
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    return figure
+
+
+def overoptimization_figure(results: dict[str, Any]) -> Figure:
+    """Gold and proxy score against the square root of the KL, for PPO's checkpoints and best-of-n, with fitted curves.
+
+    Args:
+        results: content of overoptimization.json.
+    """
+
+    figure, axes = _grid(2, height=3.6)
+    kinds: tuple[tuple[Kind, str], ...] = (("ppo", BLUE), ("best_of_n", ORANGE))
+    for axis, score in zip(axes, ("gold", "proxy"), strict=True):
+        for kind, color in kinds:
+            points = results[kind]
+            if not points:
+                continue
+            distance = np.asarray([point["sqrt_kl"] for point in points])
+            means = np.asarray([point[score]["mean"] for point in points])
+            errors = np.abs([[p[score][end] - p[score]["mean"] for p in points] for end in ("low", "high")])
+            axis.errorbar(distance, means, errors, fmt="o", color=color, capsize=2, markersize=4,
+                          label=kind.replace("_", " ").replace("ppo", "PPO"))  # fmt: skip
+            fit = (results["fits"][kind] or {}).get(score)
+            if fit:
+                smooth = np.linspace(1e-3, max(distance) * 1.15, 100)
+                axis.plot(smooth, means[0] + curve(smooth, fit["alpha"]["mean"], fit["beta"]["mean"], kind),
+                          color=color, linewidth=1)  # fmt: skip
+        keep = next((point for point in results["ppo"] if point["name"] == results["keep"]), None)
+        if keep:
+            axis.axvline(keep["sqrt_kl"], color=GREEN, linestyle="--", linewidth=1, label=f"keep {keep['name']}")
+        axis.set(xlabel="√KL to the model at the start", title=f"{score}: {results[score]}")
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def rounds_figure(summary: dict[str, Any]) -> Figure:
+    """The truth, the proxy and the KL after each round.
+
+    Args:
+        summary: content of rounds.json: `rounds`, a list with `round` and cells {mean, low, high} by name.
+    """
+    names = [name for name in ("truth", "proxy", "kl") if any(entry.get(name) for entry in summary["rounds"])]
+    figure, axes = _grid(len(names), height=3.0)
+    for axis, name, color in zip(axes, names, COLORS, strict=False):
+        known = [entry for entry in summary["rounds"] if entry.get(name)]
+        means = np.asarray([entry[name]["mean"] for entry in known])
+        errors = np.abs([[e[name][end] - e[name]["mean"] for e in known] for end in ("low", "high")])
+        axis.errorbar([entry["round"] for entry in known], means, errors, marker="o", color=color, capsize=3)
+        axis.set_xticks([entry["round"] for entry in known])
+        axis.set(xlabel="round", title=summary.get(f"{name}_name", name))
+        axis.title.set_fontsize(9)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def data_uri(path: Path) -> str:
+    """A PNG as a data: address, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
