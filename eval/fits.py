@@ -71,7 +71,7 @@ def fit(distance: np.ndarray, gains: np.ndarray, kind: Kind, seed: int = 0) -> d
     low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
     rest = means - curve(distance, alpha, beta, kind)
     peak = None
-    if beta > 0 and alpha > 0:
+    if beta > 1e-9 and alpha > 0:  # rounding alone makes no peak
         peak = alpha / (2 * beta) if kind == "best_of_n" else math.exp(min(50.0, alpha / beta - 1))
     return {
         "alpha": {"mean": float(alpha), "low": float(low[0]), "high": float(high[0])},

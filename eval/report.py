@@ -171,12 +171,20 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def newest_results(folders: list[Path]) -> Any:
+    """Content of the newest results.json among the runs."""
+    files = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
+    return _read(max(files, key=lambda file: file.stat().st_mtime)) if files else None
+
+
 def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
     """Tables of the comparisons, over-optimization and rounds among the runs."""
     tables = []
     for folder in folders:
         if (results := _read(folder / "results.json")) and "models" in results:
             names, rows = table_rows(results)
+            if any((path / "rounds.json").exists() for path in folders) and results != newest_results(folders):
+                continue  # each round's comparison holds the ones before
             note = f"Means with 95% bootstrap intervals; win rates and KL against {results.get('reference', 'sft')!r}."
             tables.append(("Evaluation on held-out prompts", note, ["", *names], rows))
         if over := _read(folder / "overoptimization.json"):
@@ -197,8 +205,9 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def samples_of(folders: list[Path]) -> dict[str, Any] | None:
-    """Prompts with the models' replies, from the newest run that has some."""
-    for folder in reversed(folders):
+    """Prompts with the models' replies, from the newest comparison, or else the newest run that has some."""
+    newest_first = folders[::-1]
+    for folder in sorted(newest_first, key=lambda path: not (path / "results.json").exists()):
         if (folder / "samples.jsonl").exists():
             lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
             rows = [

@@ -20,7 +20,7 @@ from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import language_model_rows, load_splits, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve
+from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_rewards
 
@@ -35,6 +35,7 @@ def main() -> None:
 
     # Tokenizer
     source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)
+    start = resolve_start(model_args.model_name_or_path, source) if training_args.sft_model_path else source
     reward_sources, held_out_sources = resolve_rewards(training_args, base=source.base)
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
@@ -45,7 +46,7 @@ def main() -> None:
         return push_model(training_args.output_dir, push)
 
     # Model
-    policy = load_policy(source, model_args, tokenizer)
+    policy = load_policy(source, model_args, tokenizer, start=start)
     rewards, held_out_rewards = (
         [load_reward(found, model_args, policy=policy, batch_size=training_args.per_device_eval_batch_size)
          for found in sources]
@@ -79,7 +80,7 @@ def main() -> None:
         training_args.output_dir,
         __file__,
         [script_args, training_args, model_args],
-        source=source,
+        source=start,
         rewards=reward_sources,
         datasets=[script_args.dataset_name],
         metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},

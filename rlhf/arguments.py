@@ -30,7 +30,7 @@ FREE_FLAGS = {
     "hub_strategy", "hub_revision", "hub_always_push", "report_to", "run_name", "disable_tqdm", "log_level",
     "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
-    "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
+    "rounds", "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
 }  # fmt: skip
 
 

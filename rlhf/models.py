@@ -367,11 +367,37 @@ def load_reward_model(
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 
 
+def resolve_start(model_name_or_path: str | None, source: Source) -> Source:
+    """What PPO's policy starts from: an adapter that differs from the SFT model `source`, or else the SFT model itself.
+
+    Raises:
+        InputError: if the two adapters have different bases.
+    """
+    start = resolve(model_name_or_path)
+    if start.adapter is None or start.adapter == source.adapter:
+        return source
+    if source.adapter is None or start.base != source.base:
+        raise InputError(
+            f"--model_name_or_path {start.name}: the policy goes on from this adapter, so --sft_model_path "
+            f"{source.name} has to be an adapter of the same base ({start.base})."
+        )
+    return start
+
+
 def load_policy(
-    source: Source, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+    source: Source,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: Source | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """What PPO trains. From an adapter: a trainable copy of it, and the adapter itself, frozen, named `reference`."""
-    policy = load_causal_lm(source, model_args, tokenizer, trust_remote_code=trust_remote_code)
+    """What PPO trains. From an adapter: a trainable copy of it, and the adapter itself, frozen, named `reference`.
+
+    Args:
+        start: the adapter that the trainable copy is made of, if not `source`'s.
+    """
+    policy = load_causal_lm(start or source, model_args, tokenizer, trust_remote_code=trust_remote_code)
     if source.adapter is not None:
         policy.load_adapter(source.adapter, REFERENCE, revision=source.revision, is_trainable=False)
     return policy

@@ -15,7 +15,8 @@ class PPOConfig(TRLPPOConfig):
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
         stop_token_id: may be several; they replace `stop_token`.
         stop_strings: a completion also ends where its text contains one of these.
-        sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`.
+        sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If that is
+            another adapter of the same base, the policy goes on from it, and the reference alone is the SFT model.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
@@ -57,7 +58,7 @@ class PPOConfig(TRLPPOConfig):
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply."})
     sft_model_path: str | None = field(
         default=None,
-        metadata={"help": "SFT model or adapter that policy and reference start from. Default: model_name_or_path."},
+        metadata={"help": "SFT model: the reference, and the policy's start unless model_name_or_path is an adapter."},
     )
     reward_model_path: str | None = field(
         default=None,

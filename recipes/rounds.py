@@ -1,0 +1,91 @@
+"""Rounds: samples → comparisons → reward model → PPO → new samples, as often as you like.
+
+    accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 2
+    accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 3 --collect_config people.yaml
+
+Each round lets a labeler compare replies of the newest policy, trains a reward model on all comparisons so far, goes on
+with PPO from the newest policy (the reference stays the SFT model, so the KL is the distance from it), and compares
+every round's policy on held-out prompts. The stages are the other recipes, with their own configurations: for people
+in the loop, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,
+comparison}, rounds.json, rounds.png and report.html. The same command goes on after an interruption, and with more --rounds.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.report import write_report
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.errors import InputError, report_errors
+from rlhf.models import resolve
+from rlhf.rounds import ROUNDS_FILE, gather_comparisons, run_stage, summarize, verdicts
+
+
+@dataclass
+class RoundsArguments:
+    """What is repeated, and with which configurations."""
+
+    model_name_or_path: str = field(default="outputs/sft", metadata={"help": "SFT model: where round 1 starts."})
+    rounds: int = field(default=2, metadata={"help": "How many rounds; a finished run can be given more."})
+    dataset_name: str = field(default="starter", metadata={"help": "Prompts of all stages."})
+    output_dir: str = field(default="outputs/rounds", metadata={"help": "Folder for the rounds."})
+    seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+    collect_config: str = field(default="recipes/configs/collect.yaml", metadata={"help": "YAML of collect.py."})
+    reward_config: str = field(default="recipes/configs/reward.yaml", metadata={"help": "YAML of reward.py."})
+    ppo_config: str = field(default="recipes/configs/ppo.yaml", metadata={"help": "YAML of ppo.py."})
+    compare_config: str = field(default="recipes/configs/compare.yaml", metadata={"help": "YAML of compare.py."})
+
+
+def run_round(args: RoundsArguments, number: int) -> bool:
+    """One round, stage by stage; False if people have more to compare."""
+    rounds = [Path(args.output_dir) / f"round-{r}" for r in range(1, number + 1)]
+    folder, sft, seed = rounds[-1], args.model_name_or_path, args.seed + number - 1
+    newest = str(rounds[-2] / "ppo") if number > 1 else sft
+    data = {"dataset_name": args.dataset_name, "seed": seed}
+    collected = {"model_name_or_path": newest, **data}
+    if not run_stage("recipes/collect.py", args.collect_config, folder / "preferences", collected):
+        return False
+    counts = gather_comparisons(rounds, folder / "comparisons")
+    print(f"Round {number}: {counts['train']} comparisons so far, {counts['test']} held out.")
+    reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed}
+    run_stage("recipes/reward.py", args.reward_config, folder / "reward", reward)
+    start = {"model_name_or_path": newest, "sft_model_path": sft if number > 1 else None}
+    ppo = {**start, "reward_model_path": str(folder / "reward"), **data}
+    run_stage("recipes/ppo.py", args.ppo_config, folder / "ppo", ppo)
+    models = [f"sft={sft}", *(f"round_{r}={path / 'ppo'}" for r, path in enumerate(rounds, 1))]
+    compared = {"models": models, "reference": "sft", "reward_model_path": str(folder / "reward")}
+    compared |= {"dataset_name": args.dataset_name, "seed": args.seed}
+    return run_stage("eval/compare.py", args.compare_config, folder / "comparison", compared)
+
+
+def main() -> None:
+    # Arguments
+    (args,) = parse(__file__, RoundsArguments)
+    need_one_process(__file__)
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}: must be at least 1.")
+    for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
+        if not Path(getattr(args, flag)).is_file():
+            raise InputError(f"--{flag} {getattr(args, flag)}: no such file.")
+
+    # Model
+    resolve(args.model_name_or_path)
+    more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
+    if not start_run(__file__, args.output_dir, args) and not more:
+        return
+
+    # Rounds
+    for number in range(1, args.rounds + 1):
+        if not run_round(args, number):
+            return print(f"Round {number} waits for more comparisons: the same command goes on.")
+        summary = summarize(args.output_dir, number)
+
+    # Report
+    print("\n".join(["", *verdicts(summary), f"Written: {Path(args.output_dir) / ROUNDS_FILE}"]))
+    truth = summary["rounds"][-1]["truth"]
+    finish_run(args.output_dir, {"rounds": args.rounds, summary["truth_name"]: truth and truth["mean"]})
+    print(f"Report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

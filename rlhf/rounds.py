@@ -1,0 +1,115 @@
+"""Rounds of the closed loop: each stage is a recipe in a process of its own, and what they reached side by side."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf.arguments import RUN_FILE
+from rlhf.data import write_json, write_jsonl
+from rlhf.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS_FILE = "rounds.json"
+
+
+def run_stage(script: str, config: str, output_dir: Path, flags: dict[str, Any]) -> bool:
+    """Run a recipe on one process; it skips what is finished and goes on with what was interrupted.
+
+    Args:
+        script: as in recipes/ppo.py.
+        config: its YAML file.
+        flags: a list is several words; None is left out.
+
+    Returns:
+        whether the stage is finished; False if its people have more to compare.
+
+    Raises:
+        InputError: if it fails; what it said is above.
+    """
+    words = [sys.executable, str(ROOT / script), "--config", config, "--output_dir", str(output_dir)]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    print(f"\n=== {output_dir}: {script}", flush=True)
+    code = subprocess.run(words).returncode
+    if code:
+        raise InputError(f"{output_dir}: {script} ended with exit code {code}. Mend it; the same command goes on.")
+    return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["finished"]
+
+
+def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
+    """Join the preference pairs of all rounds into train.jsonl and test.jsonl.
+
+    Raises:
+        InputError: if a prompt that one round holds out is trained on in another.
+
+    Returns:
+        number of pairs by split.
+    """
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for split in ("train", "test"):
+        files = [folder / "preferences" / f"{split}.jsonl" for folder in rounds]
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        splits[split] = [json.loads(line) for line in lines]
+    held_out = {json.dumps(row["prompt"]) for row in splits["test"]}
+    if any(json.dumps(row["prompt"]) in held_out for row in splits["train"]):
+        raise InputError(f"{target}: a held-out prompt is trained on. Collect every round from the same dataset.")
+    for split, rows in splits.items():
+        write_jsonl(target / f"{split}.jsonl", rows)
+    return {split: len(rows) for split, rows in splits.items()}
+
+
+def summarize(output_dir: str, count: int) -> dict[str, Any]:
+    """What each round reached on held-out prompts, from the newest comparison; written to rounds.json.
+
+    The truth is the gold score where there is one, else the win rate of the first judge.
+
+    Returns:
+        `rounds`: the SFT model as round 0, then each round, with cells {mean, low, high} `truth`, `proxy` (score of the
+        newest reward model) and `kl`, and from round 1 on `comparisons`, `reward_accuracy` and `difference` in the
+        truth to the round before.
+    """
+    folder = Path(output_dir)
+    results = json.loads((folder / f"round-{count}" / "comparison" / "results.json").read_text(encoding="utf-8"))
+    first = results["models"]["sft"]
+    truth = "gold_score" if "gold_score" in first else next((n for n in first if n.startswith("win_rate/")), "")
+    entries: list[dict[str, Any]] = []
+    for number in range(count + 1):
+        name, before = (
+            ("sft", "") if number == 0 else (f"round_{number}", f"round_{number - 1}" if number > 1 else "sft")
+        )
+        cells = results["models"][name]
+        entry = {"round": number, "truth": cells.get(truth), "proxy": cells.get("reward_score"), "kl": cells["kl"]}
+        if number:
+            reward = json.loads((folder / f"round-{number}" / "reward" / RUN_FILE).read_text(encoding="utf-8"))
+            pairs = folder / f"round-{number}" / "comparisons" / "train.jsonl"
+            entry["comparisons"] = len(pairs.read_text(encoding="utf-8").splitlines())
+            entry["reward_accuracy"] = reward["metrics"]["eval_accuracy"]
+            entry["difference"] = results["differences"][f"{name}_minus_{before}"].get(truth)
+        entries.append(entry)
+    summary = {
+        "rounds": entries,
+        "truth_name": truth,
+        "proxy_name": "newest reward model",
+        "kl_name": "KL to SFT, nats",
+    }
+    write_json(folder / ROUNDS_FILE, summary)
+    return summary
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """One sentence per round: does it beat the one before beyond doubt?"""
+    sentences = []
+    for entry in summary["rounds"][1:]:
+        change = entry["difference"]
+        if change is None:
+            continue
+        before = "SFT" if entry["round"] == 1 else f"round {entry['round'] - 1}"
+        verb = "beats" if change["low"] > 0 else "is worse than" if change["high"] < 0 else "does not beat beyond doubt"
+        sentences.append(
+            f"Round {entry['round']} {verb} {before} in {summary['truth_name']} on held-out prompts: "
+            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]."
+        )
+    return sentences

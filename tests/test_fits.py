@@ -1,0 +1,86 @@
+"""Over-optimization: best-of-n, the curves of Gao et al., which checkpoint to keep."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import TINY_PPO, run
+
+from eval.fits import best_of_n, best_of_n_kl, curve, fit, to_keep
+from eval.intervals import interval
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    generator = np.random.default_rng(0)
+    proxy, values = generator.normal(size=(3, 5)), generator.normal(size=(3, 5))
+    expected = [
+        np.mean([max((p[i], v[i]) for i in chosen)[1] for chosen in itertools.combinations(range(5), n)])
+        for p, v in zip(proxy, values, strict=True)
+    ]
+    assert np.allclose(best_of_n(proxy, values, n), expected)
+
+
+def test_kl_of_best_of_n():
+    assert best_of_n_kl(1) == 0
+    assert math.isclose(best_of_n_kl(4), math.log(4) - 0.75)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "best_of_n"])
+def test_the_fit_finds_the_curve_that_made_the_points(kind):
+    distance = np.asarray([0.5, 1.0, 1.5, 2.0, 3.0])
+    noise = np.random.default_rng(0).normal(0, 0.3, (5, 400))
+    result = fit(distance, curve(distance, 1.0, 0.4, kind)[:, None] + noise, kind)
+    for name, truth in (("alpha", 1.0), ("beta", 0.4)):
+        assert result[name]["low"] < truth < result[name]["high"]
+    assert result["r2"] > 0.98
+    # where the derivative of d (1 - 0.4 d), or of d (1 - 0.4 log d), is 0
+    assert result["peak"] == pytest.approx(1 / 0.8 if kind == "best_of_n" else math.exp(1 / 0.4 - 1), rel=0.25)
+
+
+def test_a_curve_that_never_turns_has_no_peak_and_two_points_no_curve():
+    distance = np.asarray([1.0, 2.0, 3.0])
+    assert fit(distance, np.tile(distance[:, None], (1, 5)), "best_of_n")["peak"] is None
+    assert fit(distance[:2], np.ones((2, 5)), "ppo") is None
+
+
+def test_kept_is_the_nearest_checkpoint_that_is_not_worse_beyond_doubt():
+    noise = np.random.default_rng(0).normal(0, 0.1, 200)
+
+    def point(kl, gold, extra=0.0):
+        other = np.random.default_rng(int(kl)).normal(0, 0.1, 200)
+        values = gold + noise - noise.mean() + extra * (other - other.mean())
+        return {"kl": {"mean": kl}, "gold": interval(values.tolist())}
+
+    points = [point(0.0, 0.0), point(2.0, 0.5), point(5.0, 0.505, extra=1.0), point(9.0, 0.3)]
+    assert to_keep(points) == (2, 1)
+    assert to_keep(points[:2]) == (1, 1)
+
+
+def test_overoptimization_of_a_run(tiny, files, tmp_path):
+    (tmp_path / "truth.py").write_text(
+        "def shorter(prompts, completions, **columns):\n"
+        "    return [-float(len(completion[0]['content'])) for completion in completions]\n"
+    )
+    run("recipes/ppo.py", "--model_name_or_path", tiny, "--dataset_name", files / "prompts.jsonl", "--output_dir",
+        tmp_path / "ppo", *TINY_PPO, "--save_steps", 1, "--save_total_limit", 9)  # fmt: skip
+    command = ["eval/overoptimization.py", "--model_name_or_path", tmp_path / "ppo", "--dtype", "float32",
+               "--output_dir", tmp_path / "over", "--best_of_n", 4]  # fmt: skip
+    refused = run(*command, check=False)
+    assert refused.returncode == 2 and "--eval_reward_funcs" in refused.stderr
+    run(*command, "--eval_reward_funcs", "truth.shorter", cwd=tmp_path)
+    results = json.loads((tmp_path / "over" / "overoptimization.json").read_text())
+    steps = len(list((tmp_path / "ppo").glob("checkpoint-*")))
+    assert [point["name"] for point in results["ppo"]] == ["start", *(f"checkpoint-{n + 1}" for n in range(steps))]
+    assert abs(results["ppo"][0]["kl"]["mean"]) < 1e-4
+    assert [point["name"] for point in results["best_of_n"]] == ["best of 1", "best of 2", "best of 4"]
+    proxy = [point["proxy"]["mean"] for point in results["best_of_n"]]
+    assert proxy == sorted(proxy)
+    assert results["keep"] in {point["name"] for point in results["ppo"]}
+    for name in ("overoptimization.png", "samples.jsonl", "report.html"):
+        assert (tmp_path / "over" / name).exists()
+    for folder in (tiny, tmp_path):
+        wrong = run(*command[:2], folder, *command[3:], "--eval_reward_funcs", "starter", check=False)
+        assert wrong.returncode == 2 and "no run of recipes/ppo.py" in wrong.stderr

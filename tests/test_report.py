@@ -1,0 +1,93 @@
+"""The report of a run in a real browser: complete, self-contained, readable on a phone, nothing executed."""
+
+import json
+
+import pytest
+from conftest import ROOT, run
+from playwright.sync_api import sync_playwright
+from test_pages import launch
+
+from eval.report import find_runs, write_report
+from rlhf.errors import InputError
+
+HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.com/x.png> {{ 7 * 7 }} <|im_end|>"
+CELL = {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 3}
+
+
+def make_run(folder, recipe, finished=True, **settings):
+    folder.mkdir(parents=True)
+    entry = {"recipe": recipe, "command": f"accelerate launch recipes/{recipe}.py", "settings": settings,
+             "finished": finished, "metrics": {}}  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(entry))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """SFT → PPO, compared: with a log that the monitor remarked on, and hostile replies."""
+    sft = make_run(tmp_path / "sft", "sft", model_name_or_path="starter", dataset_name="starter", hub_token="hf_secret")
+    ppo = make_run(tmp_path / "ppo", "ppo", model_name_or_path=str(sft))
+    log = [{"step": n, "objective/raw_scores": n / 9, "objective/kl": n, "policy/entropy_avg": 4 - n / 9,
+            "completions/mean_length": 9, "time/rollout": 3} for n in range(1, 9)]  # fmt: skip
+    log.append({"step": 5, "remark": "kl_exploding", "text": "The KL to the reference is <b>31</b> nats."})
+    (ppo / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    compared = make_run(tmp_path / "comparison", "compare", models=[f"sft={sft}", f"ppo={ppo}"])
+    cells = {"kl": CELL, "win_rate/gold": CELL, "length_controlled_win_rate/gold": CELL}
+    bins = [{"confidence": 0.6, "accuracy": 0.7, "n": 5}, {"confidence": 0.9, "accuracy": 0.8, "n": 5}]
+    accuracy = {**CELL, "n": 10, "calibration_error": 0.1, "reliability": bins,
+                "by_length_difference": [{**CELL, "shortest": -3, "longest": 1}]}  # fmt: skip
+    results = {"models": {"sft": cells, "ppo": cells}, "reference": "sft", "reward_model": accuracy}
+    (compared / "results.json").write_text(json.dumps(results))
+    samples = [{"prompt": [{"role": "user", "content": f"question {n}"}], "sft": HOSTILE, "ppo": f"answer {n}"}
+               for n in range(30)]  # fmt: skip
+    (compared / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return tmp_path
+
+
+def test_the_report_in_a_browser(runs):
+    page_file = write_report(str(runs / "comparison"))
+    for name in ("comparison/comparison.png", "comparison/calibration.png", "ppo/training.png"):
+        assert (runs / name).stat().st_size > 5000
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+        errors, requests = [], []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        assert page.title() == "comparison: report"
+        assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+        assert page.locator("img").count() == 3
+        text = page.inner_text("body")
+        for word in ("question 29", "answer 29", "<script>document.title", "{{ 7 * 7 }}", "<|im_end|>",
+                     "Update 5: The KL to the reference is <b>31</b> nats.", "60.0% [50.0%, 70.0%]",
+                     "accelerate launch recipes/ppo.py", "transformers "):  # fmt: skip
+            assert word in text, word
+        assert "secret" not in page.content() and str(runs) not in page.content()
+        visible = page.locator("#samples tbody tr:visible")
+        assert visible.count() == 30
+        page.fill("#filter", "ANSWER 17")
+        assert visible.count() == 1 and "question 17" in visible.inner_text()
+        page.uncheck("[data-column='1']")
+        assert "document.title" not in visible.inner_text()
+        assert errors == []
+        browser.close()
+
+
+def test_runs_come_after_what_they_were_made_from(runs):
+    assert [path.name for path in find_runs(runs / "comparison")] == ["sft", "ppo", "comparison"]
+    assert {path.name for path in find_runs(runs)} == {"sft", "ppo", "comparison"}
+    with pytest.raises(InputError, match="no run in it"):
+        find_runs(runs / "nothing")
+
+
+def test_the_command_writes_the_same_page_about_a_folder_of_runs(runs):
+    said = run("eval/report.py", "--output_dir", runs)
+    assert f"Report: {runs / 'report.html'}" in said.stdout
+    page = (runs / "report.html").read_text()
+    assert "3 runs" in page and "question 3" in page
+    missing = run("eval/report.py", "--output_dir", ROOT / "tests", check=False)
+    assert missing.returncode == 2 and missing.stderr.strip().splitlines()[-1].startswith("error: --output_dir")
