@@ -7,7 +7,8 @@ Each round lets a labeler compare replies of the newest policy, trains a reward 
 with PPO from the newest policy (the reference stays the SFT model, so the KL is the distance from it), and compares
 every round's policy on held-out prompts. The stages are the other recipes, with their own configurations: for people
 in the loop, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,
-comparison}, rounds.json, rounds.png and report.html. The same command goes on after an interruption, and with more --rounds.
+comparison}, rounds.json, rounds.png and report.html. The same command goes on after an interruption, also with more
+--rounds.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ def main() -> None:
     # Model
     resolve(args.model_name_or_path)
     more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
-    if not start_run(__file__, args.output_dir, args) and not more:
+    if not start_run(__file__, args.output_dir, args, more=more):
         return
 
     # Rounds

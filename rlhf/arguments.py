@@ -30,7 +30,8 @@ FREE_FLAGS = {
     "hub_strategy", "hub_revision", "hub_always_push", "report_to", "run_name", "disable_tqdm", "log_level",
     "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
-    "rounds", "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
+    "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
+    "rounds",
 }  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start_run(recipe: str, output_dir: str, *arguments: Any) -> bool:
+def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False) -> bool:
     """Claim the output folder for this run.
 
     Local models and datasets among the arguments are remembered by their content, so that a run on others counts as
@@ -172,6 +173,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any) -> bool:
 
     Args:
         recipe: the recipe's `__file__`.
+        more: there is more to do now than when the run was finished.
 
     Returns:
         False if the folder already holds this very run, finished: there is nothing left to do.
@@ -214,9 +216,9 @@ def start_run(recipe: str, output_dir: str, *arguments: Any) -> bool:
                 + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
                 + "). Give another --output_dir, or the same settings to go on with it."
             )
-        if old["finished"]:
+        if old["finished"] and not more:
             print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
-        return not old["finished"]
+        return more or not old["finished"]
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)

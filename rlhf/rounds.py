@@ -42,11 +42,13 @@ def run_stage(script: str, config: str, output_dir: Path, flags: dict[str, Any])
 def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     """Join the preference pairs of all rounds into train.jsonl and test.jsonl.
 
-    Raises:
-        InputError: if a prompt that one round holds out is trained on in another.
+    What any round holds out isn't trained on: training pairs with such a prompt are left out.
 
     Returns:
         number of pairs by split.
+
+    Raises:
+        InputError: if nothing is left to train on.
     """
     splits: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "test"):
@@ -54,8 +56,12 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
         lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         splits[split] = [json.loads(line) for line in lines]
     held_out = {json.dumps(row["prompt"]) for row in splits["test"]}
-    if any(json.dumps(row["prompt"]) in held_out for row in splits["train"]):
-        raise InputError(f"{target}: a held-out prompt is trained on. Collect every round from the same dataset.")
+    found = len(splits["train"])
+    splits["train"] = [row for row in splits["train"] if json.dumps(row["prompt"]) not in held_out]
+    if len(splits["train"]) < found:
+        print(f"{target}: left out {found - len(splits['train'])} training pairs whose prompt is held out.")
+    if not splits["train"]:
+        raise InputError(f"{target}: no pair is left to train on: every prompt is held out too. Give other prompts.")
     for split, rows in splits.items():
         write_jsonl(target / f"{split}.jsonl", rows)
     return {split: len(rows) for split, rows in splits.items()}
@@ -77,9 +83,7 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
     truth = "gold_score" if "gold_score" in first else next((n for n in first if n.startswith("win_rate/")), "")
     entries: list[dict[str, Any]] = []
     for number in range(count + 1):
-        name, before = (
-            ("sft", "") if number == 0 else (f"round_{number}", f"round_{number - 1}" if number > 1 else "sft")
-        )
+        name = _name(number)
         cells = results["models"][name]
         entry = {"round": number, "truth": cells.get(truth), "proxy": cells.get("reward_score"), "kl": cells["kl"]}
         if number:
@@ -87,16 +91,17 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
             pairs = folder / f"round-{number}" / "comparisons" / "train.jsonl"
             entry["comparisons"] = len(pairs.read_text(encoding="utf-8").splitlines())
             entry["reward_accuracy"] = reward["metrics"]["eval_accuracy"]
-            entry["difference"] = results["differences"][f"{name}_minus_{before}"].get(truth)
+            entry["difference"] = results["differences"][f"{name}_minus_{_name(number - 1)}"].get(truth)
         entries.append(entry)
-    summary = {
-        "rounds": entries,
-        "truth_name": truth,
-        "proxy_name": "newest reward model",
-        "kl_name": "KL to SFT, nats",
-    }
+    names = {"truth_name": truth, "proxy_name": "score of the newest reward model", "kl_name": "KL to SFT, nats"}
+    summary = {"rounds": entries, **names}
     write_json(folder / ROUNDS_FILE, summary)
     return summary
+
+
+def _name(number: int) -> str:
+    """What a round's policy is called in the comparison."""
+    return f"round_{number}" if number else "sft"
 
 
 def verdicts(summary: dict[str, Any]) -> list[str]:

@@ -1,0 +1,133 @@
+"""The closed loop: collect, reward model, PPO, evaluation, again."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_PPO, TINY_TRAINING, run, user
+from trl import ModelConfig
+
+from rlhf.data import write_jsonl
+from rlhf.errors import InputError
+from rlhf.models import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
+from rlhf.rounds import gather_comparisons, run_stage, verdicts
+
+LORA = ModelConfig(dtype="float32", use_peft=True)
+
+
+def config(path, words, **more):
+    """A YAML file of flags given as words."""
+    names = [str(word).removeprefix("--") for word in words[::2]]
+    path.write_text(yaml.safe_dump({**dict(zip(names, map(_plain, words[1::2]), strict=True)), **more}))
+    return path
+
+
+def _plain(word):
+    return yaml.safe_load(str(word))
+
+
+@pytest.fixture(scope="module")
+def settings(tiny, files, tmp_path_factory):
+    """An SFT adapter, and the flags of a tiny loop from it."""
+    folder = tmp_path_factory.mktemp("rounds")
+    run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir",
+        folder / "sft", *TINY_TRAINING)  # fmt: skip
+    sample = {"max_new_tokens": 6, "dtype": "float32", "labeler": "reward", "num_generations": 3}
+    evaluated = {"max_new_tokens": 6, "dtype": "float32", "best_of_n": 1}
+    configs = {
+        "collect_config": config(folder / "collect.yaml", [], **sample),
+        "reward_config": config(folder / "reward.yaml", TINY_TRAINING, use_peft=True),
+        "ppo_config": config(folder / "ppo.yaml", TINY_PPO, use_peft=True),
+        "compare_config": config(folder / "compare.yaml", [], **evaluated),
+    }
+    words = ["--model_name_or_path", folder / "sft", "--dataset_name", files / "sft.jsonl"]
+    for name, path in configs.items():
+        words += [f"--{name}", path]
+    return folder, words
+
+
+def test_two_rounds_and_an_interruption(settings):
+    folder, words = settings
+    out = folder / "loop"
+    first = run("recipes/rounds.py", *words, "--rounds", 1, "--output_dir", out)
+    assert first.stdout.count("===") == 4
+    (out / "round-1" / "comparison" / "run.json").unlink()  # as if it had been stopped before its evaluation
+    for file in (out / "round-1" / "comparison").iterdir():
+        file.unlink()
+    adapter = (out / "round-1" / "ppo" / "adapter_model.safetensors").read_bytes()
+    second = run("recipes/rounds.py", *words, "--rounds", 2, "--output_dir", out)
+    assert second.stdout.count("already finished") == 3  # preferences, reward, ppo of round 1
+    assert (out / "round-1" / "ppo" / "adapter_model.safetensors").read_bytes() == adapter
+    summary = json.loads((out / "rounds.json").read_text())
+    assert [entry["round"] for entry in summary["rounds"]] == [0, 1, 2]
+    assert summary["rounds"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert summary["rounds"][2]["comparisons"] > summary["rounds"][1]["comparisons"] > 0
+    assert "Round 2" in second.stdout and "on held-out prompts" in second.stdout
+    settings_of_ppo = json.loads((out / "round-2" / "ppo" / "run.json").read_text())["settings"]
+    assert settings_of_ppo["sft_model_path"] == str(folder / "sft")
+    state = json.loads((out / "round-2" / "ppo" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["objective/kl"] != pytest.approx(0, abs=1e-6)  # the policy has left SFT in round 1
+    assert (out / "rounds.png").stat().st_size > 3000 and (out / "report.html").exists()
+    last = run("recipes/rounds.py", *words, "--rounds", 2, "--output_dir", out)
+    assert "already finished" in last.stdout and "===" not in last.stdout
+
+
+def test_the_policy_goes_on_while_the_reference_stays(settings, tmp_path, tokenizer):
+    folder, _ = settings
+    source = resolve(str(folder / "sft"))
+    policy = load_policy(source, LORA, tokenizer)
+    for name, parameter in policy.named_parameters():
+        if ".default." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    policy.save_pretrained(tmp_path / "newest", selected_adapters=["default"])
+    start = resolve_start(str(tmp_path / "newest"), source)
+    again = dict(load_policy(source, LORA, load_tokenizer(source), start=start).named_parameters())
+    trained = dict(policy.named_parameters())
+    for name, parameter in again.items():
+        if ".default." in name or f".{REFERENCE}." in name:
+            assert torch.equal(parameter, trained[name]), name
+            assert parameter.requires_grad == (".default." in name)
+    assert resolve_start(str(folder / "sft"), source) == source
+    with pytest.raises(InputError, match="--sft_model_path"):
+        resolve_start(str(tmp_path / "newest"), resolve(source.base))
+
+
+def test_held_out_prompts_stay_held_out(tmp_path):
+    for number, (train, test) in enumerate([("a", "b"), ("b", "c")], 1):
+        for split, prompt in (("train", train), ("test", test)):
+            write_jsonl(tmp_path / f"round-{number}" / "preferences" / f"{split}.jsonl", [{"prompt": user(prompt)}])
+    rounds = [tmp_path / "round-1", tmp_path / "round-2"]
+    assert gather_comparisons(rounds, tmp_path / "all") == {"train": 1, "test": 2}
+    assert json.loads((tmp_path / "all" / "train.jsonl").read_text())["prompt"] == user("a")
+    write_jsonl(rounds[0] / "preferences" / "test.jsonl", [{"prompt": user("a")}])
+    with pytest.raises(InputError, match="no pair is left"):
+        gather_comparisons(rounds[:1], tmp_path / "none")
+
+
+def test_the_verdict_says_what_the_interval_says():
+    def entry(number, low, high):
+        return {"round": number, "difference": {"mean": (low + high) / 2, "low": low, "high": high}}
+
+    said = verdicts({"truth_name": "gold_score", "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2),
+                                                            entry(3, -0.3, -0.1)]})  # fmt: skip
+    assert [sentence.split(" in gold")[0] for sentence in said] == [
+        "Round 1 beats SFT", "Round 2 does not beat beyond doubt round 1", "Round 3 is worse than round 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--rounds", 0], "--rounds 0"), (["--ppo_config", "no.yaml"], "--ppo_config no.yaml"),
+     (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere")],
+)  # fmt: skip
+def test_bad_input(flags, said, tmp_path):
+    result = run("recipes/rounds.py", *flags, "--output_dir", tmp_path / "out", check=False)
+    assert result.returncode == 2 and f"error: {said}" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_fails_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_name_or_path: ./nowhere\n")
+    with pytest.raises(InputError, match=r"recipes/sft\.py ended with exit code 2"):
+        run_stage("recipes/sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
