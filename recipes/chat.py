@@ -1,0 +1,85 @@
+"""Try it: chat with a model or an adapter; with two, say which reply was better.
+
+    accelerate launch recipes/chat.py
+    accelerate launch recipes/chat.py --models outputs/ppo
+    accelerate launch recipes/chat.py --models sft=outputs/sft ppo=outputs/ppo --page true
+    accelerate launch recipes/reward.py --dataset_name outputs/chat/train.jsonl --output_dir outputs/chat-reward
+
+Without arguments it reads recipes/configs/chat.yaml: the starter, in the terminal. `/new` starts over; an empty line,
+`/quit` or Ctrl-D ends. `--page true` opens a page instead, on this machine only unless --server_name says otherwise.
+
+Two models reply as A and B, in an order drawn anew each turn, and only your answer reveals who was who; the
+conversation goes on with the better reply. Answers go into votes.jsonl and tasks.jsonl of --output_dir, as those of the
+voting page do, and its train.jsonl has the preference pairs. Skipped replies are not kept. The folder of
+`recipes/collect.py --labeler human` may be given too: the votes are then added to those.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig
+
+from rlhf.arguments import need_one_process, parse
+from rlhf.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
+from rlhf.errors import InputError, report_errors
+from rlhf.models import load_tokenizer
+
+
+@dataclass
+class ChatArguments:
+    """Who replies, how, and where answers go."""
+
+    models: list[str] = field(
+        default_factory=lambda: ["starter"],
+        metadata={"help": "One or two models: an id or a folder, or name=model."},
+    )
+    page: bool = field(default=False, metadata={"help": "Chat on a page instead of in the terminal."})
+    server_name: str = field(default="127.0.0.1", metadata={"help": "Address of the page."})
+    server_port: int = field(default=7860, metadata={"help": "Port of the page."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; training samples at 1."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling, and of who is A and who is B."})
+    labeler_name: str = field(default="me", metadata={"help": "Your name, kept with your answers."})
+    output_dir: str = field(default="outputs/chat", metadata={"help": "Folder for the answers about two models."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
+
+
+def main() -> None:
+    # Arguments
+    args, model_args = parse(__file__, ChatArguments, ModelConfig)
+    need_one_process(__file__)
+    for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3)):
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    sources = chosen_models(args.models)
+    votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
+    if args.page:
+        from rlhf.pages.chat import chat_on_page, need_free_port  # Gradio takes seconds to import
+
+        need_free_port(args.server_name, args.server_port)
+
+    # Tokenizers
+    tokenizers = {
+        name: load_tokenizer(source, trust_remote_code=args.trust_remote_code) for name, source in sources.items()
+    }
+
+    # Models
+    speakers = load_speakers(
+        sources,
+        tokenizers,
+        model_args,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+    # Chat
+    chat = Chat(speakers, votes, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    if args.page:
+        chat_on_page(chat, args.server_name, args.server_port)
+    else:
+        chat_in_terminal(chat)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
