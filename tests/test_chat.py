@@ -103,13 +103,18 @@ def test_votes_in_the_terminal(tiny, sft, other, tokenizer, tmp_path):
 
 
 def test_one_model_needs_no_folder_and_sampling_is_seeded(tiny, tmp_path):
-    sessions = [
-        talk(["Hi", "Well?"], "--models", tiny, "--output_dir", tmp_path / "no", "--seed", s) for s in (1, 1, 2)
-    ]
-    assert [session.returncode for session in sessions] == [0, 0, 0], sessions[0].stderr
-    assert sessions[0].stdout == sessions[1].stdout != sessions[2].stdout
-    assert "Which was better" not in sessions[0].stdout
+    session = talk(["Hi", "Well?"], "--models", tiny, "--output_dir", tmp_path / "no")
+    assert (session.returncode, session.stdout.count(f"{tiny}: ")) == (0, 2), session.stderr
+    assert "Which was better" not in session.stdout
     assert not (tmp_path / "no").exists()
+    replies = []
+    for seed in (1, 1, 2):
+        chat, conversation = Chat(speakers_of([tiny]), None, max_new_tokens=6, seed=seed), Conversation()
+        for text in ("Hi", "Hi"):
+            reply(chat, conversation, text)
+        replies.append([*conversation.messages, *conversation.replies])
+    assert replies[0] == replies[1] != replies[2]
+    assert replies[0][1]["content"] != replies[0][-1]
 
 
 def test_ctrl_c_ends_cleanly(tiny, sft, tmp_path):
@@ -243,23 +248,22 @@ def test_nothing_is_thanked_for_that_is_not_saved(sft, other, tmp_path, monkeypa
 def test_two_adapters_share_one_base(tiny, sft, other, tokenizer):
     speakers = speakers_of([f"a={sft}", f"b={other}", ])  # fmt: skip
     assert speakers[0].model is speakers[1].model
-    base_and_adapter = speakers_of([f"a={tiny}", f"b={sft}"])
+    base_and_adapter = speakers_of([f"a={tiny}", f"b={sft}"], temperature=0.01)
     assert base_and_adapter[0].model is base_and_adapter[1].model
     assert [speaker.adapter for speaker in base_and_adapter] == [None, "default"]
-    for pair in (speakers, base_and_adapter):
-        chat = Chat(pair, None, max_new_tokens=6, seed=3)
-        alone = [
-            Chat([speaker], None, max_new_tokens=6, seed=3)
-            for speaker in (speakers_of([path])[0] for path in ([sft, other] if pair is speakers else [tiny, sft]))
-        ]
-        for number, (together, single) in enumerate(zip(pair, alone, strict=True)):
-            ids = torch.tensor([encode_prompt(tokenizer, user("Hello there"))])
-            expected = single.speakers[0].model(ids).logits
+    for pair, paths in ((speakers, (sft, other)), (base_and_adapter, (tiny, sft))):
+        apart = [speakers_of([path], temperature=0.01)[0] for path in paths]
+        ids = torch.tensor([encode_prompt(tokenizer, user("Hello there"))])
+        for together, alone in zip(pair, apart, strict=True):
             with torch.no_grad(), active_adapter(together.model, together.adapter):
-                torch.testing.assert_close(together.model(ids).logits, expected, msg=f"speaker {number}")
-        conversation = Conversation()
-        reply(chat, conversation, "Hi")
-        assert len(set(conversation.replies)) == 2
+                torch.testing.assert_close(together.model(ids).logits, alone.model(ids).logits)
+        replies = []
+        for both in (pair, apart):
+            conversation = Conversation()
+            reply(Chat(both, None, max_new_tokens=6, seed=3), conversation, "Hi")
+            replies.append(conversation.replies)
+        assert replies[0] == replies[1]
+        assert len(set(replies[0])) == 2
 
 
 def test_models_of_different_families(sft, tokenizer, tmp_path):

@@ -38,7 +38,7 @@ def settings(tiny, files, tmp_path_factory):
     configs = {
         "collect_config": config(folder / "collect.yaml", [], **sample),
         "reward_config": config(folder / "reward.yaml", TINY_TRAINING, use_peft=True),
-        "ppo_config": config(folder / "ppo.yaml", TINY_PPO, use_peft=True),
+        "ppo_config": config(folder / "ppo.yaml", TINY_PPO, use_peft=True, learning_rate=0.05),
         "compare_config": config(folder / "compare.yaml", [], **evaluated),
     }
     words = ["--model_name_or_path", folder / "sft", "--dataset_name", files / "sft.jsonl"]
