@@ -209,7 +209,7 @@ def samples_of(folders: list[Path]) -> dict[str, Any] | None:
     newest_first = folders[::-1]
     for folder in sorted(newest_first, key=lambda path: not (path / "results.json").exists()):
         if (folder / "samples.jsonl").exists():
-            lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
             rows = [
                 {"prompt": row["prompt"] if isinstance(row["prompt"], str) else
                  "\n".join(message["content"] for message in row["prompt"]),

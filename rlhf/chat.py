@@ -346,7 +346,7 @@ class Chat:
 
         prompt = torch.tensor([ids], device=speaker.model.device)
         try:
-            with self._lock, seeded(seed):
+            with self._lock, active_adapter(speaker.model, speaker.adapter), seeded(seed):
                 output = speaker.model.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),

@@ -393,7 +393,9 @@ def read_tasks(folder: str) -> list[Task] | None:
     if not file.exists():
         return None
     tasks = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             tasks.append(Task(**json.loads(line)))
         except (TypeError, ValueError) as error:

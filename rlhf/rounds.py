@@ -53,7 +53,7 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     splits: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "test"):
         files = [folder / "preferences" / f"{split}.jsonl" for folder in rounds]
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
         splits[split] = [json.loads(line) for line in lines]
     held_out = {json.dumps(row["prompt"]) for row in splits["test"]}
     found = len(splits["train"])
@@ -89,7 +89,7 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
         if number:
             reward = json.loads((folder / f"round-{number}" / "reward" / RUN_FILE).read_text(encoding="utf-8"))
             pairs = folder / f"round-{number}" / "comparisons" / "train.jsonl"
-            entry["comparisons"] = len(pairs.read_text(encoding="utf-8").splitlines())
+            entry["comparisons"] = sum(1 for _ in pairs.open(encoding="utf-8"))
             entry["reward_accuracy"] = reward["metrics"]["eval_accuracy"]
             entry["difference"] = results["differences"][f"{name}_minus_{_name(number - 1)}"].get(truth)
         entries.append(entry)

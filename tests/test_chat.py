@@ -246,7 +246,7 @@ def test_nothing_is_thanked_for_that_is_not_saved(sft, other, tmp_path, monkeypa
 
 
 def test_two_adapters_share_one_base(tiny, sft, other, tokenizer):
-    speakers = speakers_of([f"a={sft}", f"b={other}", ])  # fmt: skip
+    speakers = speakers_of([f"a={sft}", f"b={other}"], temperature=0.01)
     assert speakers[0].model is speakers[1].model
     base_and_adapter = speakers_of([f"a={tiny}", f"b={sft}"], temperature=0.01)
     assert base_and_adapter[0].model is base_and_adapter[1].model

@@ -16,9 +16,12 @@ from rlhf.data import (
     need_columns,
     preference_rows,
     prompt_rows,
+    read_tasks,
     sft_rows,
+    write_tasks,
 )
 from rlhf.errors import InputError
+from rlhf.feedback import make_task
 from rlhf.models import PLAIN_TEMPLATE
 
 CHAT = user("Hi there") + assistant("Hello!") + user("How are you?") + assistant("Fine.")
@@ -183,3 +186,9 @@ def test_unreadable_datasets_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such split"):
         Dataset.from_list([{"a": 1}]).to_json(tmp_path / "a.jsonl")
         load_splits(ScriptArguments(str(tmp_path / "a.jsonl"), dataset_train_split="nope"), "sft")
+
+
+def test_tasks_keep_line_separators_inside_replies(tmp_path):
+    task = make_task("train", "a\u2028b", ["x\u2029", "y\x85z"], ["m", "m"])
+    write_tasks(str(tmp_path), [task])
+    assert read_tasks(str(tmp_path)) == [task]
