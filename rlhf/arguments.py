@@ -31,7 +31,7 @@ FREE_FLAGS = {
     "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
-    "rounds",
+    "rounds", "server_name", "server_port",
 }  # fmt: skip
 
 
