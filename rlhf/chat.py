@@ -12,7 +12,7 @@ import sys
 import threading
 import unicodedata
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    TextStreamer,
 )
 from trl import ModelConfig
 
@@ -263,6 +264,20 @@ class Conversation:
     replies: list[str] = field(default_factory=list)  # to the last message, by place
 
 
+class _Shown(TextStreamer):
+    """Hands each piece of a reply to a function; without the spaces that it begins with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.started = show, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.started else text.lstrip()
+        self.started = self.started or bool(text)
+        if text:
+            self.show(text)
+
+
 class Chat:
     """One or two models that reply to any number of conversations, one reply at a time.
 
@@ -319,15 +334,12 @@ class Chat:
 
     def reply(self, conversation: Conversation, place: int) -> Generator[str, None, None]:
         """Stream the reply in a place, word by word, and then remember it whole."""
-        number = conversation.order[place]
-        speaker = self.speakers[number]
-        ids = encode_prompt(speaker.tokenizer, conversation.messages)
-        seed = zlib.crc32(f"{self.seed} {self.turns} {number}".encode())
+        speaker = self.speakers[conversation.order[place]]
         streamer = TextIteratorStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            new_ids = pool.submit(self._generate, speaker, ids, seed, streamer, stop)
             try:
+                reply = pool.submit(self._generate, conversation, place, streamer, stop)
                 started = False
                 for piece in streamer:
                     piece = piece if started else piece.lstrip()
@@ -336,11 +348,20 @@ class Chat:
                         yield piece
             finally:  # also when the listener is gone
                 stop.set()
-        conversation.replies.append(speaker.tokenizer.decode(new_ids.result(), skip_special_tokens=True).strip())
+        conversation.replies.append(reply.result())
 
-    def _generate(
-        self, speaker: Speaker, ids: list[int], seed: int, streamer: TextIteratorStreamer, stop: threading.Event
-    ) -> list[int]:
+    def reply_here(self, conversation: Conversation, place: int, show: Callable[[str], None]) -> None:
+        """The same without a thread: `show` is called with every piece, and Ctrl-C ends it."""
+        speaker = self.speakers[conversation.order[place]]
+        streamer = _Shown(speaker.tokenizer, show)
+        conversation.replies.append(self._generate(conversation, place, streamer, threading.Event()))
+
+    def _generate(self, conversation: Conversation, place: int, streamer: TextStreamer, stop: threading.Event) -> str:
+        number = conversation.order[place]
+        speaker = self.speakers[number]
+        ids = encode_prompt(speaker.tokenizer, conversation.messages)
+        seed = zlib.crc32(f"{self.seed} {self.turns} {number}".encode())
+
         def stopped(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
@@ -356,7 +377,7 @@ class Chat:
         except BaseException:
             streamer.end()  # else its listener would wait for ever
             raise
-        return output[0, len(ids) :].tolist()
+        return speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 
     def why_no_vote(self, conversation: Conversation) -> str | None:
         """What is wrong with comparing the replies, if anything."""
@@ -438,9 +459,7 @@ def _one_turn(chat: Chat, conversation: Conversation, text: str) -> None:
     for place in range(len(chat.speakers)):
         name = PLACES[place] if len(chat.speakers) > 1 else chat.speakers[0].name
         print(f"{name}: ", end="", flush=True)
-        with contextlib.closing(chat.reply(conversation, place)) as pieces:
-            for piece in pieces:
-                print(harmless(piece), end="", flush=True)
+        chat.reply_here(conversation, place, lambda piece: print(harmless(piece), end="", flush=True))
         print()
     if len(chat.speakers) > 1:
         _ask(chat, conversation)

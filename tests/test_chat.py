@@ -121,6 +121,7 @@ def test_ctrl_c_ends_cleanly(tiny, sft, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "recipes/chat.py"), "--models", sft, "--max_new_tokens", "200"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     process.stdin.write(b"Hi\n")
     process.stdin.flush()

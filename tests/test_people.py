@@ -1,4 +1,4 @@
-"""People in the loop from end to end: a recipe opens the page, people vote in Chromium, the recipe goes on with them."""
+"""People in the loop, from end to end: a recipe opens the page, people vote in Chromium, the recipe goes on."""
 
 import json
 import subprocess
@@ -79,7 +79,9 @@ def test_two_models_are_compared_blind_by_people(browser, kept, tiny, sft, files
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert count == sum(row["base"] != row["sft"] for row in samples) > 0
-    wins = [0.5 + (len(row["sft"]) > len(row["base"])) / 2 - (len(row["sft"]) < len(row["base"])) / 2 for row in samples]
+    wins = [
+        0.5 + (len(row["sft"]) > len(row["base"])) / 2 - (len(row["sft"]) < len(row["base"])) / 2 for row in samples
+    ]
     assert results["models"]["sft"]["win_rate/human"]["mean"] == pytest.approx(sum(wins) / len(wins))
     again = run("eval/compare.py", *words)
     assert "already finished" in again.stdout
