@@ -20,8 +20,8 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         given = prediction.predictions
-        if args.objective == "span":
-            return {"token_accuracy": of_tokens(given, prediction.label_ids)}
+        if args.objective == "span":  # the encoder's output comes along
+            return {"token_accuracy": of_tokens(given[0], prediction.label_ids)}
         if args.objective == "masked" and args.next_sentence_prediction:
             labels, follows = prediction.label_ids
             return {

@@ -196,8 +196,6 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         given = settings.get(flag) or []
         for name in [given] if isinstance(given, str) else given:
             path = Path(str(name).rpartition("=")[2]).expanduser()
-            if flag == "tokenizer_name":
-                path /= "tokenizer.json"
             if path.exists():
                 settings[f"content of {name}"] = digest(str(path))
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
@@ -329,14 +327,14 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file, or of a folder's weights and data files; the name itself for anything else."""
+    """Short SHA-256 of a file, or of a folder's weights and data files, or else its tokenizer; for others the name."""
     target = Path(path)
     if not target.exists():
         return path
     files = [target]
     if target.is_dir():
         kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
-        files = sorted(file for kind in kinds for file in target.glob(kind))
+        files = sorted(file for kind in kinds for file in target.glob(kind)) or sorted(target.glob("tokenizer.json"))
     sha = hashlib.sha256()
     for file in files:
         sha.update(file.read_bytes())

@@ -60,7 +60,7 @@ class NewModelConfig:
 
     model_type: str = field(default="llama", metadata={"help": "Architecture: gpt2, llama, bert, electra, t5, ..."})
     tokenizer_name: str = field(
-        default="outputs/tokenizer", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
+        default="starter", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
     )
     hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Layers (of encoder and decoder each)."})
