@@ -37,7 +37,7 @@ from rlhf.errors import InputError, report_errors
 from rlhf.models import context_length, load_tokenizer, resolve
 from rlhf.tokenization import END, encode_texts, tokens_and_bytes
 
-GROUPS = 20  # of texts, over which the interval of xz_primed is bootstrapped: each takes one pass over all the text
+GROUPS = 10  # of texts, over which the interval of xz_primed is bootstrapped: each takes a pass over all the text, 15 s
 
 
 @dataclass

@@ -1,13 +1,15 @@
-"""Span corruption: the collator that transformers lacks.
+"""What transformers lacks: span corruption, and masks that don't depend on what was drawn before.
 
-Source: Raffel et al. (https://arxiv.org/abs/1910.10683), section 3.1.4, and the reference implementation,
-`random_spans_noise_mask` and its neighbours in
+Source of span corruption: Raffel et al. (https://arxiv.org/abs/1910.10683), section 3.1.4, and the reference
+implementation, `random_spans_noise_mask` and its neighbours in
 https://github.com/google-research/text-to-text-transfer-transformer/blob/main/t5/data/preprocessors.py
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -52,9 +54,6 @@ class DataCollatorForSpanCorruption:
     Every row of n tokens loses round(n·mlm_probability) of them, in spans of `mean_noise_span_length` on average, so
     the rows of a batch stay equally long. A text never begins with a missing span and always ends with one.
 
-    Args:
-        seed: of a generator of this collator's own; without it torch's global one is used.
-
     Returns:
         `input_ids` (batch, kept + spans + 1) and `labels` (batch, noise + spans + 1), int64.
     """
@@ -62,10 +61,7 @@ class DataCollatorForSpanCorruption:
     tokenizer: PreTrainedTokenizerBase
     mlm_probability: float = 0.15
     mean_noise_span_length: float = 3.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        self.generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+    generator: torch.Generator | None = None  # None: torch's global one
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         noise, spans = count_spans(len(rows[0]["input_ids"]), self.mlm_probability, self.mean_noise_span_length)
@@ -76,3 +72,19 @@ class DataCollatorForSpanCorruption:
             "input_ids": torch.tensor([inputs + end for inputs, _ in pairs]),
             "labels": torch.tensor([targets + end for _, targets in pairs]),
         }
+
+
+class SeededCollator:
+    """A masking collator whose masks depend on a seed and the batch alone.
+
+    So they are other ones in each epoch, whose batches are other ones; the same at every evaluation; and the same after
+    a resume, where torch's global generator would be a batch ahead, since batches are made before they are needed.
+    """
+
+    def __init__(self, collator: Any, seed: int):
+        self.collator, self.seed = collator, seed
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
+        self.collator.generator = torch.Generator().manual_seed(zlib.crc32(ids.tobytes(), self.seed))
+        return self.collator(rows)

@@ -9,7 +9,6 @@
 """
 
 import ctypes
-import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
@@ -39,13 +38,13 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from rlhf.collators import DataCollatorForSpanCorruption, count_spans
+from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, count_spans
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
 from rlhf.tokenization import encode_texts, sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
-EVAL_SEED = 20  # of the masks of held-out text: the same at every evaluation
+PAIR_SEED = 20  # of the sentence pairs: which ones follow each other never changes
 # what families of configs call the width of the feed-forward layer, and their dropouts
 WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim")
 DROPOUTS = (
@@ -73,6 +72,9 @@ class NewModelConfig:
     )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Input embeddings are the output's, too."})
     dropout: float = field(default=0.0, metadata={"help": "Probability of all the architecture's dropouts."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, ...: eager is faster on a CPU. Default: transformers' choice."}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Other settings of the config: rope_theta=20000,hidden_act=gelu"}
     )
@@ -94,6 +96,9 @@ class PretrainingConfig(TrainingArguments):
     )
     disc_weight: float = field(default=50.0, metadata={"help": "replaced: weight of the discriminator's loss."})
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count the tokens of the input."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep False: the collators need columns that the model doesn't."}
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what can't work
@@ -227,7 +232,7 @@ def sentence_pair_rows(
     Raises:
         InputError: if fewer than two texts have two lines.
     """
-    draw, cls, sep = np.random.default_rng(EVAL_SEED), tokenizer.cls_token_id, tokenizer.sep_token_id
+    draw, cls, sep = np.random.default_rng(PAIR_SEED), tokenizer.cls_token_id, tokenizer.sep_token_id
     in_lines = [[line for line in text.split("\n") if line.strip()] for text in texts]
     documents = [encode_texts(tokenizer, lines) for lines in in_lines if len(lines) > 1]
     if len(documents) < 2:
@@ -308,6 +313,8 @@ def new_config(
         settings["num_decoder_layers"] = model_args.num_hidden_layers
         if hasattr(default, "d_kv"):
             settings["d_kv"] = model_args.hidden_size // model_args.num_attention_heads
+    if model_args.attn_implementation:
+        settings["attn_implementation"] = model_args.attn_implementation
     config = AutoConfig.for_model(model_args.model_type, **settings)
     if model_args.config_overrides:
         try:
@@ -337,12 +344,14 @@ def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingCo
     if args.objective == "causal":
         return DataCollatorForLanguageModeling(tokenizer, mlm=False)
     if args.objective == "span":
-        return DataCollatorForSpanCorruption(tokenizer, args.mlm_probability, args.mean_noise_span_length)
+        spans = DataCollatorForSpanCorruption(tokenizer, args.mlm_probability, args.mean_noise_span_length)
+        return SeededCollator(spans, args.seed)
     # ELECTRA's generator sees [MASK] at every chosen place; BERT in 80% of them, another token in 10% (section 3.1)
     shares = (1.0, 0.0) if args.objective == "replaced" else (0.8, 0.1)
-    return DataCollatorForLanguageModeling(
+    masks = DataCollatorForLanguageModeling(
         tokenizer, mlm_probability=args.mlm_probability, mask_replace_prob=shares[0], random_replace_prob=shares[1]
     )
+    return SeededCollator(masks, args.seed)
 
 
 def keep_freed_memory() -> None:
@@ -360,20 +369,12 @@ def keep_freed_memory() -> None:
 
 
 class PretrainingTrainer(Trainer):
-    """Trainer whose held-out masks are the same at every evaluation, and leave training's random numbers alone."""
+    """Trainer that saves the part of the model that is meant to be used."""
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.args.device.type == "cpu":
             keep_freed_memory()
         return super().train(*args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        ours = self.data_collator  # type: ignore[has-type]
-        self.data_collator = dataclasses.replace(ours, seed=EVAL_SEED)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = ours
 
     def save_pretrained(self) -> None:
         """Save the finished model and tokenizer: of ELECTRA's pair the discriminator, as the paper does."""
