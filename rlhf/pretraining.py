@@ -41,6 +41,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, count_spans
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
+from rlhf.optimizers import MuonWithAdamW, layer_matrices
 from rlhf.tokenization import encode_texts, sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
@@ -95,6 +96,9 @@ class PretrainingConfig(TrainingArguments):
         default=0.25, metadata={"help": "replaced: width of the generator, as a share of the discriminator's."}
     )
     disc_weight: float = field(default=50.0, metadata={"help": "replaced: weight of the discriminator's loss."})
+    use_muon: bool = field(
+        default=False, metadata={"help": "Train the layers' matrices with Muon, the rest with AdamW."}
+    )
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count the tokens of the input."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: the collators need columns that the model doesn't."}
@@ -369,12 +373,21 @@ def keep_freed_memory() -> None:
 
 
 class PretrainingTrainer(Trainer):
-    """Trainer that saves the part of the model that is meant to be used."""
+    """Trainer that knows Muon, and saves the part of the model that is meant to be used."""
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.args.device.type == "cpu":
             keep_freed_memory()
         return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.use_muon:  # type: ignore[has-type]
+            args, (matrices, others) = self.args, layer_matrices(model or self.model)
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = MuonWithAdamW(
+                matrices, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+            )
+        return super().create_optimizer(model)
 
     def save_pretrained(self) -> None:
         """Save the finished model and tokenizer: of ELECTRA's pair the discriminator, as the paper does."""

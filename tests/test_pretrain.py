@@ -1,5 +1,6 @@
 """Pretraining: rows, collators and models of the four objectives, the recipe, and compression beside xz and n-grams."""
 
+import copy
 import itertools
 import json
 import lzma
@@ -31,6 +32,7 @@ from eval.ngrams import KneserNey, discounts
 from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, corrupt_spans, count_spans, random_lengths
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
+from rlhf.optimizers import MuonWithAdamW, layer_matrices
 from rlhf.pretraining import (
     NewModelConfig,
     PretrainingConfig,
@@ -313,6 +315,45 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(own, tokenizer):
             check_tokenizer(
                 own if objective == "span" else tokenizer, "x", settings_of(objective=objective, block_size=size)
             )
+
+
+def test_muon_turns_the_layers_matrices_and_adamw_the_rest(own):
+    args = settings_of(block_size=16)
+    model = new_model(new_config(NewModelConfig(hidden_size=16, num_hidden_layers=1), args, own), args)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices, others = layer_matrices(model)
+    assert all("layers.0." in names[id(p)] and p.ndim == 2 for p in matrices) and len(matrices) == 7
+    assert "model.embed_tokens.weight" in {names[id(p)] for p in others}
+    assert len(matrices) + len(others) == len(names)
+
+    def make():
+        return MuonWithAdamW(matrices, others, lr=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+
+    def step(optimizer):
+        torch.manual_seed(1)
+        for parameter in names_to_parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in names_to_parameters]
+
+    names_to_parameters = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in matrices]
+    optimizer = make()
+    step(optimizer)
+    for start, parameter in zip(before, matrices, strict=True):  # all singular values of a step are about alike
+        values = torch.linalg.svdvals(parameter.detach() - start)
+        assert values[0] < 2 * values[-1] and 0.05 < values[0] / (0.1 * 0.2 * max(parameter.shape) ** 0.5) < 1.5
+    state = copy.deepcopy(optimizer.state_dict())
+    kept = [parameter.detach().clone() for parameter in names_to_parameters]
+    once = step(optimizer)
+    for parameter, value in zip(names_to_parameters, kept, strict=True):
+        parameter.data.copy_(value)
+    again = make()
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(once, step(again), strict=True))
+    torch.optim.lr_scheduler.LambdaLR(again, lambda _: 0.0)  # its rates reach both halves, also after loading
+    still = [parameter.detach().clone() for parameter in names_to_parameters]
+    assert all(torch.equal(a, b) for a, b in zip(still, step(again), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- the recipe
