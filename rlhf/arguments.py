@@ -191,6 +191,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         "dataset_name",
         "ptx_dataset_name",
         "models",
+        "tokenizer_name",
     ):
         given = settings.get(flag) or []
         for name in [given] if isinstance(given, str) else given:
@@ -326,14 +327,14 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file, or of a folder's weights and data files; the name itself for anything else."""
+    """Short SHA-256 of a file, or of a folder's weights and data files, or else its tokenizer; for others the name."""
     target = Path(path)
     if not target.exists():
         return path
     files = [target]
     if target.is_dir():
         kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
-        files = sorted(file for kind in kinds for file in target.glob(kind))
+        files = sorted(file for kind in kinds for file in target.glob(kind)) or sorted(target.glob("tokenizer.json"))
     sha = hashlib.sha256()
     for file in files:
         sha.update(file.read_bytes())
