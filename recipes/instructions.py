@@ -7,8 +7,8 @@
 
 Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter_tasks.py, ten templates
 each (rlhf/templates/). Your own task is a dataset with a column `label` and a YAML file of templates
-(rlhf/instructions.py says how). The mixture is FLAN's, https://arxiv.org/abs/2109.01652 §2.3: proportional to the number
-of examples, with a cap. Clusters of tasks named by --held_out_clusters are left out of training as a whole, so that
+(rlhf/instructions.py says how). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to
+the number of examples, with a cap. Clusters of tasks named by --held_out_clusters are left out of training, so that
 eval/in_context.py can ask what a model does on a kind of task it has never seen. No model is needed.
 
 Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `task`, `cluster` and `template`; the rows
