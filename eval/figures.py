@@ -1,4 +1,4 @@
-"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds.
+"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds, in-context learning.
 
 Each function takes plain data as it is in the run's folder and returns a matplotlib Figure.
 """
@@ -194,6 +194,28 @@ def rounds_figure(summary: dict[str, Any]) -> Figure:
         axis.set_xticks([entry["round"] for entry in known])
         axis.set(xlabel="round", title=summary.get(f"{name}_name", name))
         axis.title.set_fontsize(9)
+    return figure
+
+
+def in_context_figure(results: dict[str, Any]) -> Figure:
+    """Accuracy against the number of examples, one panel per task, with intervals and the level of chance.
+
+    Args:
+        results: content of the results.json of eval/in_context.py.
+    """
+    tasks, numbers = results["tasks"], results["num_fewshot"]
+    figure, axes = _grid(len(tasks), columns=4, height=2.2)
+    for axis, (task, cells) in zip(axes, tasks.items(), strict=False):
+        means = np.asarray([cells[str(number)]["mean"] for number in numbers])
+        errors = np.abs([[cells[str(n)][end] - cells[str(n)]["mean"] for n in numbers] for end in ("low", "high")])
+        axis.errorbar(range(len(numbers)), means, errors, marker="o", color=BLUE, capsize=3, markersize=4)
+        if task in results["chance"]:
+            axis.axhline(results["chance"][task], color=GREY, linestyle=":", linewidth=1)
+        axis.set_xticks(range(len(numbers)), numbers)
+        axis.set(ylim=(-0.03, 1.03), title=task)
+        axis.title.set_fontsize(9)
+    figure.supxlabel("number of examples (dotted: chance)", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
     return figure
 
 

@@ -9,24 +9,34 @@ log-likelihoods are computed with less work and more precision than by its `HFLM
 - the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and answers tie that are not equal.
 """
 
+import copy
+import difflib
+import functools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.intervals import difference, interval
 from rlhf.data import write_jsonl
+from rlhf.errors import InputError
 from rlhf.prefix import forward
+from rlhf.starter_tasks import TASKS
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
+Rows = list[dict[str, Any]]
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
 
 
@@ -120,11 +130,35 @@ class SharedPrefixLM(HFLM):
         return float(logprobs.gather(1, ids[:, None]).sum()), bool((logprobs.argmax(-1) == ids).all())
 
 
-# ---------------------------------------------------------------------------------------------- tasks and results
+# ---------------------------------------------------------------------------------------------- tasks and answers
 
 
-def write_task(name: str, rows: dict[str, list[dict[str, Any]]], folder: Path, output_type: str) -> dict[str, Any]:
-    """Write a task's rows into the folder, and return its lm-eval configuration: eval/tasks/<output_type>.yaml.
+@functools.cache
+def _task_manager() -> TaskManager:
+    return TaskManager()
+
+
+def find_tasks(names: list[str]) -> list[str]:
+    """Names that lm-eval knows, and YAML files in its format.
+
+    Raises:
+        InputError: for anything else.
+    """
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                raise InputError(f"--tasks {name}: no such file.")
+        elif name not in _task_manager().all_tasks:
+            near = difflib.get_close_matches(name, [*TASKS, *_task_manager().all_tasks], n=1)
+            raise InputError(
+                f"--tasks {name}: neither a starter task ({', '.join(TASKS)}) nor one of lm-eval's nor a YAML file."
+                + (f" Did you mean {near[0]}?" if near else "")
+            )
+    return names
+
+
+def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]:
+    """Write a task's rows into the folder, and return its lm-eval configuration: eval/tasks/multiple_choice.yaml.
 
     Args:
         rows: `train`, which examples are drawn from, and `test`, as rlhf.instructions.worded gives them.
@@ -132,33 +166,129 @@ def write_task(name: str, rows: dict[str, list[dict[str, Any]]], folder: Path, o
     files = {split: str(folder / f"{name}.{split}.jsonl") for split in rows}
     for split, file in files.items():
         write_jsonl(Path(file), rows[split])
-    config = yaml.safe_load((TASK_FOLDER / f"{output_type}.yaml").read_text(encoding="utf-8"))
-    return {**config, "task": name, "dataset_kwargs": {"data_files": files}, "fewshot_config": {
-        "sampler": SharedExamples, "split": "train"}}  # fmt: skip
+    config = yaml.safe_load((TASK_FOLDER / "multiple_choice.yaml").read_text(encoding="utf-8"))
+    examples = {"sampler": SharedExamples, "split": config["fewshot_split"]}
+    return {**config, "task": name, "dataset_kwargs": {"data_files": files}, "fewshot_config": examples}
 
 
-def score_of(sample: dict[str, Any]) -> float:
-    """The first metric of a sample that lm-eval logged."""
-    return float(sample[sample["metrics"][0]])
-
-
-def summarize(scores: dict[int, dict[str, list[float]]], seed: int) -> dict[str, Any]:
-    """Means with intervals, and what the most examples change against none.
+def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str, Rows]:
+    """Let lm-eval ask all tasks with so many examples; what was answered before an interruption is read.
 
     Args:
-        scores: by number of examples and task, one per document.
+        tasks: what `lm_eval.simple_evaluate` takes: names, files, configurations.
+        args: `output_dir`, `limit`, `apply_chat_template` and `seed`.
 
     Returns:
-        `tasks.<task>.<number of examples>` and `differences.<task>`, each {mean, low, high, n}.
+        by task, one row per test row: `task`, `number`, `score` (of the task's first metric), `responses` and `doc`.
+
+    Raises:
+        InputError: if a task can't be loaded (the Hub out of reach, say), or its metric isn't one of single rows.
     """
-    cells = {k: {task: interval(values, seed=seed) for task, values in tasks.items()} for k, tasks in scores.items()}
-    most, least = max(cells), min(cells)
-    return {
-        "tasks": {
-            task: {str(k): {key: cells[k][task][key] for key in ("mean", "low", "high", "n")} for k in sorted(cells)}
-            for task in cells[least]
-        },
-        "differences": {
-            task: difference(cells[most][task], cells[least][task], seed=seed) for task in cells[least] if most > least
-        },
-    }
+    file = Path(args.output_dir) / f"answers-{num_fewshot}.jsonl"
+    if not file.exists():
+        try:
+            results = lm_eval.simple_evaluate(
+                lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=args.limit, bootstrap_iters=0,
+                apply_chat_template=args.apply_chat_template, task_manager=_task_manager(), random_seed=args.seed,
+                numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
+            )  # fmt: skip
+        except (OSError, KeyError, DatasetsError, FileNotFoundError) as error:
+            raise InputError(f"--tasks: lm-eval can't load one ({type(error).__name__}: {error}).") from error
+        write_jsonl(file, [
+            {"task": task, "number": sample["doc_id"], "score": _score(task, sample),
+             "responses": sample["filtered_resps"], "doc": sample["doc"]}
+            for task, samples in results["samples"].items()
+            for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+        ])  # fmt: skip
+    return _read(file)
+
+
+def _score(task: str, sample: dict[str, Any]) -> float:
+    score = sample[sample["metrics"][0]]
+    if not isinstance(score, int | float):
+        raise InputError(f"--tasks {task}: its metric {sample['metrics'][0]} has no value for a single row.")
+    return float(score)
+
+
+def _read(file: Path) -> dict[str, Rows]:
+    tasks: dict[str, Rows] = {}
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            tasks.setdefault(row["task"], []).append(row)
+    return tasks
+
+
+def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str, Rows]]) -> dict[int, dict[str, Rows]]:
+    """The answers of another run, the baseline, by number of examples and task.
+
+    Raises:
+        InputError: if it asked other questions.
+    """
+    answers = {}
+    for number in num_fewshot:
+        file = Path(folder) / f"answers-{number}.jsonl"
+        if not file.exists():
+            raise InputError(f"--baseline_dir {folder}: has no {file.name}. Run it with --num_fewshot {number} too.")
+        answers[number] = _read(file)
+        for task, rows in tasks.items():
+            asked = [row["doc"]["prompt"] for row in answers[number].get(task, [])]
+            if asked != [row["prompt"] for row in rows["test"]]:
+                raise InputError(
+                    f"--baseline_dir {folder}: other questions were asked in task {task!r}. Run both with the same "
+                    "--tasks, --limit, --num_templates and --seed."
+                )
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def _cells(rows_by_task: dict[str, Rows], seed: int) -> dict[str, dict[str, Any]]:
+    return {task: interval([row["score"] for row in rows], seed=seed) for task, rows in rows_by_task.items()}
+
+
+def by_cluster(tasks: dict[str, Rows]) -> dict[str, Rows]:
+    """The rows of all tasks of a cluster together; tasks without one are left out."""
+    clusters: dict[str, Rows] = {}
+    for rows in tasks.values():
+        for row in rows:
+            if "cluster" in row["doc"]:
+                clusters.setdefault(row["doc"]["cluster"], []).append(row)
+    return clusters
+
+
+def summarize(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
+    """Means with intervals, and what the most examples change against the fewest.
+
+    Returns:
+        `tasks.<task>.<number of examples>`, `clusters.<cluster>.<number>` and `differences.<task>`, each
+        {mean, low, high, n}.
+    """
+
+    def plain(cells: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+        keys = ("mean", "low", "high", "n")
+        return {
+            name: {str(number): {key: cells[number][name][key] for key in keys} for number in cells}
+            for name in next(iter(cells.values()))
+        }
+
+    tasks = {number: _cells(rows, seed) for number, rows in answers.items()}
+    clusters = {number: _cells(by_cluster(rows), seed) for number, rows in answers.items()}
+    most, fewest = max(answers), min(answers)
+    gains = {task: difference(tasks[most][task], tasks[fewest][task], seed) for task in tasks[most] if most > fewest}
+    return {"tasks": plain(tasks), "clusters": plain(clusters), "differences": gains}
+
+
+def against(
+    answers: dict[int, dict[str, Rows]], baseline: dict[int, dict[str, Rows]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Paired differences from the baseline: `task.<task>.<number of examples>`, `cluster.<cluster>.<number>`."""
+    result: dict[str, dict[str, Any]] = {"task": {}, "cluster": {}}
+    for number, tasks in answers.items():
+        before = {task: baseline[number][task] for task in tasks if task in baseline[number]}
+        for kind, ours, theirs in (("task", tasks, before), ("cluster", by_cluster(tasks), by_cluster(before))):
+            first, second = _cells(ours, seed), _cells(theirs, seed)
+            for name in second:
+                result[kind].setdefault(name, {})[str(number)] = difference(first[name], second[name], seed)
+    return result
