@@ -13,6 +13,7 @@ import copy
 import difflib
 import functools
 import json
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ from rlhf.data import write_jsonl
 from rlhf.errors import InputError
 from rlhf.prefix import forward
 from rlhf.starter_tasks import TASKS
+
+# that a model is handed over loaded, and the number of examples set, is meant
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
@@ -80,6 +84,9 @@ class SharedPrefixLM(HFLM):
         Requests that differ in their last token alone are read off the same logits.
         """
         rows: dict[tuple[int, ...], list[int]] = {}
+        cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
+        if cut:
+            print(f"Warning: {cut} prompts don't fit into {self.max_length} tokens: their beginnings are cut off.")
         for number, (_, context, continuation) in enumerate(requests):
             ids = tuple((context + continuation)[-(self.max_length + 1) : -1])
             rows.setdefault(ids, []).append(number)

@@ -38,6 +38,7 @@ from eval.report import write_report
 from rlhf.arguments import command, finish_run, need_one_process, parse, start_run
 from rlhf.data import write_json
 from rlhf.errors import InputError, report_errors
+from rlhf.hub import public_base
 from rlhf.instructions import InstructionTask, TaskArguments, load_tasks, worded
 from rlhf.models import load_causal_lm, load_tokenizer, resolve
 from rlhf.starter import STARTER
@@ -150,7 +151,7 @@ def main() -> None:
     configs = [harness.write_task(name, splits, folder / "tasks") for name, splits in rows.items()]
     answers = {k: harness.answer(lm, [*configs, *others], k, args) for k in args.num_fewshot}
     results = {
-        "model": source.name,
+        "model": public_base(source.name),
         "num_fewshot": args.num_fewshot,
         **harness.summarize(answers, args.seed),
         "chance": {

@@ -91,6 +91,16 @@ def _names_in(template: str, where: str) -> set[str]:
         raise InputError(f"{where}: not a Jinja template ({error}). Correct it.") from error
 
 
+def _texts(choices: Any, where: str) -> list[str] | None:
+    if choices is None:
+        return None
+    if not isinstance(choices, list) or any(isinstance(choice, bool) for choice in choices):
+        raise InputError(
+            f"{where}: 'choices' is a list of texts; found {choices}. Put quotes around yes, no and the like."
+        )
+    return [str(choice) for choice in choices]
+
+
 def read_templates(path: Path) -> TemplateFile:
     """Read and check a YAML file of templates.
 
@@ -112,14 +122,12 @@ def read_templates(path: Path) -> TemplateFile:
             raise InputError(f"{where}: template {number} has no 'prompt', a text. Give one.")
         if unknown := set(entry) - {"name", "prompt", "choices", "choice"}:
             raise InputError(f"{where}: template {number} has the unknown key {sorted(unknown)[0]!r}.")
-        worded = entry.get("choices")
-        worded = [str(choice) for choice in worded] if worded is not None else None
-        name, choice = str(entry.get("name", number)), entry.get("choice", "{{ choice }}")
+        worded = _texts(entry.get("choices"), f"{where}: template {number}")
+        name, choice = str(entry.get("name", number)), str(entry.get("choice", "{{ choice }}"))
         templates.append(Template(name, entry["prompt"], worded, choice))
     if not templates or len({template.name for template in templates}) < len(templates):
         raise InputError(f"{where}: has {'two templates of one name' if templates else 'no templates'}.")
-    choices = content.get("choices")
-    return TemplateFile(str(content["task"]), str(content["cluster"]), choices and [str(c) for c in choices], templates)
+    return TemplateFile(str(content["task"]), str(content["cluster"]), _texts(content.get("choices"), where), templates)
 
 
 def check_templates(file: TemplateFile, columns: set[str], where: str) -> None:

@@ -36,7 +36,15 @@ def evaluated(sharp, tmp_path_factory):
     (out / "my.yaml").write_text(
         "task: mine\ncluster: own\nchoices: [bad, good]\ntemplates:\n  - prompt: '{{ review }} is'\n"
     )
-    arguments = ["--tasks", "sentiment", "addition", "--dataset_name", out / "my.jsonl", "--templates", out / "my.yaml",
+    for split in ("train", "test"):
+        lines = [json.dumps({"prompt": f"{split} {n}?", "choices": ["red", "blue"], "label": n % 2}) for n in range(14)]
+        (out / f"{split}.jsonl").write_text("\n".join(lines))
+    (out / "colours.yaml").write_text(
+        (ROOT / "eval" / "tasks" / "multiple_choice.yaml").read_text()
+        + f"task: colours\ndataset_kwargs: {{data_files: {{train: {out}/train.jsonl, test: {out}/test.jsonl}}}}\n"
+    )
+    arguments = ["--tasks", "sentiment", "addition", out / "colours.yaml", "--dataset_name", out / "my.jsonl",
+                 "--templates", out / "my.yaml",
                  "--limit", 12, "--num_fewshot", 2, 0, "--dtype", "float32"]  # fmt: skip
     first = run("eval/in_context.py", *arguments, "--model_name_or_path", sharp, "--output_dir", out / "a")
     return out, first.stdout, arguments
@@ -150,7 +158,8 @@ def test_results_by_hand():
 def test_the_run_reports_what_was_answered(evaluated):
     out, log, _ = evaluated
     results, answers = read(out / "a")
-    assert set(results["tasks"]) == {"sentiment", "addition", "mine"}
+    assert set(results["tasks"]) == {"sentiment", "addition", "mine", "colours"}
+    assert set(results["clusters"]) == {"sentiment", "arithmetic", "own"}
     for k, rows in answers.items():
         for row in rows:
             logprobs = [logprob for logprob, _ in row["responses"]]
@@ -163,7 +172,7 @@ def test_the_run_reports_what_was_answered(evaluated):
     assert answers[0][0]["responses"] != answers[2][0]["responses"]  # the examples were read
     assert results["chance"] == {"sentiment": 0.5, "addition": 0.25, "mine": 0.5}
     assert results["num_fewshot"] == [0, 2]
-    assert "2 examples beat 0 on" in log and "of 3 tasks" in log
+    assert "2 examples beat 0 on" in log and "of 4 tasks" in log
     report = (out / "a" / "report.html").read_text()
     assert (out / "a" / "in_context.png").exists() and "Accuracy in context" in report
 

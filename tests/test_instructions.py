@@ -108,6 +108,7 @@ GOOD = [{"review": f"film {n}", "label": n % 2} for n in range(30)]
         (("{{ review }} (", "{{ review ("), "template 'plain' of task 'mine': not a Jinja template"),
         (("{{ review }} (", "{{ review.__class__.__mro__ }} ("), "template 'plain' can't be rendered"),
         (("[thumbs down, thumbs up]", "[thumbs down]"), "template 'worded' words 1 choices; a row has 2"),
+        (("[thumbs down, thumbs up]", "[no, yes]"), "template 1: 'choices' is a list of texts; found [False, True]"),
         (("cluster: own\n", ""), "needs 'task', 'cluster' and 'templates'"),
         (("name: worded", "name: plain"), "two templates of one name"),
         (("task: mine", "task: addition"), "a starter task has the same name"),
