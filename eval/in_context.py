@@ -69,18 +69,23 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     numbers = [str(number) for number in results["num_fewshot"]]
     table = Table(title="Accuracy by number of examples; means with 95% intervals")
-    for heading in ("task", "chance", *numbers, f"{numbers[-1]} − {numbers[0]}", "examples help?"):
+    gains = results["differences"]
+    for heading in (
+        "task",
+        "chance",
+        *numbers,
+        *((f"{numbers[-1]} − {numbers[0]}", "examples help?") if gains else ()),
+    ):
         table.add_column(heading)
     for task, cells in results["tasks"].items():
-        gain = results["differences"].get(task)
         chance = results["chance"].get(task)
         table.add_row(
             task, "" if chance is None else f"{chance:.0%}", *(shown(cells[number]) for number in numbers),
-            shown(gain) if gain else "", verdict(gain) if gain else "",
+            *((shown(gains[task]), verdict(gains[task])) if gains else ()),
         )  # fmt: skip
     console.print(table)
-    if results["differences"]:
-        verdicts = [verdict(gain) for gain in results["differences"].values()]
+    if gains:
+        verdicts = [verdict(gain) for gain in gains.values()]
         print(
             f"{numbers[-1]} examples beat {numbers[0]} on {sum(v.startswith('yes') for v in verdicts)} of "
             f"{len(verdicts)} tasks (beyond doubt on {verdicts.count('yes')}); they are worse on "
