@@ -3,7 +3,8 @@
 The harness builds prompts, draws examples and scores answers. What is ours: models come from rlhf/models.py, and
 log-likelihoods are computed with less work and more precision than by its `HFLM`:
 
-- what the prompts of a batch begin with, such as the examples, runs once (rlhf/prefix.py);
+- a question runs once, not once for each answer, and what the questions of a batch begin with, such as the examples,
+  runs once for all of them (rlhf/prefix.py);
 - logits are computed where an answer stands, not at every token: with 49,152 words, log-probabilities of all positions
   take as long as the model itself;
 - the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and answers tie that are not equal.
@@ -27,7 +28,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.intervals import difference, interval
 from rlhf.data import write_jsonl
@@ -79,36 +80,39 @@ class SharedPrefixLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy decoding would have said it) of each request.
-
-        Requests that differ in their last token alone are read off the same logits.
-        """
-        rows: dict[tuple[int, ...], list[int]] = {}
+        """(log p(continuation | context), whether greedy decoding would have said it) of each request."""
+        contexts: dict[tuple[int, ...], list[int]] = {}
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             print(f"Warning: {cut} prompts don't fit into {self.max_length} tokens: their beginnings are cut off.")
         for number, (_, context, continuation) in enumerate(requests):
-            ids = tuple((context + continuation)[-(self.max_length + 1) : -1])
-            rows.setdefault(ids, []).append(number)
+            ids = (context + continuation)[-(self.max_length + 1) :]
+            contexts.setdefault(tuple(ids[: len(ids) - len(continuation)]), []).append(number)
         answers: dict[int, tuple[float, bool]] = {}
-        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Log-likelihoods")
-        for batch in self._batches(list(rows), override_bs or self.batch_size):
-            longest = [max(len(requests[number][2]) for number in rows[ids]) for ids in batch]
-            for ids, logprobs in zip(batch, self._logprobs(batch, longest), strict=True):
-                for number in rows[ids]:
-                    answers[number] = self._read_off(logprobs, requests[number][2])
-                    progress.update()
+        # a context of one token leaves nothing to compute before the answers
+        if alone := [number for context, numbers in contexts.items() if len(context) < 2 for number in numbers]:
+            scored = super()._loglikelihood_tokens([requests[number] for number in alone], disable_tqdm, override_bs)
+            answers.update(zip(alone, scored, strict=True))
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Log-likelihoods", initial=len(alone))
+        longer = [context for context in contexts if len(context) > 1]
+        for batch in self._batches(longer, override_bs or self.batch_size):
+            rows = [(place, number) for place, context in enumerate(batch) for number in contexts[context]]
+            continuations = [requests[number][2] for _, number in rows]
+            logprobs = self._logprobs(batch, [place for place, _ in rows], continuations)
+            for (_, number), row, continuation in zip(rows, logprobs, continuations, strict=True):
+                answers[number] = self._read_off(row, continuation)
+            progress.update(len(rows))
         progress.close()
         return [answers[number] for number in range(len(requests))]
 
     @staticmethod
-    def _batches(rows: list[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
-        """Rows of equal beginnings together, of similar lengths beside each other."""
+    def _batches(contexts: list[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
+        """Contexts of equal beginnings together, of similar lengths beside each other."""
         beginnings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for row in rows:
-            beginnings.setdefault(row[:64], []).append(row)
-        alone = [row for group in beginnings.values() if len(group) < size // 2 for row in group]
-        groups = [group for group in beginnings.values() if len(group) >= size // 2] + [alone]
+        for context in contexts:
+            beginnings.setdefault(context[:64], []).append(context)
+        alone = [context for group in beginnings.values() if len(group) < size // 4 for context in group]
+        groups = [group for group in beginnings.values() if len(group) >= size // 4] + [alone]
         batches = []
         for group in groups:
             group.sort(key=len, reverse=True)
@@ -116,23 +120,41 @@ class SharedPrefixLM(HFLM):
         return batches
 
     @torch.no_grad()
-    def _logprobs(self, batch: list[tuple[int, ...]], longest: list[int]) -> list[torch.Tensor]:
-        """Log-probabilities (n, V), float32, of what follows the last n = `longest` tokens of each row."""
-        lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
+    def _logprobs(
+        self, contexts: list[tuple[int, ...]], places: list[int], continuations: list[list[int]]
+    ) -> torch.Tensor:
+        """Log-probabilities (R, C, V), float32, at the tokens of R continuations, the longest of which has C.
+
+        Args:
+            contexts: D token sequences of two tokens or more.
+            places: for each continuation, which of the contexts it follows.
+        """
+        device, config = self.device, self.model.config.get_text_config()
+        # the last token of a context runs with the answers, whose first token it predicts
+        lengths = torch.tensor([len(context) - 1 for context in contexts], device=device)
         width = int(lengths.max())
-        mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
-        padded = [[0] * (width - len(ids)) + list(ids) for ids in batch]
-        contexts = lengths - torch.tensor(longest, device=self.device) + 1
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        padded = [[0] * (width + 1 - len(context)) + list(context[:-1]) for context in contexts]
         computed = forward(
-            self.model, self.model.config.get_text_config(), torch.tensor(padded, device=self.device), mask, contexts,
-            logits_to_keep=max(longest),
+            self.model, config, torch.tensor(padded, device=device), mask, lengths, cache=DynamicCache(config=config),
+            logits_to_keep=1,
         )  # fmt: skip
-        logits = computed.output.logits.float()
-        return [row[-n:].log_softmax(-1) for row, n in zip(logits, longest, strict=True)]
+        assert computed.cache is not None
+        of = torch.tensor(places, device=device)
+        computed.cache.reorder_cache(of)
+        size = max(map(len, continuations))
+        inputs = [[contexts[place][-1], *row[:-1]] for place, row in zip(places, continuations, strict=True)]
+        answers = torch.tensor([row + [0] * (size - len(row)) for row in inputs], device=device)
+        seen = computed.attention_mask[of]
+        logits = self.model(
+            input_ids=answers, attention_mask=torch.cat([seen, torch.ones_like(answers)], 1), use_cache=True,
+            position_ids=seen.sum(1, keepdim=True) + torch.arange(size, device=device), past_key_values=computed.cache,
+        ).logits  # fmt: skip
+        return logits.float().log_softmax(-1)
 
     @staticmethod
     def _read_off(logprobs: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
-        logprobs = logprobs[-len(continuation) :]
+        logprobs = logprobs[: len(continuation)]
         ids = torch.tensor(continuation, device=logprobs.device)
         return float(logprobs.gather(1, ids[:, None]).sum()), bool((logprobs.argmax(-1) == ids).all())
 
