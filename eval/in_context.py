@@ -13,7 +13,7 @@ For zero-shot accuracy before and after instruction tuning, run the untuned mode
 the --baseline_dir; prompts are worded with all templates, in the form that the model was tuned on:
 
     accelerate launch eval/in_context.py --tasks reverse_words upper_case replace_word --num_fewshot 0 \
-        --num_templates 10 --apply_chat_template true --limit 400 --output_dir outputs/before
+        --num_templates 10 --include_options true --apply_chat_template true --output_dir outputs/before
     (the same with --model_name_or_path outputs/sft-without-copying --baseline_dir outputs/before --output_dir ...)
 
 Writes results.json (`tasks.<task>.<number of examples>`, `clusters`, `differences` between most and no examples, and
@@ -138,11 +138,11 @@ def main() -> None:
     tasks: list[InstructionTask] = []
     if ours != [] or script_args.dataset_name not in (None, STARTER):
         tasks = load_tasks(script_args, dataclasses.replace(task_args, tasks=ours), POOL, args.limit, args.seed)
+    wording = {"num_templates": args.num_templates, "include_options": task_args.include_options}
     rows = {
-        task.name: {"train": worded(task, task.train, args.num_templates),
-                    "test": worded(task, task.test, args.num_templates)}
+        task.name: {"train": worded(task, task.train, **wording), "test": worded(task, task.test, **wording)}
         for task in tasks
-    }  # fmt: skip
+    }
     baseline = harness.read_answers(args.baseline_dir, args.num_fewshot, rows) if args.baseline_dir else None
     tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
     if not start_run(__file__, args.output_dir, script_args, task_args, args, model_args):

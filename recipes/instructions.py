@@ -54,10 +54,11 @@ def main() -> None:
         script_args, task_args, args.max_examples_per_task, args.max_test_examples_per_task, seed=args.seed
     )
     trained_on, held_out = hold_out(tasks, args.held_out_clusters)
+    wording = {"num_templates": args.num_templates, "include_options": task_args.include_options}
     rows = {
-        "train": [row for task in trained_on for row in worded(task, task.train, args.num_templates)],
-        "test": [row for task in trained_on for row in worded(task, task.test, args.num_templates)],
-        "held_out": [row for task in held_out for row in worded(task, task.test, args.num_templates)],
+        "train": [row for task in trained_on for row in worded(task, task.train, **wording)],
+        "test": [row for task in trained_on for row in worded(task, task.test, **wording)],
+        "held_out": [row for task in held_out for row in worded(task, task.test, **wording)],
     }
     if not start_run(__file__, args.output_dir, script_args, task_args, args):
         return

@@ -50,6 +50,9 @@ class TaskArguments:
     templates: str | None = field(
         default=None, metadata={"help": "YAML file with the templates of --dataset_name, see rlhf/instructions.py."}
     )
+    include_options: bool = field(
+        default=False, metadata={"help": "List the answer options behind prompts that don't name them, as FLAN does."}
+    )
 
 
 class Template(NamedTuple):
@@ -83,6 +86,7 @@ class InstructionTask(NamedTuple):
 # ---------------------------------------------------------------------------------------------- templates
 
 
+@functools.cache
 def _names_in(template: str, where: str) -> set[str]:
     """The variables that a template takes from outside."""
     try:
@@ -274,8 +278,13 @@ def hold_out(tasks: list[InstructionTask], clusters: list[str]) -> tuple[list[In
     return left, [task for task in tasks if task.cluster in clusters]
 
 
-def worded(task: InstructionTask, rows: Dataset, num_templates: int | None = None) -> list[dict[str, Any]]:
+def worded(
+    task: InstructionTask, rows: Dataset, num_templates: int | None = None, include_options: bool = False
+) -> list[dict[str, Any]]:
     """Rows as instructions, the task's first `num_templates` templates (default: all) taken in turn.
+
+    Args:
+        include_options: end a prompt whose template doesn't use `options` with a list of them (FLAN, §2.2).
 
     Returns:
         rows of `prompt`, `choices` (worded), `label`, `task`, `cluster` and `template`.
@@ -285,6 +294,8 @@ def worded(task: InstructionTask, rows: Dataset, num_templates: int | None = Non
     for number, row in enumerate(rows):
         template = templates[number % len(templates)]
         prompt, choices = render(template, row, f"task {task.name!r}")
+        if include_options and "options" not in _names_in(template.prompt, template.name):
+            prompt = "\n".join([prompt, "Options:", *(f"- {choice}" for choice in choices)])
         instructions.append({
             "prompt": prompt, "choices": choices, "label": row["label"], "task": task.name, "cluster": task.cluster,
             "template": template.name,

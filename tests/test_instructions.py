@@ -79,6 +79,11 @@ def test_rendering_by_hand():
     assert render(fixed, row) == ("I love {{ it }}: bad or good?", ["bad", "good"])
     each = Template("b", "{{ text }}\n", None, "It is {{ choice | upper }}.")
     assert render(each, row) == ("I love {{ it }}", ["It is NEGATIVE.", "It is POSITIVE."])
+    listed = worded(InstructionTask("t", "c", [fixed, each], [], []), [row, row], include_options=True)
+    assert [instruction["prompt"] for instruction in listed] == [
+        "I love {{ it }}: bad or good?",
+        "I love {{ it }}\nOptions:\n- It is NEGATIVE.\n- It is POSITIVE.",
+    ]
     instruction = {"prompt": "p", "choices": ["x", "y"], "label": 1, "task": "t", "cluster": "c", "template": "b"}
     assert as_conversation(instruction) == {
         "prompt": [{"role": "user", "content": "p"}],
