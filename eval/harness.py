@@ -13,6 +13,7 @@ log-likelihoods are computed with less work and more precision than by its `HFLM
 import copy
 import difflib
 import functools
+import itertools
 import json
 import logging
 import random
@@ -48,7 +49,9 @@ Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation 
 class SharedExamples(ContextSampler):
     """Draws the same examples for SAME_EXAMPLES documents in a row, so that they are computed once.
 
-    The first examples of a longer draw are those of a shorter one: with more examples a prompt only grows.
+    The first examples of a longer draw are those of a shorter one: with more examples a prompt only grows. Labels come
+    in equal shares, in random order, since models lean to the label that examples show most often (Zhao et al. 2021,
+    https://arxiv.org/abs/2102.09690).
     """
 
     def set_rnd(self, rnd: int | None) -> "SharedExamples":
@@ -58,8 +61,13 @@ class SharedExamples(ContextSampler):
     def sample(self, n: int, eval_doc: Any = None, df: Any = None, **kwargs: Any) -> Sequence[dict[str, Any]]:
         group, self.calls = self.calls // SAME_EXAMPLES, self.calls + 1
         docs = [doc for doc in self.fewshot_docs() if doc != eval_doc]
-        random.Random(f"{self.seed} {group}").shuffle(docs)
-        return docs[:n]
+        rng = random.Random(f"{self.seed} {group}")
+        rng.shuffle(docs)
+        by_label: dict[Any, list[dict[str, Any]]] = {}
+        for doc in docs:
+            by_label.setdefault(doc["label"], []).append(doc)
+        rounds = [[doc for doc in turn if doc is not None] for turn in itertools.zip_longest(*by_label.values())]
+        return [doc for turn in rounds for doc in rng.sample(turn, len(turn))][:n]
 
 
 def sharpen_head(model: PreTrainedModel) -> None:

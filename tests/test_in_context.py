@@ -97,7 +97,7 @@ def test_the_head_computes_in_float32_and_the_rest_stays(sharp, tokenizer):
 
 
 def test_ten_documents_share_their_examples_and_more_examples_begin_with_fewer():
-    docs = [{"n": n} for n in range(50)]
+    docs = [{"n": n, "label": int(n < 10)} for n in range(50)]
 
     def drawn(k, seed=1):
         sampler = SharedExamples(docs)
@@ -108,6 +108,9 @@ def test_ten_documents_share_their_examples_and_more_examples_begin_with_fewer()
     assert four[:10] == [four[0]] * 10 and four[10:] == [four[10]] * 10 and four[0] != four[10]
     assert [examples[:4] for examples in eight] == four
     assert drawn(4) == four != drawn(4, seed=2)
+    assert all([sum(doc["label"] for doc in examples) for examples in (e[:2], e[:4], e)] == [1, 2, 4] for e in eight)
+    orders = {tuple(doc["label"] for doc in examples[:2]) for examples in drawn(2, seed=3) + drawn(2, seed=4)}
+    assert orders == {(0, 1), (1, 0)}
     sampler = SharedExamples(docs)
     sampler.set_rnd(1)
     assert four[0][0] not in sampler.sample(49, eval_doc=four[0][0])
