@@ -16,7 +16,7 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $(SETUP)
 
 $(DEV): $(SETUP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,trackers,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,trackers,eval,dev]'
 	touch $(DEV)
 
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo

@@ -1,4 +1,4 @@
-"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds.
+"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds, in-context learning.
 
 Each function takes plain data as it is in the run's folder and returns a matplotlib Figure.
 """
@@ -218,6 +218,28 @@ def compression_figure(results: dict[str, Any]) -> Figure:
     axes[0].invert_yaxis()
     axes[0].margins(x=0.12)
     axes[0].set_xlabel("bits per byte of held-out text")
+    return figure
+
+
+def in_context_figure(results: dict[str, Any]) -> Figure:
+    """Accuracy against the number of examples, one panel per task, with intervals and the level of chance.
+
+    Args:
+        results: content of the results.json of eval/in_context.py.
+    """
+    tasks, numbers = results["tasks"], results["num_fewshot"]
+    figure, axes = _grid(len(tasks), columns=4, height=2.2)
+    for axis, (task, cells) in zip(axes, tasks.items(), strict=False):
+        means = np.asarray([cells[str(number)]["mean"] for number in numbers])
+        errors = np.abs([[cells[str(n)][end] - cells[str(n)]["mean"] for n in numbers] for end in ("low", "high")])
+        axis.errorbar(range(len(numbers)), means, errors, marker="o", color=BLUE, capsize=3, markersize=4)
+        if task in results["chance"]:
+            axis.axhline(results["chance"][task], color=GREY, linestyle=":", linewidth=1)
+        axis.set_xticks(range(len(numbers)), numbers)
+        axis.set(ylim=(-0.03, 1.03), title=task)
+        axis.title.set_fontsize(9)
+    figure.supxlabel("number of examples (dotted: chance)", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
     return figure
 
 

@@ -22,6 +22,7 @@ from eval.figures import (
     comparison_figure,
     compression_figure,
     data_uri,
+    in_context_figure,
     overoptimization_figure,
     rounds_figure,
     save_figure,
@@ -136,6 +137,9 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
         if "reliability" in results.get("reward_model", {}):
             caption = f"The reward model beside the gold score, on {results['reward_model']['n']} held-out pairs."
             figures.append(("calibration.png", calibration_figure(results["reward_model"]), caption))
+    if results and "num_fewshot" in results:
+        caption = f"Accuracy of {_public(results['model'])} with examples in the prompt, with 95% intervals."
+        figures.append(("in_context.png", in_context_figure(results), caption))
     if over := _read(folder / "overoptimization.json"):
         caption = (
             "Scores against distance from the start, with 95% intervals and the curves of Gao et al. (2022). Where the "
@@ -181,6 +185,22 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _with_interval(cell: dict[str, Any] | None) -> str:
+    return f"{cell['mean']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]" if cell else ""
+
+
+def _in_context_table(results: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    numbers = [str(number) for number in results["num_fewshot"]]
+    rows = [
+        [task, *(_with_interval(cells[number]) for number in numbers), _with_interval(results["differences"].get(task))]
+        for task, cells in results["tasks"].items()
+    ]
+    for name, cells in results.get("against_baseline", {}).get("cluster", {}).items():
+        rows.append([f"{name}, against {results['baseline']}", *(_with_interval(cells[n]) for n in numbers), ""])
+    heading = ["task", *(f"{number} examples" for number in numbers), f"{numbers[-1]} − {numbers[0]}"]
+    return "Accuracy in context", "95% bootstrap intervals; differences are paired.", heading, rows
+
+
 def newest_results(folders: list[Path]) -> Any:
     """Content of the newest results.json among the runs."""
     files = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
@@ -204,6 +224,8 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
             ]
             note = f"{results['texts']} held-out texts of {results['bytes']:,} bytes; 95% bootstrap intervals."
             tables.append(("Compression", note, ["", "bits per byte", "low", "high"], rows))
+        if results and "num_fewshot" in results:
+            tables.append(_in_context_table(results))
         if over := _read(folder / "overoptimization.json"):
             rows = [
                 [point["name"], f"{point['sqrt_kl']:.2f}", *(f"{point[s]['mean']:.3f} [{point[s]['low']:.3f}, "

@@ -190,6 +190,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         "eval_reward_funcs",
         "dataset_name",
         "ptx_dataset_name",
+        "templates",
         "models",
         "tokenizer_name",
     ):

@@ -18,6 +18,7 @@ The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) is made of all o
 a row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -148,6 +149,7 @@ def _conversations() -> dict[str, list[dict[str, Any]]]:
     return parts
 
 
+@functools.cache
 def _parts() -> dict[str, list[tuple[str, str]]]:
     """All (message, reply) pairs by part. Conversations and prompt texts never occur in two parts."""
     parts: dict[str, list[tuple[str, str]]] = {}
@@ -177,6 +179,11 @@ def _texts(config: str | None) -> DatasetDict:
     if config != "full":
         train, test = train[: PRETRAIN_ROWS[0]], test[: PRETRAIN_ROWS[1]]
     return DatasetDict({"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})})
+
+
+def starter_pairs(part: str) -> list[tuple[str, str]]:
+    """All (message, reply) pairs of one part."""
+    return list(_parts()[part])
 
 
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:

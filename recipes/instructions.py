@@ -1,0 +1,84 @@
+"""Instruction tuning data: labelled tasks, worded as instructions by templates and mixed, for sft.py.
+
+    accelerate launch recipes/instructions.py
+    accelerate launch recipes/instructions.py --held_out_clusters copying --output_dir outputs/without-copying
+    accelerate launch recipes/sft.py --dataset_name outputs/without-copying --output_dir outputs/sft-without-copying
+    accelerate launch recipes/instructions.py --dataset_name my.jsonl --templates my.yaml --tasks starter
+
+Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter_tasks.py, ten templates
+each (rlhf/templates/). Your own task is a dataset with a column `label` and a YAML file of templates
+(rlhf/instructions.py says how). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to
+the number of examples, with a cap. Clusters of tasks named by --held_out_clusters are left out of training, so that
+eval/in_context.py can ask what a model does on a kind of task it has never seen. No model is needed.
+
+Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `task`, `cluster` and `template`; the rows
+of held-out clusters, which nothing trains on, are in held_out.jsonl.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ScriptArguments
+
+from eval.report import write_report
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.data import write_jsonl
+from rlhf.errors import InputError, report_errors
+from rlhf.instructions import TaskArguments, as_conversation, hold_out, load_tasks, worded
+
+
+@dataclass
+class InstructionArguments:
+    """How tasks are mixed. Which ones: rlhf.instructions.TaskArguments."""
+
+    output_dir: str = field(default="outputs/instructions", metadata={"help": "Folder for train.jsonl and test.jsonl."})
+    held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters left out of training."})
+    max_examples_per_task: int = field(default=400, metadata={"help": "A larger task gives no more than this."})
+    max_test_examples_per_task: int = field(default=20, metadata={"help": "The same for the test rows."})
+    num_templates: int | None = field(default=None, metadata={"help": "Templates per task; default: all."})
+    seed: int = field(default=42, metadata={"help": "Seed of the tasks' rows and of their order."})
+
+
+def main() -> None:
+    # Arguments
+    script_args, task_args, args = parse(__file__, ScriptArguments, TaskArguments, InstructionArguments)
+    need_one_process(__file__)
+    for flag in ("max_examples_per_task", "max_test_examples_per_task", "num_templates"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1.")
+
+    # Data
+    tasks = load_tasks(
+        script_args, task_args, args.max_examples_per_task, args.max_test_examples_per_task, seed=args.seed
+    )
+    trained_on, held_out = hold_out(tasks, args.held_out_clusters)
+    wording = {"num_templates": args.num_templates, "include_options": task_args.include_options}
+    rows = {
+        "train": [row for task in trained_on for row in worded(task, task.train, **wording)],
+        "test": [row for task in trained_on for row in worded(task, task.test, **wording)],
+        "held_out": [row for task in held_out for row in worded(task, task.test, **wording)],
+    }
+    if not start_run(__file__, args.output_dir, script_args, task_args, args):
+        return
+    random.Random(args.seed).shuffle(rows["train"])  # mixed, where a trainer doesn't shuffle
+
+    # Save, report
+    for split, instructions in rows.items():
+        if instructions:
+            write_jsonl(Path(args.output_dir) / f"{split}.jsonl", [as_conversation(row) for row in instructions])
+    counts = Counter((row["cluster"], row["task"]) for row in rows["train"])
+    for (cluster, task), count in counts.items():
+        print(f"{cluster:12} {task:16} {count:6} rows, {count / len(rows['train']):.1%}")
+    print(
+        f"{args.output_dir}: {len(rows['train'])} instructions to train on, {len(rows['test'])} to test, "
+        f"{len(rows['held_out'])} of held-out clusters ({', '.join(args.held_out_clusters) or 'none'})."
+    )
+    finish_run(args.output_dir, {f"{split} rows": len(instructions) for split, instructions in rows.items()})
+    write_report(args.output_dir)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
