@@ -37,6 +37,11 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("token accuracy", {"training": "mean_token_accuracy", "held out": "eval_mean_token_accuracy"}),
         ("learning rate", {"learning rate": "learning_rate"}),
     ],
+    "finetune": [
+        ("loss", {"training": "loss", "held out": "eval_loss"}),
+        ("accuracy", {"held out": "eval_accuracy"}),
+        ("language model loss per token", {"training": "lm_loss"}),
+    ],
 }  # fmt: skip
 
 

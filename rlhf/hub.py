@@ -28,6 +28,13 @@ MODEL_FILES = (
     "merges.txt", "added_tokens.json", "README.md", "training.png", "calibration.png",
 )  # fmt: skip
 
+HEADS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
 
 class PushRequest(NamedTuple):
     """Where to push, checked before training starts."""
@@ -109,6 +116,8 @@ def write_card(
     metrics: dict[str, Any],
     rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
+    pipeline_tag: str | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
 
@@ -117,6 +126,8 @@ def write_card(
         arguments: its dataclasses, whose settings are listed.
         source: the model that training started from.
         rewards: the reward models and functions that PPO trained against.
+        pipeline_tag: transformers' name of the task, a key of HEADS, where the recipe doesn't say it.
+        labels: names of a classifier's labels, in the order of its outputs.
     """
     if not main_process():
         return
@@ -140,7 +151,7 @@ def write_card(
         library_name="peft" if is_adapter else "transformers",
         datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
-        pipeline_tag="text-classification" if stage == "reward" else "text-generation",
+        pipeline_tag=pipeline_tag or ("text-classification" if stage == "reward" else "text-generation"),
     )
     pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
@@ -154,7 +165,7 @@ def write_card(
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, stage, is_adapter),
+        _usage(title, base, data.pipeline_tag, is_adapter, list(labels)),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,
@@ -186,17 +197,20 @@ def _public_settings(arguments: list[Any]) -> dict[str, Any]:
     }
 
 
-def _usage(title: str, base: str, stage: str, is_adapter: bool) -> str:
-    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
-    labels = ", num_labels=1" if stage == "reward" else ""
+def _usage(title: str, base: str, pipeline_tag: str, is_adapter: bool, labels: list[str]) -> str:
+    auto = HEADS[pipeline_tag]
+    ready = f'from transformers import pipeline\n\npipeline("{pipeline_tag}", model="{title}")'
     if not is_adapter:
-        return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")\n```'
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")'
+        return f"```python\n{code}\n" + (f"\n# or\n{ready}\n```" if labels else "```")
+    extra = f", id2label={dict(enumerate(labels))}" if labels else ""
+    extra = ", num_labels=1" if pipeline_tag == "text-classification" and not labels else extra
     code = (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'base = {auto}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{title}")'
+        f'base = {auto}.from_pretrained("{base}"{extra})\nmodel = PeftModel.from_pretrained(base, "{title}")'
     )
-    if stage != "reward":
-        code += f'\n\n# or\nfrom transformers import pipeline\n\npipeline("text-generation", model="{title}")'
+    if pipeline_tag == "text-generation":
+        code += f"\n\n# or\n{ready}"
     return f"```python\n{code}\n```"
 
 
