@@ -15,6 +15,7 @@ part is left out of the later ones:
 | `held_out`    | eval/compare.py        | `prompt`, `completion`; no training stage reads it               |
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -125,6 +126,7 @@ def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+@functools.cache
 def _parts() -> dict[str, list[tuple[str, str]]]:
     """All (message, reply) pairs by part. Conversations and prompt texts never occur in two parts."""
     folder = _package_folder("chitchat_dataset", "pip install chitchat-dataset")
@@ -145,6 +147,11 @@ def _parts() -> dict[str, list[tuple[str, str]]]:
         parts[part] = pairs
         start += share
     return parts
+
+
+def starter_pairs(part: str) -> list[tuple[str, str]]:
+    """All (message, reply) pairs of one part."""
+    return list(_parts()[part])
 
 
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
