@@ -202,6 +202,23 @@ def rounds_figure(summary: dict[str, Any]) -> Figure:
     return figure
 
 
+def transfer_figure(transfer: dict[str, Any]) -> Figure:
+    """Ways of fine-tuning: the score of each with its seeds as dots, and the difference to the reference.
+
+    Args:
+        transfer: content of transfer.json.
+    """
+    figure, axes = _grid(2, height=1.2 + 0.35 * len(transfer["models"]))
+    for axis, color, cells in zip(axes, (BLUE, ORANGE), (transfer["models"], transfer["differences"]), strict=True):
+        _intervals(axis, list(cells), list(cells.values()), color)
+        for height, cell in enumerate(cells.values()):
+            axis.scatter(cell["seeds"], [height] * len(cell["seeds"]), 8, color=GREY, zorder=0)
+    axes[0].set_title(f"held-out {transfer['score']}; dots: seeds", fontsize=9)
+    axes[1].axvline(0, color=GREY, linewidth=1)
+    axes[1].set_title(f"difference to {transfer['reference']}, paired", fontsize=9)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=150, metadata={"Software": None})

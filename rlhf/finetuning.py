@@ -254,7 +254,9 @@ def check_arguments(args: FinetuneArguments, model_args: ModelConfig, source: So
     if args.lm_coef and task.kind not in ("sentences", "pairs"):
         raise InputError(f"--lm_coef {args.lm_coef}: is for sentences and pairs of them; this dataset has {task.kind}.")
     if args.lm_coef and args.freeze_body:
-        raise InputError(f"--lm_coef {args.lm_coef}: changes the body alone, and --freeze_body true keeps it. Drop one.")
+        raise InputError(
+            f"--lm_coef {args.lm_coef}: changes the body alone, and --freeze_body true keeps it. Drop one."
+        )
     if args.freeze_body and model_args.use_peft:
         raise InputError("--freeze_body true trains the head alone, --use_peft true adapters in the body. Drop one.")
     if args.from_scratch and (model_args.use_peft or args.freeze_body):
@@ -266,7 +268,9 @@ def check_arguments(args: FinetuneArguments, model_args: ModelConfig, source: So
             f"{source.name} they differ. Leave --lm_coef 0."
         )
     if args.max_train_samples is not None and not 1 <= args.max_train_samples <= len(task.train):
-        raise InputError(f"--max_train_samples {args.max_train_samples}: there are {len(task.train)} rows. Take 1 to that.")
+        raise InputError(
+            f"--max_train_samples {args.max_train_samples}: there are {len(task.train)} rows. Take 1 to that."
+        )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not 8 <= args.max_length <= (context or args.max_length):
         raise InputError(f"--max_length {args.max_length}: from 8 to the model's context of {context} tokens.")
@@ -289,17 +293,21 @@ def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: 
     """
     tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
     if not tokenizer.is_fast:
-        raise InputError(f"The tokenizer of {source.name} is not one of the tokenizers library (tokenizer.json). Convert it.")
+        raise InputError(
+            f"The tokenizer of {source.name} is not one of the tokenizers library (tokenizer.json). Convert it."
+        )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if not is_decoder(config):
         if tokenizer.pad_token_id is None:
-            raise InputError(f"The tokenizer of {source.name} has no pad token. Set pad_token in tokenizer_config.json.")
+            raise InputError(
+                f"The tokenizer of {source.name} has no pad token. Set pad_token in tokenizer_config.json."
+            )
         return tokenizer
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, at which the class is read. Set one.")
     set_pad_token(tokenizer, source, pad_token)
-    before = tokenizer.build_inputs_with_special_tokens([])  # bos, where the tokenizer puts one
-    bos = [tokenizer.bos_token] if tokenizer.bos_token_id in before else []
+    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    bos = [tokenizer.bos_token] if starts_with_bos else []
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*bos, "$A", tokenizer.eos_token],

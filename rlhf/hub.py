@@ -146,12 +146,13 @@ def write_card(
         ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
         for d in datasets
     ]
+    task = pipeline_tag or ("text-classification" if stage == "reward" else "text-generation")
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
         datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
-        pipeline_tag=pipeline_tag or ("text-classification" if stage == "reward" else "text-generation"),
+        pipeline_tag=task,
     )
     pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
@@ -165,7 +166,7 @@ def write_card(
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, data.pipeline_tag, is_adapter, list(labels)),
+        _usage(title, base, task, is_adapter, list(labels)),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,

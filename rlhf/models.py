@@ -228,8 +228,8 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token:
         if not unused:
             raise InputError(
                 f"The pad token of {source.name} is {tokenizer.pad_token!r} and its eos token {tokenizer.eos_token!r}; "
-                "they must differ, and no unused token was found. Name one with --pad_token (sft.py, reward.py, finetune.py), or "
-                "set pad_token in the tokenizer_config.json of a local copy."
+                "they must differ, and no unused token was found. Name one with --pad_token (sft.py, reward.py, "
+                "finetune.py), or set pad_token in the tokenizer_config.json of a local copy."
             )
         print(f"{source.name}: pad token was {tokenizer.pad_token!r}, now {unused[0]!r}, so that it differs from eos.")
         tokenizer.pad_token = unused[0]

@@ -5,9 +5,9 @@ import evaluate
 
 from eval.intervals import interval
 
-DESCRIPTION = """F1 = 2 · found and right / (found + true), over all entities of all sentences (micro-average). An entity
-is right if its words and its type are. Tags that begin with B- and I- make entities of several words, as in CoNLL;
-every other tag but O is an entity of one word."""
+DESCRIPTION = """F1 = 2 · found and right / (found + true), over all entities of all sentences (micro-average). An
+entity is right if its words and its type are. Tags that begin with B- and I- make entities of several words, as in
+CoNLL; every other tag but O is an entity of one word."""
 CITATION = """@inproceedings{tjong2003conll, title={Introduction to the CoNLL-2003 Shared Task},
 author={Tjong Kim Sang, Erik F. and De Meulder, Fien}, booktitle={CoNLL}, year={2003}}"""
 
