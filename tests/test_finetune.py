@@ -241,8 +241,7 @@ def test_bad_rows_are_named(case):
 # ---------------------------------------------------------------------------------------------- model
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("base, kind", [("llama", "spans"), ("llama", "tags"), ("gpt2", "pairs"), ("bert", "pairs")])
 def test_the_body_comes_from_the_checkpoint(bases, base, kind):
     """LlamaForQuestionAnswering calls its body otherwise than the checkpoint does, and would start from nothing."""
     made = prepared(bases[base], kind)
@@ -304,7 +303,7 @@ def test_an_adapter_comes_back_with_plain_peft(bases, base, kind, tmp_path):
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_the_auxiliary_loss_is_that_of_the_language_model_and_is_added_with_its_weight(bases, base, tmp_path):
     made = prepared(bases[base], "sentences", lm_coef=0.5)
-    batch = data_collator(made.task, made.tokenizer)(list(made.rows.select(range(5))))
+    batch = data_collator(made.task, made.tokenizer)(list(made.rows.select(range(10, 15))))
     assert 0 in batch["attention_mask"]
     whole = AutoModelForCausalLM.from_pretrained(bases[base])
     whole.eval()
@@ -456,32 +455,44 @@ def test_tags_and_spans_are_learned(bases, labelled, kind, score, monkeypatch, t
     assert f"pipeline_tag: {KINDS[kind].pipeline}" in (tmp_path / kind / "README.md").read_text()
 
 
-def test_seeds_choose_other_rows_and_transfer_compares_them_paired(bases, labelled, monkeypatch, tmp_path, capsys):
-    models = []
-    for name, more in (("scratch", ["--from_scratch", "true"]), ("frozen", ["--freeze_body", "true"])):
-        for seed in (1, 2):
+def write_run(folder, scores, seed, text="row"):
+    """A finished run's folder, as far as the comparison reads it."""
+    folder.mkdir()
+    settings = {"seed": seed, "dataset_name": "d"}
+    state = {"recipe": "finetune", "command": "c", "settings": settings, "finished": True, "metrics": {}}
+    (folder / "run.json").write_text(json.dumps(state))
+    (folder / "evaluation.json").write_text(json.dumps({"task": "sentences"}))
+    rows = [{"text": f"{text} {number}", "score": score} for number, score in enumerate(scores)]
+    write_rows(folder / "predictions.jsonl", rows)
+
+
+def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    hard = rng.random(300)  # the same rows are hard for all
+    models, scores = [], {}
+    for name, skill in (("scratch", 0.6), ("full", 0.7), ("copy", 0.6)):
+        for seed in (1, 2, 3):
             folder = tmp_path / f"{name}-{seed}"
-            recipe(monkeypatch, "--model_name_or_path", bases["llama"], "--dataset_name", labelled["sentences"],
-                   "--output_dir", folder, *TINY, "--max_train_samples", 24, "--num_train_epochs", 3, "--seed", seed,
-                   "--eval_strategy", "no", *more)  # fmt: skip
+            scores[name, seed] = [float(skill > value) for value in hard]
+            write_run(folder, scores[name, seed], seed)
             models.append(f"{name}={folder}")
     out = tmp_path / "transfer"
     recipe(monkeypatch, "--models", *models, "--output_dir", out, script="eval/transfer.py")
-    result = json.loads((out / "transfer.json").read_text())
-    rights = {}
-    for model in models:
-        lines = (tmp_path / model.split("=")[1] / "predictions.jsonl").read_text().splitlines()
-        rights[model] = [json.loads(line)["score"] for line in lines]
-    assert result["models"]["scratch"]["mean"] == pytest.approx(np.mean([rights[m] for m in models[:2]]))
-    gap = np.mean([rights[m] for m in models[2:]]) - np.mean([rights[m] for m in models[:2]])
-    assert result["differences"]["frozen"]["mean"] == pytest.approx(gap)
-    assert (out / "transfer.png").exists() and "Ways of fine-tuning" in (out / "report.html").read_text()
     assert "scratch" in capsys.readouterr().out
+    result = json.loads((out / "transfer.json").read_text())
+    cells, gains = result["models"], result["differences"]
+    assert cells["full"]["mean"] == pytest.approx(np.mean(scores["full", 1])) and len(cells["full"]["seeds"]) == 3
+    assert gains["full"]["mean"] == pytest.approx(np.mean(scores["full", 1]) - np.mean(scores["scratch", 1]))
+    assert gains["copy"]["low"] == gains["copy"]["high"] == 0  # unpaired, it would not be
+    assert gains["full"]["low"] > 0 and gains["full"]["high"] - gains["full"]["low"] < 0.1
+    assert (out / "transfer.png").exists() and "Ways of fine-tuning" in (out / "report.html").read_text()
+    write_run(tmp_path / "other", scores["full", 1], 1, text="another row")
     for wrong, message in (
-        (models[:3], "are compared seed by seed"),
+        (models[:5], "are compared seed by seed"),
         ([models[0], models[0]], "a run with --seed 1 already"),
         ([f"scratch={tmp_path}"], "finished runs of recipes/finetune.py"),
-        (models[2:], "--reference scratch: not among"),
+        (models[3:6], "--reference scratch: not among"),
+        ([models[0], f"other={tmp_path / 'other'}"], "was evaluated on other rows"),
     ):
         with pytest.raises(SystemExit):
             recipe(monkeypatch, "--models", *wrong, "--output_dir", tmp_path / "x", script="eval/transfer.py")
