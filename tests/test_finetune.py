@@ -12,9 +12,11 @@ from conftest import ROOT, run, save_tiny
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
+from tokenizers.processors import BertProcessing, TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -66,13 +68,29 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def bases(tiny, tokenizer, tmp_path_factory):
+def small():
+    """A byte-level tokenizer with few tokens, which makes models fast."""
+    pieces = Tokenizer(BPE())
+    pieces.pre_tokenizer, pieces.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=ByteLevel.alphabet(),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    pieces.train_from_iterator([str(row) for rows in ROWS.values() for row in rows], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def bases(small, tmp_path_factory):
     """Folders of tiny random models: two decoders, and an encoder that was pretrained without a pooler."""
     folder = tmp_path_factory.mktemp("bases")
+    llama = save_tiny(folder / "llama", small)
     torch.manual_seed(1)
-    gpt2 = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256)
+    gpt2 = GPT2Config(vocab_size=len(small), n_embd=16, n_layer=1, n_head=2, n_positions=256)
     GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
-    tokenizer.save_pretrained(folder / "gpt2")
+    small.save_pretrained(folder / "gpt2")
     letters = [*"abcdefghijklmnopqrstuvwxyz.,?'I"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
     pieces = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -82,7 +100,7 @@ def bases(tiny, tokenizer, tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=pieces, mask_token="[MASK]", **special).save_pretrained(folder / "bert")
     bert = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(vocab_size=len(words), **bert)).save_pretrained(folder / "bert")
-    return {"llama": tiny, "gpt2": str(folder / "gpt2"), "bert": str(folder / "bert")}
+    return {"llama": llama, "gpt2": str(folder / "gpt2"), "bert": str(folder / "bert")}
 
 
 def prepared(base, kind, model_args=FULL, rows=None, **arguments):
@@ -127,8 +145,9 @@ def test_a_decoder_reads_the_class_at_eos_also_when_cut_and_after_saving(bases, 
         {"text": "word " * 30, "text_pair": "other " * 30, "label": "b"},
     ])  # fmt: skip
     short, long = made.rows["input_ids"]
-    assert made.tokenizer.decode(short) == "Hi there\nHello<|im_end|>"
-    assert len(long) == 16 and long[-1] == made.tokenizer.eos_token_id and 198 in long
+    newline = made.tokenizer("\n")["input_ids"][0]
+    assert made.tokenizer.decode(short) == "Hi there\nHello</s>"
+    assert len(long) == 16 and long[-1] == made.tokenizer.eos_token_id and newline in long
     made.tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("Hi there", "Hello")["input_ids"] == short and again("Hi")["input_ids"][-1] == short[-1]
@@ -138,10 +157,8 @@ def test_a_decoder_reads_the_class_at_eos_also_when_cut_and_after_saving(bases, 
 def test_bos_stays_in_front_where_a_tokenizer_has_it(bases, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
     plain = tokenizer("Hello")["input_ids"]
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     save_tiny(tmp_path / "bos", tokenizer)
     made = prepared(str(tmp_path / "bos"), "sentences")
@@ -323,8 +340,8 @@ def test_the_auxiliary_loss_is_that_of_the_language_model_and_is_added_with_its_
     assert loss == pytest.approx(outputs.loss.item() + 0.5 * np.mean(each), rel=1e-5)
 
 
-def test_untied_models_use_their_own_output_embeddings(tokenizer, tmp_path):
-    base = save_tiny(tmp_path / "untied", tokenizer, tie_word_embeddings=False)
+def test_untied_models_use_their_own_output_embeddings(small, tmp_path):
+    base = save_tiny(tmp_path / "untied", small, tie_word_embeddings=False)
     made = prepared(base, "sentences", lm_coef=0.5)
     assert torch.equal(made.head, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)
     assert not torch.equal(made.head, made.model.get_input_embeddings().weight)
@@ -403,11 +420,11 @@ def recipe(monkeypatch, *words, script="recipes/finetune.py"):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, labelled, tmp_path_factory):
+def finished(bases, labelled, tmp_path_factory):
     """Folder of a run on sentences, as a user starts it."""
     out = tmp_path_factory.mktemp("finetune") / "sentences"
-    arguments = ["--model_name_or_path", tiny, "--dataset_name", labelled["sentences"], "--output_dir", out, *TINY,
-                 "--num_train_epochs", 4, "--lm_coef", 0.1]  # fmt: skip
+    arguments = ["--model_name_or_path", bases["llama"], "--dataset_name", labelled["sentences"], *TINY,
+                 "--num_train_epochs", 3, "--lm_coef", 0.1, "--output_dir", out]  # fmt: skip
     return out, run("recipes/finetune.py", *arguments), arguments
 
 
@@ -449,7 +466,7 @@ def test_a_finished_run_is_skipped_and_the_seed_makes_the_same_numbers(finished,
 @pytest.mark.parametrize("kind, score", [("tags", "f1"), ("spans", "exact_match")])
 def test_tags_and_spans_are_learned(bases, labelled, kind, score, monkeypatch, tmp_path):
     recipe(monkeypatch, "--model_name_or_path", bases["llama"], "--dataset_name", labelled[kind], "--output_dir",
-           tmp_path / kind, *TINY, "--num_train_epochs", 12, "--eval_strategy", "no")  # fmt: skip
+           tmp_path / kind, *TINY, "--num_train_epochs", 8, "--eval_strategy", "no")  # fmt: skip
     metrics = json.loads((tmp_path / kind / "run.json").read_text())["metrics"]
     assert metrics[score] > 0.8, metrics
     assert f"pipeline_tag: {KINDS[kind].pipeline}" in (tmp_path / kind / "README.md").read_text()
