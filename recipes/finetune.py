@@ -30,6 +30,7 @@ from rlhf.finetuning import (
     finetuning_rows,
     language_model_head,
     load_finetuning_model,
+    load_options,
     load_reading_tokenizer,
     read_task,
     share_right,
@@ -95,7 +96,7 @@ def main() -> None:
         metrics=measured,
         repo_id=push and push.repo_id,
         pipeline_tag=KINDS[task.kind].pipeline,
-        labels=task.labels,
+        load_options=load_options(task, config),
     )
     finish_run(training_args.output_dir, metrics)
     print(", ".join(f"{name} {value}" for name, value in measured.items()))

@@ -474,6 +474,13 @@ def body_names(config: PretrainedConfig, head_class: type[PreTrainedModel]) -> d
     return None if before == after else {rf"^{before}\.": f"{after}."}
 
 
+def load_options(task: Task, config: PretrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` of the base has to be told before an adapter fits on it."""
+    head_class = KINDS[task.kind].auto_class._model_mapping[type(config)]
+    names = {"id2label": dict(enumerate(task.labels)), "key_mapping": body_names(config, head_class)}
+    return {name: value for name, value in names.items() if value}
+
+
 def _choose_trainable(
     model: PreTrainedModel, missing: set[str], kind: Kind, args: FinetuneArguments, model_args: ModelConfig
 ) -> PreTrainedModel | PeftModel:

@@ -117,7 +117,7 @@ def write_card(
     rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
     pipeline_tag: str | None = None,
-    labels: Sequence[str] = (),
+    load_options: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
 
@@ -127,7 +127,7 @@ def write_card(
         source: the model that training started from.
         rewards: the reward models and functions that PPO trained against.
         pipeline_tag: transformers' name of the task, a key of HEADS, where the recipe doesn't say it.
-        labels: names of a classifier's labels, in the order of its outputs.
+        load_options: what `from_pretrained` of an adapter's base needs to be told, such as the labels' names.
     """
     if not main_process():
         return
@@ -166,7 +166,7 @@ def write_card(
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, task, is_adapter, list(labels)),
+        _usage(title, base, task, is_adapter, load_options or {}),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,
@@ -198,14 +198,15 @@ def _public_settings(arguments: list[Any]) -> dict[str, Any]:
     }
 
 
-def _usage(title: str, base: str, pipeline_tag: str, is_adapter: bool, labels: list[str]) -> str:
+def _usage(title: str, base: str, pipeline_tag: str, is_adapter: bool, options: dict[str, Any]) -> str:
     auto = HEADS[pipeline_tag]
     ready = f'from transformers import pipeline\n\npipeline("{pipeline_tag}", model="{title}")'
     if not is_adapter:
         code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")'
-        return f"```python\n{code}\n" + (f"\n# or\n{ready}\n```" if labels else "```")
-    extra = f", id2label={dict(enumerate(labels))}" if labels else ""
-    extra = ", num_labels=1" if pipeline_tag == "text-classification" and not labels else extra
+        return f"```python\n{code}\n" + (f"\n# or\n{ready}\n```" if "id2label" in options else "```")
+    if pipeline_tag == "text-classification" and not options:
+        options = {"num_labels": 1}  # a reward model
+    extra = "".join(f", {name}={value!r}" for name, value in options.items())
     code = (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'base = {auto}.from_pretrained("{base}"{extra})\nmodel = PeftModel.from_pretrained(base, "{title}")'

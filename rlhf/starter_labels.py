@@ -49,7 +49,7 @@ def finetuning_names() -> list[str]:
     return [name for name, task in TASKS.items() if task.label_names] + ["tags", "spans"]
 
 
-def finetuning_dataset(config: str | None, max_train: int = 2000, max_test: int = 400) -> DatasetDict:
+def finetuning_dataset(config: str | None, max_train: int = 1000, max_test: int = 400) -> DatasetDict:
     """Labelled starter data with splits `train` and `test`; no text of the test occurs in training.
 
     Args:

@@ -38,13 +38,13 @@ from rlhf.finetuning import (
     KINDS,
     FinetuneArguments,
     FinetuningTrainer,
-    body_names,
     check_arguments,
     data_collator,
     finetuning_rows,
     language_model_head,
     language_model_loss,
     load_finetuning_model,
+    load_options,
     load_reading_tokenizer,
     predicted,
     read_task,
@@ -303,11 +303,7 @@ def test_an_adapter_comes_back_with_plain_peft(bases, base, kind, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     batch = made.tokenizer.pad(made.rows.select_columns(["input_ids", "attention_mask"])[:2], return_tensors="pt")
     torch.manual_seed(9)
-    options = {"id2label": made.config.id2label} if made.task.labels else {}
-    head_class = KINDS[kind].auto_class._model_mapping[type(made.config)]
-    loaded = KINDS[kind].auto_class.from_pretrained(
-        bases[base], key_mapping=body_names(made.config, head_class), **options
-    )
+    loaded = KINDS[kind].auto_class.from_pretrained(bases[base], **load_options(made.task, made.config))
     loaded = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
         expected, found = made.model.eval()(**batch)[0], loaded(**batch)[0]
