@@ -190,23 +190,25 @@ def test_tags_stand_at_the_first_token_of_each_word(bases, base):
 
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_spans_are_found_in_whichever_window_has_them(bases, base):
-    context = "there is " * 20 + "a long walk" + " there is" * 20
-    answers = {"text": ["a long walk"], "answer_start": [context.index("a long")]}
-    made = prepared(bases[base], "spans", rows=[{"question": "what?", "context": context, "answers": answers}])
-    assert len(made.rows) > 1 and set(made.rows["example"]) == {0}
-    whole, logits = 0, []
+    rows = []
+    for before in range(10, 40):  # in some rows a window ends within the answer
+        context = "go " * before + "a long walk" + " to go" * 30
+        answers = {"text": ["a long walk"], "answer_start": [context.index("a long")]}
+        rows.append({"question": "what?", "context": context, "answers": answers})
+    made = prepared(bases[base], "spans", rows=rows)
+    assert set(made.rows["example"]) == set(range(len(rows))) and len(made.rows) > 2 * len(rows)
+    length, whole, logits = max(len(ids) for ids in made.rows["input_ids"]), set(), []
     for row in made.rows:
-        start, end = row["start_positions"], row["end_positions"]
+        start, end, context = row["start_positions"], row["end_positions"], rows[row["example"]]["context"]
         if row["offsets"][start] == [-1, -1]:  # points at [CLS] or eos
             assert start == end == (0 if base == "bert" else len(row["input_ids"]) - 1)
         else:
-            whole += 1
+            whole.add(row["example"])
             assert context[row["offsets"][start][0] : row["offsets"][end][1]].strip() == "a long walk"
-        length = max(len(ids) for ids in made.rows["input_ids"])
         logits.append([5.0 * np.eye(length)[start], 5.0 * np.eye(length)[end]])
-    assert 1 <= whole < len(made.rows)
+    assert len(whole) == len(rows)
     starts, ends = np.array(logits).transpose(1, 0, 2)
-    assert predicted(made.task, made.rows, (starts, ends)) == ["a long walk"]
+    assert predicted(made.task, made.rows, (starts, ends)) == ["a long walk"] * len(rows)
     # an end before its start, and spans of more than 30 tokens, are never chosen
     offsets = [[-1, -1], *([n, n + 1] for n in range(40)), [-1, -1]]
     rows = Dataset.from_list([{"example": 0, "offsets": offsets}])
