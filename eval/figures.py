@@ -42,6 +42,11 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("token accuracy", {"training": "mean_token_accuracy", "held out": "eval_mean_token_accuracy"}),
         ("learning rate", {"learning rate": "learning_rate"}),
     ],
+    "finetune": [
+        ("loss", {"training": "loss", "held out": "eval_loss"}),
+        ("accuracy", {"held out": "eval_accuracy"}),
+        ("language model loss per token", {"training": "lm_loss"}),
+    ],
 }  # fmt: skip
 
 
@@ -240,6 +245,23 @@ def in_context_figure(results: dict[str, Any]) -> Figure:
         axis.title.set_fontsize(9)
     figure.supxlabel("number of examples (dotted: chance)", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
+    return figure
+
+
+def transfer_figure(transfer: dict[str, Any]) -> Figure:
+    """Ways of fine-tuning: the score of each with its seeds as dots, and the difference to the reference.
+
+    Args:
+        transfer: content of transfer.json.
+    """
+    figure, axes = _grid(2, height=1.2 + 0.35 * len(transfer["models"]))
+    for axis, color, cells in zip(axes, (BLUE, ORANGE), (transfer["models"], transfer["differences"]), strict=True):
+        _intervals(axis, list(cells), list(cells.values()), color)
+        for height, cell in enumerate(cells.values()):
+            axis.scatter(cell["seeds"], [height] * len(cell["seeds"]), 8, color=GREY, zorder=0)
+    axes[0].set_title(f"held-out {transfer['score']}; dots: seeds", fontsize=9)
+    axes[1].axvline(0, color=GREY, linewidth=1)
+    axes[1].set_title(f"difference to {transfer['reference']}, paired", fontsize=9)
     return figure
 
 

@@ -27,6 +27,7 @@ from eval.figures import (
     rounds_figure,
     save_figure,
     training_figure,
+    transfer_figure,
 )
 from eval.metrics import table_rows
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
@@ -151,6 +152,9 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
         figures.append(("compression.png", compression_figure(results), caption))
     if rounds := _read(folder / "rounds.json"):
         figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
+    if transfer := _read(folder / "transfer.json"):
+        caption = f"Held-out {transfer['score']}, and its difference to {transfer['reference']}, with 95% intervals."
+        figures.append(("transfer.png", transfer_figure(transfer), caption))
     drawn = []
     for name, figure, caption in figures:
         if figure is not None:
@@ -234,6 +238,9 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
             ]  # fmt: skip
             note = f"Best by the truth: {over['best']}. Keep {over['keep']}: no worse beyond doubt, nearer the start."
             tables.append(("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows))
+        if transfer := _read(folder / "transfer.json"):
+            note = "Bootstrapped over held-out rows and seeds together; differences are paired by both."
+            tables.append(("Ways of fine-tuning", note, *transfer_rows(transfer)))
         if agreement := _read(folder / "agreement.json"):
             rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
             tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))
@@ -241,6 +248,21 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
         {"id": f"table-{number}", "title": title, "note": note, "heading": heading, "rows": rows}
         for number, (title, note, heading, rows) in enumerate(tables, 1)
     ]
+
+
+def transfer_rows(transfer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of transfer.json."""
+    heading = ["", transfer["score"], "each seed", f"minus {transfer['reference']}"]
+    rows = []
+    for name, cell in transfer["models"].items():
+        gain = transfer["differences"].get(name)
+        rows.append([
+            name,
+            "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**cell),
+            ", ".join(f"{value:.1%}" for value in cell["seeds"]),
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * gain[key] for key in ("mean", "low", "high"))) if gain else "",
+        ])  # fmt: skip
+    return heading, rows
 
 
 def samples_of(folders: list[Path]) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 from rlhf.errors import InputError
 from rlhf.feedback import Messages, Task, starter_preferences
 from rlhf.starter import STARTER, starter_dataset
+from rlhf.starter_labels import finetuning_dataset
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20
@@ -76,6 +77,8 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
     if name == STARTER and part == "preference_pairs":
         return {split: Dataset.from_list(rows) for split, rows in starter_preferences(config).items()}
+    if name == STARTER and part == "finetune":
+        return dict(finetuning_dataset(config))
     if name == STARTER:
         return dict(starter_dataset(part, config))
     path = Path(name).expanduser()

@@ -173,7 +173,7 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
-    _set_pad_token(tokenizer, source, pad_token)
+    set_pad_token(tokenizer, source, pad_token)
     if chat_template_path and chat_template_path.endswith((".jinja", ".j2")):
         if not Path(chat_template_path).is_file():
             raise InputError(f"--chat_template_path {chat_template_path}: no such file.")
@@ -210,7 +210,8 @@ def _has_tokenizer(adapter: str, revision: str | None) -> bool:
     return _hub_file(adapter, "tokenizer_config.json", "--model_name_or_path", revision)
 
 
-def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:
+    """Give the tokenizer a pad token that differs from eos; see `load_tokenizer`."""
     vocabulary = tokenizer.get_vocab()
     if pad_token is not None:
         if pad_token not in vocabulary:
@@ -227,8 +228,8 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token
         if not unused:
             raise InputError(
                 f"The pad token of {source.name} is {tokenizer.pad_token!r} and its eos token {tokenizer.eos_token!r}; "
-                "they must differ, and no unused token was found. Name one with --pad_token (sft.py, reward.py), or "
-                "set pad_token in the tokenizer_config.json of a local copy."
+                "they must differ, and no unused token was found. Name one with --pad_token (sft.py, reward.py, "
+                "finetune.py), or set pad_token in the tokenizer_config.json of a local copy."
             )
         print(f"{source.name}: pad token was {tokenizer.pad_token!r}, now {unused[0]!r}, so that it differs from eos.")
         tokenizer.pad_token = unused[0]

@@ -1,0 +1,149 @@
+"""Transfer: what pretraining, LoRA, a frozen body and the auxiliary objective are worth, over seeds, on the same rows.
+
+    accelerate launch eval/transfer.py --reference scratch --output_dir outputs/transfer \
+        --models scratch=outputs/scratch-1 scratch=outputs/scratch-2 full=outputs/full-1 full=outputs/full-2
+
+Reads finished runs of recipes/finetune.py: the same name several times is the same way of training with other seeds
+(other labelled rows, order and new weights). Writes transfer.json, transfer.png and a page: the held-out score of each,
+and its difference to --reference, paired by row and by seed. The score is accuracy (of words for tags, F1 for spans).
+Intervals are bootstrapped over the held-out rows and the seeds together.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from eval.intervals import RESAMPLES
+from eval.report import transfer_rows, write_report
+from rlhf.arguments import RUN_FILE, finish_run, need_one_process, parse, start_run
+from rlhf.data import write_json
+from rlhf.errors import InputError, report_errors
+
+TRANSFER_FILE = "transfer.json"
+SCORES = {"spans": "F1", "tags": "accuracy per word"}
+
+
+@dataclass
+class TransferArguments:
+    """Which runs are compared."""
+
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "name=folder pairs; a name may come several times, once per seed."}
+    )
+    reference: str = field(default="scratch", metadata={"help": "Name to which differences are taken."})
+    output_dir: str = field(default="outputs/transfer", metadata={"help": "Folder for transfer.json and the picture."})
+    seed: int = field(default=42, metadata={"help": "Seed of the bootstrap."})
+
+
+def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Path]], str]:
+    """The runs by name and seed, and what their score is.
+
+    Raises:
+        InputError: if a word is no name=folder pair, a folder is no finished fine-tuning run, two of a name have the
+            same seed, seeds differ between names, or the reference is missing.
+    """
+    runs: dict[str, dict[int, Path]] = {}
+    kinds = {}
+    for word in models:
+        name, _, folder = word.partition("=")
+        path = Path(folder).expanduser()
+        file = path / RUN_FILE
+        run = json.loads(file.read_text(encoding="utf-8")) if folder and file.exists() else {}
+        if not name or run.get("recipe") != "finetune" or not run["finished"]:
+            raise InputError(f"--models {word}: give name=folder of finished runs of recipes/finetune.py.")
+        seed = run["settings"].get("seed", 42)  # transformers' default
+        if seed in runs.setdefault(name, {}):
+            raise InputError(f"--models {word}: {name} has a run with --seed {seed} already. Train with another seed.")
+        runs[name][seed] = path
+        kinds[word] = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["task"]
+    if reference not in runs:
+        raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs) or 'none'}.")
+    for name, by_seed in runs.items():
+        if set(by_seed) != set(runs[reference]):
+            raise InputError(
+                f"--models: {name} has the seeds {sorted(by_seed)}, {reference} {sorted(runs[reference])}. They are "
+                "compared seed by seed: give the same ones."
+            )
+    if len(set(kinds.values())) > 1:
+        raise InputError(f"--models: runs on different kinds of tasks ({', '.join(sorted(set(kinds.values())))}).")
+    return runs, SCORES.get(next(iter(kinds.values())), "accuracy")
+
+
+def read_scores(runs: dict[str, dict[int, Path]]) -> dict[str, np.ndarray]:
+    """The scores of each name: (seeds, rows), float64, seeds in order.
+
+    Raises:
+        InputError: if two runs were not evaluated on the same rows.
+    """
+    first: list[Any] | None = None
+    scores: dict[str, list[list[float]]] = {}
+    for name, by_seed in runs.items():
+        scores[name] = []
+        for _, path in sorted(by_seed.items()):
+            lines = (path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
+            inputs = [{key: value for key, value in row.items() if key not in ("prediction", "score")} for row in rows]
+            first = inputs if first is None else first
+            if inputs != first:
+                raise InputError(
+                    f"--models {name}={path}: was evaluated on other rows than the first run. Take the same."
+                )
+            scores[name].append([row["score"] for row in rows])
+    return {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+
+
+def over_rows_and_seeds(scores: np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean of scores (seeds, rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
+
+    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap": it errs on the wide side, except that few
+    seeds say little about how much seeds differ.
+
+    Returns:
+        `mean`, `low`, `high`, `n` (rows) and `seeds`, the mean of each.
+    """
+    count, rows = scores.shape
+    rng = np.random.default_rng(seed)
+    seed_weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
+    means = ((seed_weights @ scores) * row_weights).sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    by_seed = scores.mean(axis=1).tolist()
+    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": rows, "seeds": by_seed}
+
+
+def main() -> None:
+    # Arguments
+    (args,) = parse(__file__, TransferArguments)
+    need_one_process(__file__)
+
+    # Data
+    runs, score = read_runs(args.models, args.reference)
+    scores = read_scores(runs)
+    if not start_run(__file__, args.output_dir, args):
+        return
+
+    # Comparison
+    cells = {name: over_rows_and_seeds(values, args.seed) for name, values in scores.items()}
+    differences = {name: over_rows_and_seeds(values - scores[args.reference], args.seed)
+                   for name, values in scores.items() if name != args.reference}  # fmt: skip
+    result = {"score": score, "reference": args.reference, "models": cells, "differences": differences}
+    write_json(Path(args.output_dir) / TRANSFER_FILE, result)
+
+    # Report
+    heading, rows = transfer_rows(result)
+    table = Table(*heading, title=f"Held-out {score}, {len(runs[args.reference])} seeds; 95% intervals")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    finish_run(args.output_dir, {f"{score} of {name}": cell["mean"] for name, cell in cells.items()})
+    print(f"Report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

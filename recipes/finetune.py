@@ -1,0 +1,108 @@
+"""Fine-tuning with labels: sentences, sentence pairs, tags of words, or answer spans, as GPT-1 and BERT were used.
+
+    accelerate launch recipes/finetune.py
+    accelerate launch recipes/finetune.py --dataset_config spans --output_dir outputs/finetune-spans
+    accelerate launch recipes/finetune.py --model_name_or_path outputs/pretrain --use_peft false --lm_coef 0.5 \
+        --dataset_config question --max_train_samples 300 --output_dir outputs/finetune-question
+    accelerate launch recipes/finetune.py --model_name_or_path bert-base-uncased --dataset_name conll2003.jsonl \
+        --use_peft false --learning_rate 5e-5 --output_dir outputs/finetune-tags
+
+Without arguments it reads recipes/configs/finetune.yaml: the starter model, LoRA, and which of two replies follows a
+message. The kind of task is read off the columns (rlhf/finetuning.py has the table). LoRA is the default; --use_peft
+false trains the whole model, --freeze_body true the head alone, and --from_scratch true the same network from random
+weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
+"""
+
+from transformers import TrainingArguments
+from trl import ModelConfig, ScriptArguments
+
+from eval.held_out import evaluate_finetuned
+from eval.report import write_report
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits
+from rlhf.errors import report_errors
+from rlhf.finetuning import (
+    KINDS,
+    FinetuneArguments,
+    FinetuningTrainer,
+    check_arguments,
+    data_collator,
+    finetuning_rows,
+    language_model_head,
+    load_finetuning_model,
+    load_options,
+    load_reading_tokenizer,
+    read_task,
+    share_right,
+)
+from rlhf.hub import push_model, push_request, write_card
+from rlhf.models import resolve
+
+
+def main() -> None:
+    # Arguments
+    script_args, args, training_args, model_args = parse(
+        __file__, ScriptArguments, FinetuneArguments, TrainingArguments, ModelConfig
+    )
+    push = push_request(training_args)
+
+    # Data
+    train, test = load_splits(script_args, "finetune")
+    task = read_task(train, test, script_args.dataset_name)
+
+    # Tokenizer
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    config = check_arguments(args, model_args, source, task)
+    tokenizer = load_reading_tokenizer(source, config, args.pad_token)
+    few = task.train.shuffle(seed=training_args.seed).select(range(args.max_train_samples or len(task.train)))
+    train = finetuning_rows(few, task, tokenizer, args.max_length, "training")
+    test = finetuning_rows(task.test, task, tokenizer, args.max_length, "test")
+    if not start_run(__file__, training_args.output_dir, script_args, args, training_args, model_args):
+        return push_model(training_args.output_dir, push)
+
+    # Model
+    model = load_finetuning_model(source, config, task, args, model_args, tokenizer)
+
+    # Trainer
+    trainer = FinetuningTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        data_collator=data_collator(task, tokenizer),
+        compute_metrics=share_right,
+        lm_coef=args.lm_coef,
+        lm_head=language_model_head(source, config, model) if args.lm_coef else None,
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    result = evaluate_finetuned(trainer, task, test)
+    measured = {f"held-out {name}": "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
+                for name, cell in result["metrics"].items()}  # fmt: skip
+    metrics = {"eval_loss": result["eval_loss"], **{name: cell["mean"] for name, cell in result["metrics"].items()}}
+
+    # Save, report, card, push
+    trainer.save_model()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
+    write_card(
+        training_args.output_dir,
+        __file__,
+        [script_args, args, training_args, model_args],
+        source=source,
+        datasets=[script_args.dataset_name],
+        metrics=measured,
+        repo_id=push and push.repo_id,
+        pipeline_tag=KINDS[task.kind].pipeline,
+        load_options=load_options(task, config),
+    )
+    finish_run(training_args.output_dir, metrics)
+    print(", ".join(f"{name} {value}" for name, value in measured.items()))
+    push_model(training_args.output_dir, push)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
