@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from eval.figures import (
     calibration_figure,
     comparison_figure,
+    curves_figure,
     data_uri,
     overoptimization_figure,
     rounds_figure,
@@ -27,6 +28,7 @@ from eval.figures import (
     training_figure,
 )
 from eval.metrics import table_rows
+from eval.solving import solving_rows
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import is_local, public_base
@@ -64,6 +66,11 @@ def _public(value: Any) -> str:
 def _public_word(word: str) -> str:
     name, equals, path = word.rpartition("=")
     return name + equals + (public_base(path) if is_local(path) else path)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Content of a run's run.json, or None where there is none."""
+    return _read(folder / RUN_FILE)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -135,6 +142,11 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
             "gold score turns down while the proxy rises, the reward model has stopped telling the truth."
         )
         figures.append(("overoptimization.png", overoptimization_figure(over), caption))
+    if curves := _read(folder / "curves.json"):
+        caption = (
+            "Reward and KL of the completions of each update; thin lines are runs, thick ones the mean of a method."
+        )
+        figures.append(("curves.png", curves_figure(curves["curves"]), caption))
     if rounds := _read(folder / "rounds.json"):
         figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
     drawn = []
@@ -195,6 +207,9 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
             ]  # fmt: skip
             note = f"Best by the truth: {over['best']}. Keep {over['keep']}: no worse beyond doubt, nearer the start."
             tables.append(("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows))
+        if (rounds := _read(folder / "rounds.json")) and "baselines" in rounds:
+            note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
+            tables.append((f"Solved problems of {folder.name}", note, *solving_rows(rounds)))
         if agreement := _read(folder / "agreement.json"):
             rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
             tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))
