@@ -19,6 +19,7 @@ from trl import RLOOTrainer as TRLRLOOTrainer
 from rlhf.data import encode_prompt
 from rlhf.errors import InputError
 from rlhf.generation import generate, left_pad
+from rlhf.prefix import positions_of
 from rlhf.rewards import call_rewards
 
 
@@ -117,6 +118,16 @@ class RLOOTrainer(TRLRLOOTrainer):
         self.model.train(training)
         completions = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [row[:length] for row, length in zip(completions, samples.lengths.tolist(), strict=True)]
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *inputs: Any, **settings: Any) -> Any:
+        """With position ids that don't count padding, as in sampling: else models with learned positions see others."""
+        if "position_ids" not in self.model_kwarg_keys:
+            return super()._get_per_token_logps_and_entropies(model, *inputs, **settings)
+
+        def placed(attention_mask: torch.Tensor, **batch: Any) -> Any:
+            return model(attention_mask=attention_mask, position_ids=positions_of(attention_mask), **batch)
+
+        return super()._get_per_token_logps_and_entropies(placed, *inputs, **settings)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
