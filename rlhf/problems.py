@@ -85,13 +85,13 @@ def starter_problems(config: str | None = None) -> DatasetDict:
         raise InputError(f"--dataset_config of 'starter' is 'small' or 'full', found {config!r}.")
     sizes = dict(zip(("train", "test"), SIZES[config or "small"], strict=True))
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    rng = random.Random(SEED)
     numbers = [[found for found in itertools.product(*kind.ranges) if kind.sensible(*found)] for kind in KINDS]
     for found in numbers:
-        rng.shuffle(found)
+        random.Random(SEED).shuffle(found)
     for split, size in sizes.items():
         # a third of a kind's numbers is held out, whatever the sizes
         own = [found[len(found) // 3 :] if split == "train" else found[: len(found) // 3] for found in numbers]
+        rng = random.Random(f"{SEED} {split}")
         seen: set[str] = set()
         while len(rows[split]) < size:
             turn = len(rows[split])

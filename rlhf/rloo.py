@@ -94,8 +94,8 @@ class RLOOTrainer(TRLRLOOTrainer):
     def __init__(self, model: Any, args: RLOOConfig, **arguments: Any) -> None:
         if args.beta and not isinstance(model, PeftModel):
             # the reference is then read from where the policy came from: as precise, and of the same revision
-            revision = {"revision": model.config._commit_hash} if model.config._commit_hash else {}
-            args.model_init_kwargs = {"dtype": model.dtype, **revision}
+            commit = getattr(model.config, "_commit_hash", None)  # of a model from the Hub
+            args.model_init_kwargs = {"dtype": model.dtype, **({"revision": commit} if commit else {})}
         super().__init__(model=model, args=args, **arguments)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
