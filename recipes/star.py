@@ -42,7 +42,7 @@ class StarArguments:
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."})
     rationalize: bool = field(default=False, metadata={"help": "Tell the answer of problems that were not solved."})
     majority_vote: bool = field(default=False, metadata={"help": "Don't look at answers to train on: vote."})
-    max_train_samples: int = field(default=256, metadata={"help": "Use at most this many training problems."})
+    max_train_samples: int = field(default=192, metadata={"help": "Use at most this many training problems."})
     max_eval_samples: int = field(default=200, metadata={"help": "Use at most this many held-out problems."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Solutions to sample at once."})
     sft_config: str = field(default="recipes/configs/star_sft.yaml", metadata={"help": "YAML of sft.py."})

@@ -1,13 +1,15 @@
 """STaR: problems, answers, what is kept, rounds, the table and the picture."""
 
 import importlib.util
+import io
 import json
 import re
 import types
+from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TRAINING, run, save_tiny, user
+from conftest import ROOT, TINY_TRAINING, save_tiny, user
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
@@ -212,7 +214,7 @@ def guesser(tokenizer, tmp_path_factory):
     rows = [encode_conversation(tokenizer, [*user("What is in the red box?"),
             {"role": "assistant", "content": f"The answer is {n}."}]) for n in (1, 2)]  # fmt: skip
     batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-2)
     for _ in range(60):
         model(**batch).loss.backward()
         optimizer.step()
@@ -222,7 +224,7 @@ def guesser(tokenizer, tmp_path_factory):
 
 
 def star(monkeypatch, *words):
-    """Run the recipe's main in this process."""
+    """Run the recipe's main in this process; its stages are processes of their own."""
     spec = importlib.util.spec_from_file_location("star", ROOT / "recipes" / "star.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -251,9 +253,10 @@ def rounds(guesser, tmp_path_factory, monkeypatch_module):
              "--max_new_tokens", 8, "--temperature", 1, "--sft_config", out / "sft.yaml",
              "--output_dir", out / "star"]  # fmt: skip
     star(monkeypatch_module, *words, "--rounds", 1)
-    first = (out / "star" / "round-1" / "model" / "adapter_model.safetensors").read_bytes()
-    said = run("recipes/star.py", *words, "--rounds", 2)
-    return words, out / "star", said, first
+    first = (out / "star" / "round-1" / "model" / "adapter_model.safetensors").stat().st_mtime_ns
+    with redirect_stdout(io.StringIO()) as said:
+        star(monkeypatch_module, *words, "--rounds", 2)
+    return words, out / "star", said.getvalue(), first
 
 
 def lines(file):
@@ -262,8 +265,8 @@ def lines(file):
 
 def test_two_rounds_each_from_the_base(rounds, guesser):
     _, out, said, first = rounds
-    assert (out / "round-1" / "model" / "adapter_model.safetensors").read_bytes() == first
-    assert said.stdout.count("===") == 2 and said.stdout.count("already finished") == 1
+    assert (out / "round-1" / "model" / "adapter_model.safetensors").stat().st_mtime_ns == first  # not made again
+    assert said.count("===") == 2
     for number in (1, 2):
         kept = lines(out / f"round-{number}" / "solutions.jsonl")
         right = {json.dumps(user(row["prompt"])): row["answer"] for row in problems(10)}
@@ -277,7 +280,7 @@ def test_two_rounds_each_from_the_base(rounds, guesser):
     summary = json.loads((out / "rounds.json").read_text())
     assert [entry["round"] for entry in summary["rounds"]] == [0, 1, 2]
     assert all(entry["truth"]["n"] == 6 for entry in summary["rounds"])
-    assert "base, majority of 4" in said.stdout and "less round 0" in said.stdout
+    assert "base, majority of 4" in said and "less round 0" in said
     assert (out / "rounds.png").stat().st_size > 3000
     assert "solutions of" in (out / "report.html").read_text()
     assert not any("samples" in row for row in lines(out / "round-1" / "held_out.jsonl"))
