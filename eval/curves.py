@@ -56,7 +56,11 @@ def read_curves(models: list[str]) -> list[dict[str, Any]]:
             )
         reward = REWARDS[run["recipe"]]
         points = [{"episode": entry["episode"], "reward": entry[reward], "kl": entry["objective/kl"]}
-                  for entry in read_log(Path(path)) if "episode" in entry and reward in entry]  # fmt: skip
+                  for entry in read_log(Path(path)) if {"episode", "objective/kl", reward} <= set(entry)]  # fmt: skip
+        if not points:
+            raise InputError(
+                f"--models {name}={path}: no reward and KL in its log. RLOO logs a KL with --beta above 0."
+            )
         curves.append({"name": name, "folder": Path(path).name, "points": points})
     return curves
 

@@ -66,8 +66,8 @@ def main() -> None:
 
     # Tokenizer
     base = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    data = (train, test, script_args.dataset_name, args, context_length(base), load_tokenizer(base))
-    examples, problems, held_out = problem_rows(*data)
+    tokenizer, longest = load_tokenizer(base), context_length(base)
+    examples, problems, held_out = problem_rows(train, test, script_args.dataset_name, args, longest, tokenizer)
     folders = [Path(args.output_dir) / f"round-{number}" for number in range(args.rounds + 1)]
     more = not (folders[-1] / HELD_OUT_FILE).exists()
     if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more):

@@ -264,6 +264,9 @@ def test_runs_that_differ_in_their_reward_are_not_compared(tmp_path):
         read_curves([f"ppo={ppo}", f"rloo={other}"])
     with pytest.raises(InputError, match="no finished run"):
         read_curves([f"ppo={tmp_path}"])
+    empty = fake(tmp_path / "e", "rloo", [], reward_model_path="a")
+    with pytest.raises(InputError, match="no reward and KL in its log"):
+        read_curves([f"ppo={ppo}", f"rloo={empty}"])
     with pytest.raises(InputError, match="name=folder"):
         read_curves(["ppo"])
 
