@@ -27,6 +27,14 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("seconds per update", {"rollout": "time/rollout", "reward": "time/reward", "logprobs": "time/logprobs",
                                 "update": "time/update"}),
     ],
+    "rloo": [
+        ("reward", {"training": "reward", "held out": "eval_reward"}),
+        ("KL to the reference, nats per reply", {"training": "objective/kl", "held out": "eval_objective/kl"}),
+        ("entropy, nats per token", {"training": "entropy", "held out": "eval_entropy"}),
+        ("reply length, tokens", {"training": "completions/mean_length", "held out": "eval_completions/mean_length"}),
+        ("share of prompts whose rewards are all equal", {"share": "frac_reward_zero_std"}),
+        ("seconds per update", {"update": "step_time"}),
+    ],
     "reward": [
         ("loss", {"training": "loss", "held out": "eval_loss"}),
         ("accuracy", {"training": "accuracy", "held out": "eval_accuracy"}),
@@ -188,11 +196,40 @@ def overoptimization_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def curves_figure(curves: list[dict[str, Any]]) -> Figure:
+    """Reward and KL against episodes, and reward against the square root of the KL, of several runs.
+
+    Args:
+        curves: `name` of the method and `points`, a list of {episode, reward, kl}; runs of one method share a colour.
+    """
+    figure, axes = _grid(3, height=3.2)
+    names = list(dict.fromkeys(curve["name"] for curve in curves))
+    for name, color in zip(names, COLORS * len(names), strict=False):
+        runs = [curve["points"] for curve in curves if curve["name"] == name]
+        shared = sorted(set.intersection(*({point["episode"] for point in points} for points in runs)))
+        at = [{point["episode"]: point for point in points} for points in runs]
+        mean = [{key: float(np.mean([run[episode][key] for run in at])) for key in ("episode", "reward", "kl")}
+                for episode in shared]  # fmt: skip
+        for points, width in [*((points, 0.6) for points in runs if len(runs) > 1), (mean, 2.0)]:
+            style: dict[str, Any] = {"color": color, "linewidth": width}
+            style |= {"label": f"{name}, mean of {len(runs)}" if len(runs) > 1 else name} if points is mean else {}
+            episodes, rewards = [p["episode"] for p in points], [p["reward"] for p in points]
+            axes[0].plot(episodes, rewards, **style)
+            axes[1].plot(episodes, [p["kl"] for p in points], **style)
+            axes[2].plot([max(0.0, p["kl"]) ** 0.5 for p in points], rewards, **style)
+    for axis, title in zip(axes, ("reward", "KL to the reference, nats per reply", "reward against √KL"), strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("√KL" if axis is axes[2] else "episodes", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def rounds_figure(summary: dict[str, Any]) -> Figure:
     """The truth, the proxy and the KL after each round.
 
     Args:
-        summary: content of rounds.json: `rounds`, a list with `round` and cells {mean, low, high} by name.
+        summary: content of rounds.json: `rounds`, a list with `round` and cells {mean, low, high} by name; perhaps
+            `baselines`, the same cells of what the rounds are compared with.
     """
     names = [name for name in ("truth", "proxy", "kl") if any(entry.get(name) for entry in summary["rounds"])]
     figure, axes = _grid(len(names), height=3.0)
@@ -202,6 +239,10 @@ def rounds_figure(summary: dict[str, Any]) -> Figure:
         errors = np.abs([[e[name][end] - e[name]["mean"] for e in known] for end in ("low", "high")])
         axis.errorbar([entry["round"] for entry in known], means, errors, marker="o", color=color, capsize=3)
         axis.set_xticks([entry["round"] for entry in known])
+        for style, (label, cell) in zip(("--", ":", "-."), summary.get("baselines", {}).items(), strict=False):
+            axis.axhline(cell[name]["mean"], color=GREY, linestyle=style, linewidth=1, label=label)
+        if summary.get("baselines"):
+            axis.legend(fontsize=7, frameon=False)
         axis.set(xlabel="round", title=summary.get(f"{name}_name", name))
         axis.title.set_fontsize(9)
     return figure

@@ -21,6 +21,7 @@ from eval.figures import (
     calibration_figure,
     comparison_figure,
     compression_figure,
+    curves_figure,
     data_uri,
     in_context_figure,
     overoptimization_figure,
@@ -30,6 +31,7 @@ from eval.figures import (
     transfer_figure,
 )
 from eval.metrics import table_rows
+from eval.solving import solving_rows
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import is_local, public_base
@@ -73,6 +75,11 @@ def _public(value: Any) -> str:
 def _public_word(word: str) -> str:
     name, equals, path = word.rpartition("=")
     return name + equals + (public_base(path) if is_local(path) else path)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Content of a run's run.json, or None where there is none."""
+    return _read(folder / RUN_FILE)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -150,6 +157,11 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
     if results and "bits_per_byte" in results:
         caption = "Bits per byte of held-out text, with 95% intervals: fewer is better prediction."
         figures.append(("compression.png", compression_figure(results), caption))
+    if curves := _read(folder / "curves.json"):
+        caption = (
+            "Reward and KL of the completions of each update; thin lines are runs, thick ones the mean of a method."
+        )
+        figures.append(("curves.png", curves_figure(curves["curves"]), caption))
     if rounds := _read(folder / "rounds.json"):
         figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
     if transfer := _read(folder / "transfer.json"):
@@ -241,6 +253,9 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
         if transfer := _read(folder / "transfer.json"):
             note = "Bootstrapped over held-out rows and seeds together; differences are paired by both."
             tables.append(("Ways of fine-tuning", note, *transfer_rows(transfer)))
+        if (rounds := _read(folder / "rounds.json")) and "baselines" in rounds:
+            note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
+            tables.append((f"Solved problems of {folder.name}", note, *solving_rows(rounds)))
         if agreement := _read(folder / "agreement.json"):
             rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
             tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))

@@ -6,6 +6,7 @@ are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
 - conversations: `messages`, or `prompt` + `completion`, or `text`
 - prompts: `prompt` (text or messages); other columns travel along
 - preference pairs: `chosen` and `rejected` (text or messages), and optionally `prompt`
+- problems: `prompt`, mostly `answer`, and perhaps `solution` (see rlhf/problems.py)
 
 Token ids of conversations are made here rather than in each trainer, for two reasons. A control token written inside a
 message stays text. And a conversation ends with the token that ends the reply (templates often put a newline behind
@@ -26,6 +27,7 @@ from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
 from rlhf.errors import InputError
 from rlhf.feedback import Messages, Task, starter_preferences
+from rlhf.problems import starter_problems
 from rlhf.starter import STARTER, starter_dataset
 from rlhf.starter_labels import finetuning_dataset
 
@@ -79,6 +81,8 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
         return {split: Dataset.from_list(rows) for split, rows in starter_preferences(config).items()}
     if name == STARTER and part == "finetune":
         return dict(finetuning_dataset(config))
+    if name == STARTER and part == "problems":
+        return dict(starter_problems(config))
     if name == STARTER:
         return dict(starter_dataset(part, config))
     path = Path(name).expanduser()

@@ -169,6 +169,7 @@ def sample_completions(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
+    do_sample: bool = True,
     num_return_sequences: int = 1,
     batch_size: int = 64,
     seed: int = 0,
@@ -176,17 +177,16 @@ def sample_completions(
 ) -> list[list[list[int]]]:
     """Token ids of `num_return_sequences` completions per prompt, ending with the stop token where one was drawn.
 
-    Pure sampling from the model's distribution at `temperature` (no top-k, no top-p). Prompts are batched by length.
+    Pure sampling from the model's distribution at `temperature` (no top-k, no top-p), or the most likely tokens without
+    `do_sample`. Prompts are batched by length.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     completions: list[list[list[int]]] = [[] for _ in prompts]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=do_sample,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}),
         num_return_sequences=num_return_sequences,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id,

@@ -276,7 +276,7 @@ def resolve_reward(name: str, flag: str = "--reward_model_path", base: str | Non
 
 
 def resolve_rewards(args: Any, base: str | None = None) -> tuple[list[RewardSource], list[RewardSource]]:
-    """The rewards that PPOConfig names, to train on and only to evaluate with; by default the starter's scorer.
+    """The rewards that PPOConfig or RLOOConfig names, to train on and only to evaluate with; else the starter's scorer.
 
     Raises:
         InputError: see `resolve_reward`; or if `reward_weights` are not as many as rewards.
@@ -287,7 +287,8 @@ def resolve_rewards(args: Any, base: str | None = None) -> tuple[list[RewardSour
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         names = [reward.name for reward in rewards]
         raise InputError(f"--reward_weights: {len(args.reward_weights)} weights for the rewards {names}.")
-    return rewards, [resolve_reward(name, "--eval_reward_funcs", base) for name in args.eval_reward_funcs or []]
+    held_out = getattr(args, "eval_reward_funcs", None) or []  # RLOOConfig has none
+    return rewards, [resolve_reward(name, "--eval_reward_funcs", base) for name in held_out]
 
 
 def _imported(name: str, flag: str) -> RewardFunction:

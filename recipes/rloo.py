@@ -1,0 +1,93 @@
+"""RLOO: PPO's simplest relative. No value function: the other completions of a prompt are the baseline.
+
+    accelerate launch recipes/rloo.py
+    accelerate launch recipes/rloo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
+    accelerate launch recipes/rloo.py --reward_funcs my_rewards.politeness outputs/reward --reward_weights 0.5 1
+    accelerate launch recipes/rloo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \\
+        --max_completion_length 256 --output_dir outputs/qwen-rloo
+
+Without arguments it reads recipes/configs/rloo.yaml: the starter model, its prompts, and its scorer as the reward, as
+recipes/ppo.py does, so that the two can be compared (eval/curves.py). With an adapter as the model, the policy starts
+as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
+"""
+
+from trl import ModelConfig, ScriptArguments
+
+from eval.report import write_report
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits, prompt_rows
+from rlhf.errors import report_errors
+from rlhf.hub import push_model, push_request, write_card
+from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.rewards import load_reward, resolve_rewards
+from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
+
+MEASURED = {
+    "eval_reward": "reward",
+    "eval_objective/kl": "KL to the reference",
+    "eval_completions/mean_length": "length",
+}
+
+
+def main() -> None:
+    # Arguments
+    script_args, training_args, model_args = parse(__file__, ScriptArguments, RLOOConfig, ModelConfig)
+    push = push_request(training_args)
+
+    # Data
+    train, held_out = load_splits(script_args, "ppo")
+
+    # Tokenizer
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    reward_sources, _ = resolve_rewards(training_args, base=source.base)
+    tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
+    sizes = (training_args.max_completion_length, context_length(source))
+    train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
+    held_out = prompt_rows(held_out, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
+    need_prompts(train, script_args.dataset_name, training_args)
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
+        return push_model(training_args.output_dir, push)
+
+    # Model
+    policy = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
+    size = training_args.per_device_eval_batch_size
+    rewards = [load_reward(found, model_args, policy=policy, batch_size=size) for found in reward_sources]
+
+    # Trainer
+    trainer = RLOOTrainer(
+        model=policy,
+        args=training_args,
+        reward_funcs=rewards,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    held_out_metrics = trainer.evaluate()
+    metrics = {key: held_out_metrics[key] for key in MEASURED if key in held_out_metrics}
+    trainer.log_metrics("eval", metrics)
+
+    # Save, report, card, push
+    trainer.save_model()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
+    write_card(
+        training_args.output_dir,
+        __file__,
+        [script_args, training_args, model_args],
+        source=source,
+        rewards=reward_sources,
+        datasets=[script_args.dataset_name],
+        metrics={f"held-out {MEASURED[key]}": value for key, value in metrics.items()},
+        repo_id=push and push.repo_id,
+    )
+    finish_run(training_args.output_dir, metrics)
+    push_model(training_args.output_dir, push)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

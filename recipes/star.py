@@ -1,0 +1,104 @@
+"""STaR: sample solutions, keep those whose answer is right, fine-tune the base on them, repeat.
+
+    accelerate launch recipes/star.py
+    accelerate launch recipes/star.py --rationalize true --output_dir outputs/star-rationalized
+    accelerate launch recipes/star.py --majority_vote true --output_dir outputs/self-improved
+    accelerate launch recipes/star.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name gsm8k.jsonl \\
+        --max_new_tokens 256 --output_dir outputs/qwen-star
+
+Without arguments it reads recipes/configs/star.yaml: the starter model and generated word problems. A dataset has
+`prompt` and `answer`, and `solution` in the few rows that are shown to the base as examples. --rationalize tells the
+answer of what was not solved and keeps the solution if it gets there (Zelikman et al. 2022). --majority_vote takes the
+most common answer for the right one (Huang et al. 2022), as is done wherever a row has no `answer`.
+
+Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py. Output: round-<r>/
+{solutions.jsonl, model, held_out.jsonl}, rounds.json, rounds.png and report.html. The same command goes on after an
+interruption, also with more --rounds.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig, ScriptArguments
+
+from eval.report import write_report
+from eval.solving import HELD_OUT_FILE, SOLUTIONS_FILE, print_solving, summarize
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.data import load_splits, write_jsonl
+from rlhf.errors import InputError, report_errors
+from rlhf.models import context_length, load_tokenizer, resolve
+from rlhf.rounds import run_stage
+from rlhf.star import Solver, gather_solutions, problem_rows, solve_held_out
+
+
+@dataclass
+class StarArguments:
+    """How solutions are sampled, and which are kept."""
+
+    rounds: int = field(default=3, metadata={"help": "How many rounds; a finished run can be given more."})
+    num_generations: int = field(default=4, metadata={"help": "Solutions sampled for each problem."})
+    num_fewshot: int = field(default=7, metadata={"help": "Worked examples in the base's prompt; later models: none."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Longest solution, in tokens."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."})
+    rationalize: bool = field(default=False, metadata={"help": "Tell the answer of problems that were not solved."})
+    majority_vote: bool = field(default=False, metadata={"help": "Don't look at answers to train on: vote."})
+    max_train_samples: int = field(default=192, metadata={"help": "Use at most this many training problems."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Use at most this many held-out problems."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Solutions to sample at once."})
+    sft_config: str = field(default="recipes/configs/star_sft.yaml", metadata={"help": "YAML of sft.py."})
+    output_dir: str = field(default="outputs/star", metadata={"help": "Folder for the rounds."})
+    seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+
+
+def main() -> None:
+    # Arguments
+    script_args, args, model_args = parse(__file__, ScriptArguments, StarArguments, ModelConfig)
+    need_one_process(__file__)
+    for flag, least in (("rounds", 1), ("num_generations", 1), ("num_fewshot", 0), ("max_new_tokens", 1),
+                        ("temperature", 1e-3), ("max_train_samples", 1), ("max_eval_samples", 1)):  # fmt: skip
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    if not Path(args.sft_config).is_file():
+        raise InputError(f"--sft_config {args.sft_config}: no such file.")
+
+    # Data
+    train, test = load_splits(script_args, "problems")
+
+    # Tokenizer
+    base = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer, longest = load_tokenizer(base), context_length(base)
+    examples, problems, held_out = problem_rows(train, test, script_args.dataset_name, args, longest, tokenizer)
+    folders = [Path(args.output_dir) / f"round-{number}" for number in range(args.rounds + 1)]
+    more = not (folders[-1] / HELD_OUT_FILE).exists()
+    if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more):
+        return
+
+    # Rounds
+    for number, folder in enumerate(folders):
+        solver = Solver(
+            resolve(str(folder / "model")) if number else base, [] if number else examples, model_args, args
+        )
+        if not (folder / HELD_OUT_FILE).exists():
+            count = 0 if number else args.num_generations  # the base's samples are the baselines
+            write_jsonl(folder / HELD_OUT_FILE, solve_held_out(solver, held_out, count, args.seed))
+        summary = summarize(args.output_dir, number)
+        if number < args.rounds:
+            following = folders[number + 1]
+            if not (following / SOLUTIONS_FILE).exists():
+                kept = gather_solutions(solver, problems, examples, args, args.seed + number)
+                write_jsonl(following / SOLUTIONS_FILE, kept)
+            flags = {"model_name_or_path": base.name, "model_revision": model_args.model_revision,
+                     "dataset_name": following / SOLUTIONS_FILE, "seed": args.seed + number,
+                     "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16"}  # fmt: skip
+            run_stage("recipes/sft.py", args.sft_config, following / "model", flags)
+
+    # Report
+    print_solving(summary)
+    last = summary["rounds"][-1]
+    finish_run(args.output_dir, {"rounds": args.rounds, summary["truth_name"]: last["truth"]["mean"]})
+    print(f"Report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

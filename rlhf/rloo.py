@@ -1,0 +1,173 @@
+"""RLOO: REINFORCE with a leave-one-out baseline, TRL's RLOOTrainer with the rewards, prompts and sampling of PPO.
+
+The algorithm is TRL's: of G completions of a prompt, each has the mean reward of the other G - 1 as its baseline, and
+the whole completion is one action (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.2). No value
+function is trained. The KL to the reference is subtracted from the reward of the completion.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from trl import RLOOConfig as TRLRLOOConfig
+from trl import RLOOTrainer as TRLRLOOTrainer
+
+from rlhf.data import encode_prompt
+from rlhf.errors import InputError
+from rlhf.generation import generate, left_pad
+from rlhf.prefix import positions_of
+from rlhf.rewards import call_rewards
+
+
+@dataclass
+class RLOOConfig(TRLRLOOConfig):
+    """TRL's RLOOConfig with the rewards of PPOConfig.
+
+    Args:
+        reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
+        reward_funcs: import paths of functions, or reward models.
+        disable_dropout: defaults to True, as PPO does: with dropout the ratio of new to old probabilities would not
+            start at 1.
+    """
+
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter'."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the policy and the reference."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("max_completion_length", 1), ("temperature", 1e-6), ("beta", 0), ("num_iterations", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}.")
+        if self.save_strategy == "steps" and self.save_steps % self.updates_per_batch:
+            raise InputError(
+                f"--save_steps {self.save_steps}: a run resumes only between batches of samples, which are "
+                f"{self.updates_per_batch} updates apart (steps_per_generation × num_iterations / "
+                f"gradient_accumulation_steps). Give a multiple of {self.updates_per_batch}."
+            )
+
+    @property
+    def updates_per_batch(self) -> int:
+        """How many optimizer steps are made with one batch of samples."""
+        assert self.steps_per_generation is not None
+        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+
+
+def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
+    """Refuse a dataset that doesn't fill one batch: TRL's sampler drops what is left over, here everything.
+
+    Raises:
+        InputError: if there are fewer prompts than `generation_batch_size / num_generations`.
+    """
+    assert args.generation_batch_size is not None and args.num_generations is not None
+    needed = args.generation_batch_size // args.num_generations
+    if len(dataset) < needed:
+        raise InputError(
+            f"--dataset_name {name}: {len(dataset)} prompts; a batch of {args.generation_batch_size} completions, "
+            f"{args.num_generations} of each, takes {needed}. Give more, or lower --per_device_train_batch_size."
+        )
+
+
+class RLOOTrainer(TRLRLOOTrainer):
+    """TRL's RLOOTrainer; what differs is named method by method.
+
+    With a PeftModel the reference is a frozen copy, named `ref`, of the adapter as it is when the trainer is made: the
+    SFT adapter. The log has two more entries: `objective/kl`, the KL to the reference in nats summed over a completion
+    (TRL's own `kl` is a mean over tokens), and `episode`, the number of completions sampled so far.
+    """
+
+    # narrower than TRL declares them
+    args: RLOOConfig
+    accelerator: Any
+    generation_config: Any
+
+    def __init__(self, model: Any, args: RLOOConfig, **arguments: Any) -> None:
+        if args.beta and not isinstance(model, PeftModel):
+            # the reference is then read from where the policy came from: as precise, and of the same revision
+            commit = getattr(model.config, "_commit_hash", None)  # of a model from the Hub
+            args.model_init_kwargs = {"dtype": model.dtype, **({"revision": commit} if commit else {})}
+        super().__init__(model=model, args=args, **arguments)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """As the other recipes do it: a control token that a user typed stays text."""
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
+        """Sample with the loop of rlhf/generation.py, without dropout; what it can't do is left to TRL."""
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
+        if elsewhere or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        policy, training = self.accelerator.unwrap_model(self.model), self.model.training
+        batch = left_pad(self.processing_class, prompt_ids).to(self.accelerator.device)
+        undone = isinstance(policy, PeftModel) and self.accelerator.mixed_precision in ("bf16", "fp16")
+        self.model.eval()
+        with (
+            torch.no_grad(), self.accelerator.autocast(), disable_input_dtype_casting(policy, active=undone)
+        ):  # fmt: skip
+            samples = generate(policy, batch, self.generation_config)
+        self.model.train(training)
+        completions = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        return [row[:length] for row, length in zip(completions, samples.lengths.tolist(), strict=True)]
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *inputs: Any, **settings: Any) -> Any:
+        """With position ids that don't count padding, as in sampling: else models with learned positions see others."""
+        if "position_ids" not in self.model_kwarg_keys:
+            return super()._get_per_token_logps_and_entropies(model, *inputs, **settings)
+
+        def placed(attention_mask: torch.Tensor, **batch: Any) -> Any:
+            return model(attention_mask=attention_mask, position_ids=positions_of(attention_mask), **batch)
+
+        return super()._get_per_token_logps_and_entropies(placed, *inputs, **settings)
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        """Rewards (B over all processes, functions) as rlhf/rewards.py takes them: per token too; NaN is refused.
+
+        None, no opinion, is NaN in the result.
+        """
+        training = self.model.training
+        taken = ("prompt", "completion", "completion_ids")
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in taken}
+        logging = {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
+        answers = call_rewards(
+            self.reward_funcs, prompts, completions, completion_ids_list,
+            **columns, trainer_state=self.state, **logging,
+        )  # fmt: skip
+        self.model.train(training)  # a reward model that is an adapter of the policy has put it into evaluation
+        totals = [
+            [math.nan if score is None else sum(score) if isinstance(score, list) else score for score in scores]
+            for scores in answers
+        ]
+        return self.accelerator.gather(torch.tensor(totals, device=self.accelerator.device).T.contiguous())
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, and the two entries of the log."""
+        output = super()._generate_and_score_completions(inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.beta:
+            # TRL's mean over tokens times the mean length is the sum over a completion
+            metrics["objective/kl"].append(metrics["kl"][-1] * metrics["completions/mean_length"][-1])
+        if self.model.training:
+            batches = self.state.global_step // self.args.updates_per_batch + 1
+            metrics["episode"] = [batches * self.args.generation_batch_size]
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the policy's adapter alone: neither the reference nor a reward model beside it."""
+        if not isinstance(self.model, PeftModel):
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=["default"])
+            self.processing_class.save_pretrained(folder)
