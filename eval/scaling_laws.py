@@ -1,10 +1,10 @@
-"""Scaling laws: power laws of the loss in model size, data and compute, fitted to a sweep, with intervals and forecasts.
+"""Scaling laws: the loss as a power law in model size, data and compute, fitted to a sweep, with intervals.
 
 The forms, with x the number of parameters N, tokens D or floating-point operations C:
 
 - `power`: L = (x_c / x)^alpha. Kaplan et al. 2020, equations 1.1 to 1.3 (https://arxiv.org/abs/2001.08361).
-- `power_plus_constant`: L = E + (x_c / x)^alpha, where E is what no x would remove: the entropy of the text, and what the
-  other quantity, which is held fixed, leaves. Henighan et al. 2020, equation 1.1 (https://arxiv.org/abs/2010.14701).
+- `power_plus_constant`: L = E + (x_c / x)^alpha, where E is what no x would remove: the entropy of the text, and what
+  the other quantity, which is held fixed, leaves. Henighan et al. 2020, equation 1.1 (https://arxiv.org/abs/2010.14701).
 - jointly: L = E + A / N^alpha + B / D^beta. Hoffmann et al. 2022, equation 2 (https://arxiv.org/abs/2203.15556).
 
 All are least-squares fits of the loss itself. Intervals are profile-likelihood intervals (Bates and Watts 1988, chapter
