@@ -191,10 +191,13 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         "dataset_name",
         "ptx_dataset_name",
         "models",
+        "tokenizer_name",
     ):
         given = settings.get(flag) or []
         for name in [given] if isinstance(given, str) else given:
             path = Path(str(name).rpartition("=")[2]).expanduser()
+            if flag == "tokenizer_name":
+                path /= "tokenizer.json"
             if path.exists():
                 settings[f"content of {name}"] = digest(str(path))
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
