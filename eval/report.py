@@ -22,11 +22,14 @@ from eval.figures import (
     comparison_figure,
     data_uri,
     overoptimization_figure,
+    positions_figure,
     rounds_figure,
     save_figure,
+    scaling_figure,
     training_figure,
 )
 from eval.metrics import table_rows
+from eval.scaling_laws import SCALING_FILE, scaling_tables
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import is_local, public_base
@@ -137,6 +140,12 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
         figures.append(("overoptimization.png", overoptimization_figure(over), caption))
     if rounds := _read(folder / "rounds.json"):
         figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
+    if scaling := _read(folder / SCALING_FILE):
+        caption = "Scaling laws: held-out loss against size, tokens and compute; the forecast with its 95% interval."
+        figures.append(("scaling.png", scaling_figure(scaling), caption))
+        if positions := scaling.get("positions"):
+            caption = f"Loss by position on {positions['blocks']} held-out blocks, with 95% bootstrap intervals."
+            figures.append(("positions.png", positions_figure(positions), caption))
     drawn = []
     for name, figure, caption in figures:
         if figure is not None:
@@ -195,6 +204,8 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
             ]  # fmt: skip
             note = f"Best by the truth: {over['best']}. Keep {over['keep']}: no worse beyond doubt, nearer the start."
             tables.append(("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows))
+        if scaling := _read(folder / SCALING_FILE):
+            tables += scaling_tables(scaling)
         if agreement := _read(folder / "agreement.json"):
             rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
             tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))

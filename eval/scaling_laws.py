@@ -20,6 +20,7 @@ from scipy.optimize import brentq, least_squares
 from scipy.stats import f as f_distribution
 
 LEVEL = 0.95
+SCALING_FILE = "scaling.json"
 
 
 class Form(NamedTuple):
@@ -231,7 +232,7 @@ def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
     """Fit all laws to the points of a sweep.
 
     Args:
-        points: each with `parameters` (N, non-embedding), `tokens` (D), `compute` (C = 6 N D, FLOPs) and `loss`.
+        points: each with `parameters` (N = 12 n_layer d_model²), `tokens` (D), `compute` (C = 6 N D, FLOPs) and `loss`.
 
     Returns:
         by name, None where there are too few points: `N` (loss against size, at the largest budget), `D` (against
@@ -252,3 +253,117 @@ def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
     enough = len(points) > len(FORMS["joint"].parameters)
     fits["joint"] = fit_form("joint", both, [p["loss"] for p in points]) if enough else None
     return fits
+
+
+def forecast_larger(points: list[dict[str, Any]], fits: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """Forecast the loss of a larger model on the largest budget.
+
+    Returns:
+        `parameters`, `tokens`, and the forecasts {mean, low, high} of L(N), `N`, and of the joint law, `joint` (None
+        where there is no such fit).
+    """
+    tokens = max(point["tokens"] for point in points)
+    joint = fits["joint"] and forecast(fits["joint"], [parameters, tokens])
+    return {"parameters": parameters, "tokens": tokens, "N": forecast(fits["N"], parameters), "joint": joint}
+
+
+def check_forecast(made: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """Add what came out: `measured`, the point, and to each forecast `error`, (forecast - loss) / loss."""
+    checked = {**made, "measured": measured}
+    for law in ("N", "joint"):
+        if made[law]:
+            checked[law] = {**made[law], "error": made[law]["mean"] / measured["loss"] - 1}
+    return checked
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+AXES = {"N": "parameters", "D": "tokens", "C": "FLOPs"}
+
+
+def formula(law: str, fit: dict[str, Any]) -> str:
+    """A fit as a formula with numbers: L(N) = 2.50 + (3.0e+04 / N)^0.500."""
+    values = {name: cell["mean"] for name, cell in fit["parameters"].items()}
+    if law == "joint":
+        a, b = (np.exp(values[name]) for name in ("log_A", "log_B"))
+        return f"L(N, D) = {values['E']:.3f} + {a:.3g} / N^{values['alpha']:.3f} + {b:.3g} / D^{values['beta']:.3f}"
+    constant = f"{values['E']:.3f} + " if "E" in values else ""
+    return f"L({law}) = {constant}({np.exp(values['log_x_c']):.2e} / {law})^{values['alpha']:.3f}"
+
+
+def shown_cell(cell: dict[str, Any], style: str = ".3f") -> str:
+    """`mean [low, high]`; a dash for an end that the points don't bound."""
+    ends = ["-" if cell[end] is None else f"{cell[end]:{style}}" for end in ("low", "high")]
+    return f"{cell['mean']:{style}} [{ends[0]}, {ends[1]}]"
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """What the sweep showed, a sentence per law and one per forecast.
+
+    Args:
+        summary: content of scaling.json.
+    """
+    sentences = []
+    for law, fit in summary["fits"].items():
+        if fit is None:
+            sentences.append(f"L({law}): too few points for a fit.")
+            continue
+        cells = [f"{name} {shown_cell(fit['parameters'][name])}" for name in ("alpha", "beta", "E")
+                 if name in fit["parameters"]]  # fmt: skip
+        sentences.append(f"{formula(law, fit)}: R² {fit['r2']:.4f}, {fit['n']} points, {', '.join(cells)}.")
+    made = summary["forecast"]
+    for law in ("N", "joint"):
+        if made[law]:
+            name = "L(N)" if law == "N" else "L(N, D)"
+            error = (
+                f", measured {made['measured']['loss']:.3f}: {made[law]['error']:+.1%}" if "measured" in made else ""
+            )
+            sentences.append(
+                f"Forecast by {name} for {made['parameters']:,} parameters: {shown_cell(made[law])}{error}."
+            )
+    if positions := summary.get("positions"):
+        first, last = positions["bins"][0], positions["bins"][-1]
+        for end in (first, last):
+            gap = end["LSTM_minus_Transformer"]
+            sentences.append(
+                f"LSTM − Transformer at {end['first']} to {end['last']} tokens of context: {gap['mean']:+.3f} "
+                f"[{gap['low']:+.3f}, {gap['high']:+.3f}] nats per token."
+            )
+    return sentences
+
+
+def results_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the run keeps."""
+    laws = {law: fit for law, fit in summary["fits"].items() if fit}
+    results = {f"r2/{law}": fit["r2"] for law, fit in laws.items()}
+    results |= {f"alpha/{law}": fit["parameters"]["alpha"]["mean"] for law, fit in laws.items()}
+    results |= {f"forecast_error/{law}": summary["forecast"][law]["error"] for law in ("N", "joint") if
+                summary["forecast"][law]}  # fmt: skip
+    return {"points": len(summary["points"]), **results}
+
+
+def scaling_tables(summary: dict[str, Any]) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """Tables of the laws and of all trained models: title, note, heading, rows."""
+    laws = [
+        [formula(law, fit), f"{fit['r2']:.4f}", str(fit["n"]),
+         *(shown_cell(fit["parameters"][name]) if name in fit["parameters"] else "" for name in ("alpha", "beta", "E"))]
+        for law, fit in summary["fits"].items() if fit
+    ]  # fmt: skip
+    models = [*summary["points"], summary["forecast"].get("measured"), summary.get("lstm")]
+    rows = [
+        [model["name"], f"{model['parameters']:,}", f"{model['counted_parameters']:,}", f"{model['tokens']:,}",
+         f"{model['compute']:.3g}", f"{model['measured_compute']:.3g}" if model["measured_compute"] else "",
+         f"{model['tokens_per_second']:,.0f}", f"{model['learning_rate']:.2g}", f"{model['loss']:.4f}",
+         f"{model['bits_per_byte']:.4f}"]
+        for model in models if model
+    ]  # fmt: skip
+    heading = ["model", "N", "counted", "tokens D", "6 N D", "measured FLOPs", "tokens/s", "learning rate", "loss",
+               "bits per byte"]  # fmt: skip
+    note = (
+        "N = 12 n_layer d_model² (Kaplan et al. 2020, equation 2.1), beside the non-embedding parameters as counted; "
+        "measured FLOPs, counted by torch, have attention and the output projection too."
+    )
+    return [
+        ("Scaling laws", " ".join(verdicts(summary)[4:]), ["law", "R²", "points", "α", "β", "E"], laws),
+        ("Models of the sweep", note, heading, rows),
+    ]

@@ -41,6 +41,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lstm = nn.LSTM(config.hidden_size, config.hidden_size, config.num_hidden_layers, batch_first=True)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

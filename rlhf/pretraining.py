@@ -42,6 +42,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf.collators import DataCollatorForSpanCorruption, count_spans
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
+from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.tokenization import encode_texts, sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
