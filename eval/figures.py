@@ -256,8 +256,10 @@ def positions_figure(positions: dict[str, Any]) -> Figure:
     bins = positions["bins"]
     at = np.asarray([np.sqrt(b["first"] * b["last"]) for b in bins])
     figure, axes = _grid(2, height=3.2)
-    panels = [(axes[0], [(name, name) for name in (first, *others)], COLORS)]
-    panels.append((axes[1], [(f"{name}_minus_{first}", f"{name} − {first}") for name in others], COLORS[1:]))
+    panels = (
+        (axes[0], [(name, name) for name in (first, *others)], list(COLORS)),
+        (axes[1], [(f"{name}_minus_{first}", f"{name} − {first}") for name in others], list(COLORS[1:])),
+    )
     for axis, lines, colors in panels:
         for (key, label), color in zip(lines, colors, strict=False):
             means = np.asarray([b[key]["mean"] for b in bins])

@@ -80,7 +80,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.embed_tokens(input_ids)
         padded = attention_mask is not None and not bool(attention_mask.all())
         if padded:  # a state runs through what it is given: real tokens go first, and back to their places afterwards
-            order = (attention_mask == 0).to(torch.int64).argsort(dim=1, stable=True)[..., None].expand_as(hidden)
+            order = torch.eq(attention_mask, 0).to(torch.int64).argsort(dim=1, stable=True)[..., None].expand_as(hidden)
             hidden = hidden.gather(1, order)
         hidden, _ = self.lstm(hidden)
         if padded:

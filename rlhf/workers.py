@@ -39,7 +39,7 @@ def run_all(script: str, config: str, runs: dict[Path, dict[str, Any]], max_work
         InputError: if a run fails; what it said is above. Those that have not begun are left out.
     """
     methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(PRELOAD)
 

@@ -283,7 +283,7 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_left_alone(swept):
 
 def test_a_point_that_fails_stops_the_sweep(tmp_path, capfd):
     runs = {tmp_path / name: {"model_type": "nothing"} for name in ("first", "second")}
-    with pytest.raises(InputError, match="first: recipes/pretrain.py ended with exit code 2"):
+    with pytest.raises(InputError, match=r"first: recipes/pretrain.py ended with exit code 2"):
         run_all("recipes/pretrain.py", "recipes/configs/scaling_point.yaml", runs, 1)
     said = capfd.readouterr()
     assert said.out.count("===") == 1 and "--model_type nothing: unknown" in said.err
