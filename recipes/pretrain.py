@@ -21,7 +21,6 @@ from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
 from rlhf.data import load_splits, texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import Source
 from rlhf.pretraining import (
     NewModelConfig,
     PretrainingConfig,
@@ -87,9 +86,12 @@ def main() -> None:
         training_args.output_dir,
         __file__,
         [script_args, training_args, model_args],
-        source=Source(model_args.model_type, model_args.model_type, None, None, None),
+        source=None,
+        tokenizer_name=model_args.tokenizer_name,
         datasets=[script_args.dataset_name],
-        metrics=metrics,
+        metrics={
+            name: value for name, value in metrics.items() if not name.endswith(("runtime", "second", "epoch", "seen"))
+        },
         repo_id=push and push.repo_id,
     )
     finish_run(training_args.output_dir, metrics)

@@ -59,9 +59,7 @@ def main() -> None:
     own, other = bytes_per_token(tokenizer, test), bytes_per_token(resolve_tokenizer(STARTER), test)
     metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
     for name, cell in (("own", own), (STARTER, other), ("own less starter", difference(own, other))):
-        print(
-            f"{name:>16}: {cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}] bytes per token on held-out text"
-        )
+        print(f"{name:>16}: {cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}] held-out bytes per token")
         metrics |= {f"bytes_per_token/{name}{end}": cell[key] for end, key in ENDS.items()}
     finish_run(args.output_dir, metrics)
     print(f"Report: {write_report(args.output_dir)}")

@@ -49,8 +49,8 @@ def corrupt_spans(
 class DataCollatorForSpanCorruption:
     """Rows of equally many `input_ids` → what T5 reads and writes; both end with eos.
 
-    Every row of n tokens loses round(n·mlm_probability) of them, in spans of `mean_noise_span_length` on average, so the
-    rows of a batch stay equally long. A text never begins with a missing span and always ends with one.
+    Every row of n tokens loses round(n·mlm_probability) of them, in spans of `mean_noise_span_length` on average, so
+    the rows of a batch stay equally long. A text never begins with a missing span and always ends with one.
 
     Args:
         seed: of a generator of this collator's own; without it torch's global one is used.

@@ -6,13 +6,13 @@ https://github.com/google-research/electra/blob/master/run_pretraining.py
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPreTrainedModel
 from transformers.utils import ModelOutput
 
-HEAD_SIZE = 64  # of a generator's attention heads where its width allows
+GENERATOR, DISCRIMINATOR = "generator.electra.embeddings", "discriminator.electra.embeddings"
 
 
 @dataclass
@@ -30,9 +30,8 @@ def generator_config(config: ElectraConfig, share: float) -> ElectraConfig:
     """The discriminator's config, narrower: `share` of its width and heads; the embeddings keep their size."""
     small = copy.deepcopy(config)
     small.num_attention_heads = max(1, round(config.num_attention_heads * share))
-    small.hidden_size = (
-        max(1, round(config.hidden_size * share / small.num_attention_heads)) * small.num_attention_heads
-    )
+    head_size = max(1, round(config.hidden_size * share / small.num_attention_heads))
+    small.hidden_size = head_size * small.num_attention_heads
     small.intermediate_size = max(1, round(config.intermediate_size * share))
     return small
 
@@ -44,15 +43,12 @@ class ReplacedTokenModel(ElectraPreTrainedModel):
     original counts as the original.
     """
 
-    _tied_weights_keys = {
-        "generator.electra.embeddings.word_embeddings.weight": "discriminator.electra.embeddings.word_embeddings.weight",
-        "generator.electra.embeddings.position_embeddings.weight": (
-            "discriminator.electra.embeddings.position_embeddings.weight"
-        ),
-        "generator.electra.embeddings.token_type_embeddings.weight": (
-            "discriminator.electra.embeddings.token_type_embeddings.weight"
-        ),
-        "generator.generator_lm_head.weight": "discriminator.electra.embeddings.word_embeddings.weight",
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        **{
+            f"{GENERATOR}.{kind}_embeddings.weight": f"{DISCRIMINATOR}.{kind}_embeddings.weight"
+            for kind in ("word", "position", "token_type")
+        },
+        "generator.generator_lm_head.weight": f"{DISCRIMINATOR}.word_embeddings.weight",
     }
 
     def __init__(self, config: ElectraConfig, generator_hidden_size: float = 0.25, disc_weight: float = 50.0):

@@ -22,6 +22,11 @@ from rlhf.models import Source
 from rlhf.rewards import RewardSource
 from rlhf.starter import HUB_MODEL_ID, STARTER
 
+PIPELINE_TAGS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+}
 MODEL_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
@@ -104,9 +109,10 @@ def write_card(
     recipe: str,
     arguments: list[Any],
     *,
-    source: Source,
+    source: Source | None,
     datasets: list[str],
     metrics: dict[str, Any],
+    tokenizer_name: str | None = None,
     rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
 ) -> None:
@@ -115,16 +121,18 @@ def write_card(
     Args:
         recipe: the recipe's `__file__`.
         arguments: its dataclasses, whose settings are listed.
-        source: the model that training started from.
+        source: the model that training started from; None if it started from nothing.
+        tokenizer_name: where the tokenizer of a model that started from nothing comes from.
         rewards: the reward models and functions that PPO trained against.
     """
     if not main_process():
         return
     stage = Path(recipe).stem
     title = repo_id or Path(output_dir).resolve().name
-    base = public_base(source.base)
+    base = public_base(source.base) if source else None
     is_adapter = (Path(output_dir) / "adapter_config.json").exists()
-    lineage = [("started from", origin(source.name, source.adapter, source.revision))]
+    lineage = [("started from", origin(source.name, source.adapter, source.revision))] if source else []
+    lineage += [("tokenizer", origin(tokenizer_name))] if tokenizer_name else []
     for reward in rewards:
         if reward.model is None:
             lineage.append(("trained against the reward function", {"name": reward.name}))
@@ -140,21 +148,21 @@ def write_card(
         library_name="peft" if is_adapter else "transformers",
         datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
-        pipeline_tag="text-classification" if stage == "reward" else "text-generation",
+        pipeline_tag=PIPELINE_TAGS.get(_auto_class(output_dir, stage)),
     )
     pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
     card = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
+        f"Made by `recipes/{stage}.py` of rlhf-recipes from " + (f"`{base}`." if base else "text alone."),
         "## Results",
         _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
         *(f"![{Path(name).stem}]({name})\n" for name in pictures[:1]),
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, stage, is_adapter),
+        _usage(title, base, stage, is_adapter, _auto_class(output_dir, stage)),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,
@@ -186,8 +194,18 @@ def _public_settings(arguments: list[Any]) -> dict[str, Any]:
     }
 
 
-def _usage(title: str, base: str, stage: str, is_adapter: bool) -> str:
-    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
+def _auto_class(output_dir: str, stage: str) -> str:
+    """The class that loads a run's model: its recipe's, or for a model made from nothing the one of its head."""
+    if stage == "reward":
+        return "AutoModelForSequenceClassification"
+    file = Path(output_dir) / "config.json"
+    heads = json.loads(file.read_text(encoding="utf-8")).get("architectures") or [""] if file.exists() else [""]
+    if stage == "pretrain" and heads[0].endswith(("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
+        return "AutoModelFor" + heads[0].rpartition("For")[2].replace("ConditionalGeneration", "Seq2SeqLM")
+    return "AutoModelForCausalLM"
+
+
+def _usage(title: str, base: str | None, stage: str, is_adapter: bool, auto: str) -> str:
     labels = ", num_labels=1" if stage == "reward" else ""
     if not is_adapter:
         return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")\n```'

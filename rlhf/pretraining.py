@@ -1,11 +1,11 @@
 """Pretraining from nothing: a model of any architecture from its config, packed text, and the four objectives.
 
-| objective  | what is learned                                              | source                                     |
-|------------|--------------------------------------------------------------|--------------------------------------------|
-| `causal`   | the next token                                               | GPT-1; GPT-2                               |
-| `masked`   | hidden tokens, and whether a second text follows the first   | BERT, https://arxiv.org/abs/1810.04805     |
-| `replaced` | which tokens a small generator put in place of the original  | ELECTRA, https://arxiv.org/abs/2003.10555  |
-| `span`     | missing spans, written out one behind the other              | T5, https://arxiv.org/abs/1910.10683       |
+| objective  | what is learned                                             | source                                    |
+|------------|-------------------------------------------------------------|-------------------------------------------|
+| `causal`   | the next token                                              | GPT-1; GPT-2                              |
+| `masked`   | hidden tokens, and whether a second text follows the first  | BERT, https://arxiv.org/abs/1810.04805    |
+| `replaced` | which tokens a small generator put in the original's place  | ELECTRA, https://arxiv.org/abs/2003.10555 |
+| `span`     | missing spans, written out one behind the other             | T5, https://arxiv.org/abs/1910.10683      |
 """
 
 import ctypes
@@ -57,7 +57,7 @@ DROPOUTS = (
 
 @dataclass
 class NewModelConfig:
-    """The model to make: `model_type`, `tokenizer_name` and `config_overrides` are those of transformers' run_clm.py."""
+    """The model to make. Names are those of transformers' run_clm.py and of its configs."""
 
     model_type: str = field(default="llama", metadata={"help": "Architecture: gpt2, llama, bert, electra, t5, ..."})
     tokenizer_name: str = field(
@@ -229,8 +229,8 @@ def sentence_pair_rows(
         InputError: if fewer than two texts have two lines.
     """
     draw, cls, sep = np.random.default_rng(EVAL_SEED), tokenizer.cls_token_id, tokenizer.sep_token_id
-    documents = [[line for line in text.split("\n") if line.strip()] for text in texts]
-    documents = [encode_texts(tokenizer, lines) for lines in documents if len(lines) > 1]
+    in_lines = [[line for line in text.split("\n") if line.strip()] for text in texts]
+    documents = [encode_texts(tokenizer, lines) for lines in in_lines if len(lines) > 1]
     if len(documents) < 2:
         raise InputError(
             f"--next_sentence_prediction: needs texts of two lines or more; the {split} split has {len(documents)}."
@@ -305,10 +305,8 @@ def new_config(
     if args.objective == "causal" and hasattr(default, "is_decoder"):
         settings["is_decoder"] = True  # else BERT and its relatives see the token that they are to predict
     if args.objective == "span":
-        settings |= {
-            "decoder_start_token_id": tokenizer.pad_token_id,
-            "num_decoder_layers": settings["num_hidden_layers"],
-        }
+        settings["decoder_start_token_id"] = tokenizer.pad_token_id
+        settings["num_decoder_layers"] = model_args.num_hidden_layers
         if hasattr(default, "d_kv"):
             settings["d_kv"] = model_args.hidden_size // model_args.num_attention_heads
     config = AutoConfig.for_model(model_args.model_type, **settings)
@@ -351,8 +349,8 @@ def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingCo
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to use memory again instead of giving it back to the system; elsewhere do nothing.
 
-    A batch's logits are tens of MB, which malloc by default maps and unmaps each time: a step of 16 x 256 tokens through
-    7M parameters in bfloat16 took 1.6 s on one core, and 0.9 s with this.
+    A batch's logits are tens of MB, which malloc by default maps and unmaps each time: a step of 16 x 256 tokens
+    through 7M parameters in bfloat16 took 1.6 s on one core, and 0.9 s with this.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -371,7 +369,7 @@ class PretrainingTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        ours = self.data_collator
+        ours = self.data_collator  # type: ignore[has-type]
         self.data_collator = dataclasses.replace(ours, seed=EVAL_SEED)
         try:
             return super().get_eval_dataloader(eval_dataset)

@@ -176,12 +176,7 @@ def _texts(config: str | None) -> DatasetDict:
     random.Random(SEED).shuffle(train)
     if config != "full":
         train, test = train[: PRETRAIN_ROWS[0]], test[: PRETRAIN_ROWS[1]]
-    return DatasetDict(
-        {
-            name: Dataset.from_list([{"text": text} for text in rows])
-            for name, rows in (("train", train), ("test", test))
-        }
-    )
+    return DatasetDict({"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})})
 
 
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
