@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.model_type}-{self.hidden_size}x{self.num_hidden_layers}-{self.tokens}"
+        return f"{self.model_type}-{self.hidden_size}x{self.num_hidden_layers}/{self.tokens}"
 
 
 # ---------------------------------------------------------------------------------------------- what can't work

@@ -149,7 +149,7 @@ def sweep(**changes):
 
 def test_the_points_and_their_learning_rates():
     points = sweep_points(sweep(hidden_sizes=[32, 16, 64], num_hidden_layers=[1, 1, 2]))
-    assert [point.name for point in points[:4]] == ["gpt2-16x1-300", "gpt2-16x1-600", "gpt2-16x1-900", "gpt2-32x1-300"]
+    assert [point.name for point in points[:4]] == ["gpt2-16x1/300", "gpt2-16x1/600", "gpt2-16x1/900", "gpt2-32x1/300"]
     assert {point.hidden_size: point.learning_rate for point in points} == {16: 0.01, 32: 0.005, 64: 0.0025}
     assert forecast_point(sweep()) == ("gpt2", 64, 3, 900, 0.0025)
     lstm = lstm_point(sweep(), 24_000)
@@ -259,7 +259,7 @@ def test_a_sweep_from_text_to_report(swept):
     for name in ("scaling.png", "positions.png"):
         assert (folder / "out" / name).stat().st_size > 10_000
     page = (folder / "out" / "report.html").read_text()
-    assert "Scaling laws" in page and "gpt2-32x2-1500" in page and str(folder) not in page
+    assert "Scaling laws" in page and "gpt2-32x2/1500" in page and str(folder) not in page
     assert "Forecast by L(N) for 24,576 parameters" in first.stdout and "LSTM − Transformer" in first.stdout
 
 
@@ -269,9 +269,9 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_left_alone(swept):
     before = json.loads((folder / "out" / "scaling.json").read_text())
     run_file = folder / "out" / "run.json"
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "finished": False}))
-    (folder / "out" / "points" / "gpt2-16x2-1000").rename(folder / "gone")
+    (folder / "out" / "points" / "gpt2-16x2/1000").rename(folder / "gone")
     again = run(*command)
-    assert again.stdout.count("===") == 1 and "gpt2-16x2-1000" in again.stdout
+    assert again.stdout.count("===") == 1 and "gpt2-16x2/1000" in again.stdout
     after = json.loads((folder / "out" / "scaling.json").read_text())
     assert [p["loss"] for p in after["points"]] == [p["loss"] for p in before["points"]]  # the seed is the same
     assert after["fits"] == before["fits"]
