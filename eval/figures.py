@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.fits import Kind, curve
+from eval.scaling_laws import formula, predict
 
 Log = list[dict[str, Any]]
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)
@@ -245,6 +246,81 @@ def rounds_figure(summary: dict[str, Any]) -> Figure:
             axis.legend(fontsize=7, frameon=False)
         axis.set(xlabel="round", title=summary.get(f"{name}_name", name))
         axis.title.set_fontsize(9)
+    return figure
+
+
+def scaling_figure(summary: dict[str, Any]) -> Figure:
+    """Loss against size, tokens and compute, with the fitted laws and the forecast.
+
+    Args:
+        summary: content of scaling.json.
+    """
+    points, fits = summary["points"], summary["fits"]
+    figure, axes = _grid(3, height=3.4)
+    keys = {"N": "parameters", "D": "tokens", "C": "compute"}
+    lines = {"N": ("tokens", "D = {:.2g}"), "D": ("parameters", "N = {:.2g}"), "C": ("parameters", "")}
+    names = ("non-embedding parameters N", "tokens D", "compute C = 6 N D, FLOPs")
+    for axis, (law, key), name in zip(axes, keys.items(), names, strict=True):
+        other, label = lines[law]
+        values = sorted({point[other] for point in points})
+        for number, value in enumerate(values):
+            row = [point for point in points if point[other] == value]
+            style = {"color": BLUE, "alpha": 0.35 + 0.65 * (number + 1) / len(values)}
+            axis.plot([p[key] for p in row], [p["loss"] for p in row], "o" if law != "C" else ".-", markersize=4,
+                      linewidth=0.7, label=label.format(value) if label else None, **style)  # fmt: skip
+        if fits[law]:
+            _law(axis, law, fits[law], summary["forecast"]["parameters"] if law == "N" else None)
+        axis.set(xscale="log", xlabel=name)
+    _forecast(axes[0], summary["forecast"])
+    axes[0].set_ylabel("held-out loss, nats per token")
+    for axis in axes:
+        axis.legend(fontsize=6, frameon=False)
+    return figure
+
+
+def _law(axis: Any, law: str, fit: dict[str, Any], end: float | None) -> None:
+    """A fitted law, drawn over its points and on to `end`."""
+    used = [x[0] for x in fit["x"]]
+    smooth = np.geomspace(min(used), max(*used, end or 0), 100)
+    axis.plot(smooth, predict(fit, smooth), color=ORANGE, linewidth=1.2, label=f"fit, R² {fit['r2']:.4f}")
+    axis.set_title(formula(law, fit), fontsize=8)
+
+
+def _forecast(axis: Any, made: dict[str, Any]) -> None:
+    """A forecast with its interval, and what came out."""
+    cell, x = made["N"], made["parameters"]
+    if cell["low"] is not None and cell["high"] is not None:
+        errors = np.maximum(0, [[cell["mean"] - cell["low"]], [cell["high"] - cell["mean"]]])
+        axis.errorbar([x], [cell["mean"]], errors, fmt="_", color=ORANGE, capsize=3, label="forecast, 95%")
+    if "measured" in made:
+        error = f"measured: forecast {cell['error']:+.1%}"
+        axis.plot([x], [made["measured"]["loss"]], "*", color=GREEN, markersize=8, label=error)
+
+
+def positions_figure(positions: dict[str, Any]) -> Figure:
+    """Loss by position in the context, and the difference to the first model, with 95% intervals.
+
+    Args:
+        positions: result of eval.loss_by_position.compare_positions.
+    """
+    first, *others = positions["models"]
+    bins = positions["bins"]
+    at = np.asarray([np.sqrt(b["first"] * b["last"]) for b in bins])
+    figure, axes = _grid(2, height=3.2)
+    panels = (
+        (axes[0], [(name, name) for name in (first, *others)], list(COLORS)),
+        (axes[1], [(f"{name}_minus_{first}", f"{name} − {first}") for name in others], list(COLORS[1:])),
+    )
+    for axis, lines, colors in panels:
+        for (key, label), color in zip(lines, colors, strict=False):
+            means = np.asarray([b[key]["mean"] for b in bins])
+            errors = np.abs([[b[key][end] - b[key]["mean"] for b in bins] for end in ("low", "high")])
+            axis.errorbar(at, means, errors, marker="o", markersize=4, color=color, capsize=2, label=label)
+        axis.set(xscale="log", xlabel="tokens of context", ylabel="nats per token")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_title("loss by position in the context", fontsize=9)
+    axes[1].set_title("difference, paired by text", fontsize=9)
+    axes[1].axhline(0, color=GREY, linewidth=1)
     return figure
 
 

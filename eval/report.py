@@ -25,12 +25,15 @@ from eval.figures import (
     data_uri,
     in_context_figure,
     overoptimization_figure,
+    positions_figure,
     rounds_figure,
     save_figure,
+    scaling_figure,
     training_figure,
     transfer_figure,
 )
 from eval.metrics import table_rows
+from eval.scaling_laws import SCALING_FILE, scaling_tables
 from eval.solving import solving_rows
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
 from rlhf.errors import InputError, report_errors
@@ -167,6 +170,12 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
     if transfer := _read(folder / "transfer.json"):
         caption = f"Held-out {transfer['score']}, and its difference to {transfer['reference']}, with 95% intervals."
         figures.append(("transfer.png", transfer_figure(transfer), caption))
+    if scaling := _read(folder / SCALING_FILE):
+        caption = "Scaling laws: held-out loss against size, tokens and compute; the forecast with its 95% interval."
+        figures.append(("scaling.png", scaling_figure(scaling), caption))
+        if positions := scaling.get("positions"):
+            caption = f"Loss by position on {positions['blocks']} held-out blocks, with 95% bootstrap intervals."
+            figures.append(("positions.png", positions_figure(positions), caption))
     drawn = []
     for name, figure, caption in figures:
         if figure is not None:
@@ -256,6 +265,8 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
         if (rounds := _read(folder / "rounds.json")) and "baselines" in rounds:
             note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
             tables.append((f"Solved problems of {folder.name}", note, *solving_rows(rounds)))
+        if scaling := _read(folder / SCALING_FILE):
+            tables += scaling_tables(scaling)
         if agreement := _read(folder / "agreement.json"):
             rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
             tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))

@@ -31,7 +31,7 @@ FREE_FLAGS = {
     "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
-    "rounds", "server_name", "server_port",
+    "rounds", "server_name", "server_port", "max_workers",
 }  # fmt: skip
 
 
@@ -106,6 +106,8 @@ def _use_all_cores() -> None:
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):  # taskset, Slurm and containers give a process some of them
+            cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

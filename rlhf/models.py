@@ -40,6 +40,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from rlhf.attention import group_attention
 from rlhf.data import control_ids, encode_messages
 from rlhf.errors import InputError
+from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter import STARTER, starter_model
 
 # Tokens that model families keep for padding or never use, in order of preference.

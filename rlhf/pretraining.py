@@ -41,6 +41,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, count_spans
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
+from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.optimizers import MuonWithAdamW, layer_matrices
 from rlhf.tokenization import encode_texts, sentinel
 

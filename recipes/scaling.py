@@ -1,0 +1,89 @@
+"""Scaling laws: train models of many sizes on many amounts of text, fit the laws, forecast a larger model, check it.
+
+    accelerate launch recipes/scaling.py
+    accelerate launch recipes/scaling.py --hidden_sizes 64 128 256 --num_hidden_layers 4 4 6 \
+        --forecast_hidden_size 512 --forecast_num_hidden_layers 8 --token_budgets 4000000 16000000 64000000 \
+        --dataset_name roneneldan/TinyStories --tokenizer_name outputs/stories-tokenizer \
+        --output_dir outputs/stories-scaling
+
+Without arguments it reads recipes/configs/scaling.yaml: the starter conversations, with the tokenizer of
+recipes/tokenizer.py. Each point of the sweep is a run of recipes/pretrain.py (--base_config) on as much text as its
+budget, seen once. Then: L(N), L(D) and L(C) with intervals (Kaplan et al. 2020; Hoffmann et al. 2022); the loss of a
+model larger than all of these, forecast before it is trained; and an LSTM with as many parameters as the largest fitted
+Transformer, with the loss by position in the context. Output: points/, scaling.json, scaling.png, positions.png and
+report.html. The same command goes on after an interruption.
+"""
+
+from pathlib import Path
+
+from trl import ScriptArguments
+
+from eval.loss_by_position import compare_positions, packed_blocks
+from eval.report import write_report
+from eval.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.data import load_splits, texts_of, write_json
+from rlhf.errors import report_errors
+from rlhf.scaling import (
+    ScalingArguments,
+    block_size_of,
+    check_sweep,
+    cut_texts,
+    folder_of,
+    forecast_point,
+    lstm_point,
+    sweep_points,
+    train_points,
+    transformer_parameters,
+    write_texts,
+)
+from rlhf.tokenization import resolve_tokenizer
+
+
+def main() -> None:
+    # Arguments
+    script_args, args = parse(__file__, ScriptArguments, ScalingArguments)
+    need_one_process(__file__)
+    check_sweep(args)
+
+    # Data
+    train, test = load_splits(script_args, "pretrain")
+    train, test = texts_of(train, script_args.dataset_name), texts_of(test, script_args.dataset_name)
+
+    # Tokenizer
+    tokenizer = resolve_tokenizer(args.tokenizer_name)
+    texts = cut_texts(train, test, tokenizer, args)
+    if not start_run(__file__, args.output_dir, script_args, args):
+        return
+    folders = write_texts(texts, args.output_dir)
+
+    # Sweep
+    points = sweep_points(args)
+    summary = {"points": train_points(args, points, folders)}
+    summary["fits"] = fit_sweep(summary["points"])
+
+    # Forecast
+    larger = forecast_point(args)
+    size = transformer_parameters(larger.hidden_size, larger.num_hidden_layers)
+    summary["forecast"] = forecast_larger(summary["points"], summary["fits"], size)
+    write_json(Path(args.output_dir) / SCALING_FILE, summary)  # before the model is trained
+    summary["forecast"] = check_forecast(summary["forecast"], train_points(args, [larger], folders)[0])
+
+    # LSTM
+    if args.lstm_num_hidden_layers:
+        lstm = lstm_point(args, summary["points"][-1]["counted_parameters"])
+        summary["lstm"] = train_points(args, [lstm], folders)[0]
+        pair = {"Transformer": folder_of(args, points[-1]), "LSTM": folder_of(args, lstm)}
+        blocks = packed_blocks(texts[lstm.tokens]["test"], tokenizer, block_size_of(args.base_config))
+        summary["positions"] = compare_positions(pair, blocks)
+    write_json(Path(args.output_dir) / SCALING_FILE, summary)
+
+    # Report
+    print("\n".join(["", *verdicts(summary)]))
+    finish_run(args.output_dir, results_of(summary))
+    print(f"Report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
