@@ -42,7 +42,7 @@ chromium: $(DEV)
 	else $(BIN)/playwright install chromium; fi
 
 test: $(DEV) chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .

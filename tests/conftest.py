@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from recipe_process import run_recipe, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
@@ -19,13 +20,13 @@ from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import completion_text
 from rlhf.starter import starter_model
 
+torch.set_num_threads(1)  # the test files run side by side, and two threads on one core wait for each other
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
 }
 
 
@@ -97,16 +98,20 @@ def run(script, *arguments, processes=1, check=True, environment=None, cwd=ROOT)
     words = [str(argument) for argument in arguments]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        environment = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
         command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     else:
         command = [sys.executable]
-    result = subprocess.run(
-        [*command, str(ROOT / script), *words],
-        cwd=cwd,
-        env={**ENVIRONMENT, **(environment or {})},
-        capture_output=True,
-        text=True,
-    )
+    if processes > 1 or environment:  # which libraries may read while they are imported
+        result = subprocess.run(
+            [*command, str(ROOT / script), *words],
+            cwd=cwd,
+            env={**ENVIRONMENT, **(environment or {})},
+            capture_output=True,
+            text=True,
+        )
+    else:
+        result = run_recipe(start(ENVIRONMENT), [str(ROOT / script), *words], ENVIRONMENT, cwd)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
