@@ -56,14 +56,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def layer_matrices(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """(weights of the linear layers inside the network, all other parameters): embeddings and heads are of the latter.
-
-    What has a vocabulary's or a position's rows is looked up, not multiplied; a head's rows are tokens or labels.
-    """
+    """(weights (m, n) of the stacked layers, all other parameters); embeddings and heads are of the latter."""
     inside = {
         id(parameter)
         for stack in model.modules()
-        if isinstance(stack, torch.nn.ModuleList)
+        if isinstance(stack, torch.nn.ModuleList | torch.nn.RNNBase)
         for parameter in stack.parameters()
         if parameter.ndim == 2 and parameter.requires_grad
     }

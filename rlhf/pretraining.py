@@ -11,6 +11,7 @@
 import ctypes
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +166,9 @@ def check_settings(args: PretrainingConfig, model_args: NewModelConfig) -> None:
     ):
         if not low < value < high:
             raise InputError(f"--{name} {value}: must be a share between 0 and 1.")
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if args.use_muon and (args.fsdp or args.deepspeed or sharded):
+        raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed cut up. Give --use_muon false.")
     if args.mean_noise_span_length < 1:
         raise InputError(f"--mean_noise_span_length {args.mean_noise_span_length}: must be at least 1.")
 
