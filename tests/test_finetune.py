@@ -40,6 +40,7 @@ from rlhf.finetuning import (
     FinetuningTrainer,
     check_arguments,
     data_collator,
+    finetuning_config,
     finetuning_rows,
     language_model_head,
     language_model_loss,
@@ -108,7 +109,8 @@ def prepared(base, kind, model_args=FULL, rows=None, **arguments):
     args = FinetuneArguments(**{"max_length": 64, **arguments})
     data = Dataset.from_list(rows or ROWS[kind])
     task, source = read_task(data, data, "d"), resolve(base)
-    config = check_arguments(args, model_args, source, task)
+    config = finetuning_config(source, task)
+    check_arguments(args, model_args.use_peft, source, config, task)
     tokenizer = load_reading_tokenizer(source, config, None)
     torch.manual_seed(0)
     model = load_finetuning_model(source, config, task, args, model_args, tokenizer)
@@ -528,7 +530,7 @@ BAD_FLAGS = {
     "lm_coef of an encoder": ("bert", "sentences", ["--lm_coef", "0.5"], "--lm_coef 0.5: bert is an encoder"),
     "lm_coef on tags": ("llama", "tags", ["--lm_coef", "0.5"], "is for sentences and pairs"),
     "negative lm_coef": ("llama", "sentences", ["--lm_coef", "-1"], "--lm_coef -1.0: must be at least 0"),
-    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "true keeps it"),
+    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "--freeze_body true keeps it"),
     "frozen and LoRA": ("llama", "sentences", ["--freeze_body", "true", "--use_peft", "true"], "Drop one"),
     "scratch and LoRA": ("llama", "sentences", ["--from_scratch", "true", "--use_peft", "true"], "random weights"),
     "too many rows": ("llama", "sentences", ["--max_train_samples", "9999"], "--max_train_samples 9999: there are"),
