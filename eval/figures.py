@@ -32,6 +32,11 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("accuracy", {"training": "accuracy", "held out": "eval_accuracy"}),
         ("margin", {"training": "margin", "held out": "eval_margin"}),
     ],
+    "pretrain": [
+        ("loss", {"training": "loss", "held out": "eval_loss"}),
+        ("gradient norm", {"gradient norm": "grad_norm"}),
+        ("learning rate", {"learning rate": "learning_rate"}),
+    ],
     "sft": [
         ("loss per token", {"training": "loss", "held out": "eval_loss"}),
         ("token accuracy", {"training": "mean_token_accuracy", "held out": "eval_mean_token_accuracy"}),
@@ -216,6 +221,25 @@ def transfer_figure(transfer: dict[str, Any]) -> Figure:
     axes[0].set_title(f"held-out {transfer['score']}; dots: seeds", fontsize=9)
     axes[1].axvline(0, color=GREY, linewidth=1)
     axes[1].set_title(f"difference to {transfer['reference']}, paired", fontsize=9)
+    return figure
+
+
+def compression_figure(results: dict[str, Any]) -> Figure:
+    """Bits per byte as bars with intervals, the fewest first.
+
+    Args:
+        results: content of compression's results.json.
+    """
+    cells = sorted(results["bits_per_byte"].items(), key=lambda item: item[1]["mean"])
+    figure, axes = _grid(1, height=1.0 + 0.4 * len(cells))
+    figure.set_figwidth(6)
+    means = np.asarray([cell["mean"] for _, cell in cells])
+    errors = np.abs([[cell[end] - cell["mean"] for _, cell in cells] for end in ("low", "high")])
+    bars = axes[0].barh([name for name, _ in cells], means, xerr=errors, color=BLUE, ecolor=GREY, capsize=3)
+    axes[0].bar_label(bars, [f"{mean:.2f}" for mean in means], fontsize=8, padding=4)
+    axes[0].invert_yaxis()
+    axes[0].margins(x=0.12)
+    axes[0].set_xlabel("bits per byte of held-out text")
     return figure
 
 

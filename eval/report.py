@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from eval.figures import (
     calibration_figure,
     comparison_figure,
+    compression_figure,
     data_uri,
     overoptimization_figure,
     rounds_figure,
@@ -38,11 +39,17 @@ LOG_FILES = ("trainer_state.json", "ppo_state.json")
 # which setting names what a run was made from, in the order of the road
 SOURCES = (
     "model_name_or_path", "sft_model_path", "models", "dataset_name", "ptx_dataset_name", "reward_model_path",
-    "reward_funcs", "eval_reward_funcs",
+    "reward_funcs", "eval_reward_funcs", "tokenizer_name",
 )  # fmt: skip
 
 # those of the trainers' held-out metrics that the lineage shows
-RESULTS = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_margin": "held-out margin"}
+RESULTS = {
+    "eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_margin": "held-out margin",
+    "eval_masked_accuracy": "held-out accuracy on masked tokens", "eval_token_accuracy": "held-out token accuracy",
+    "eval_next_sentence_accuracy": "held-out next-sentence accuracy",
+    "eval_detection_precision": "held-out precision on replaced tokens",
+    "eval_detection_recall": "held-out recall on replaced tokens", "eval_generator_loss": "held-out generator loss",
+}  # fmt: skip
 
 
 @dataclass
@@ -136,6 +143,9 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
             "gold score turns down while the proxy rises, the reward model has stopped telling the truth."
         )
         figures.append(("overoptimization.png", overoptimization_figure(over), caption))
+    if results and "bits_per_byte" in results:
+        caption = "Bits per byte of held-out text, with 95% intervals: fewer is better prediction."
+        figures.append(("compression.png", compression_figure(results), caption))
     if rounds := _read(folder / "rounds.json"):
         figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
     if transfer := _read(folder / "transfer.json"):
@@ -191,6 +201,13 @@ def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
                 continue  # each round's comparison holds the ones before
             note = f"Means with 95% bootstrap intervals; win rates and KL against {results.get('reference', 'sft')!r}."
             tables.append(("Evaluation on held-out prompts", note, ["", *names], rows))
+        if results and "bits_per_byte" in results:
+            rows = [
+                [name, *(f"{cell[key]:.3f}" for key in ("mean", "low", "high"))]
+                for name, cell in results["bits_per_byte"].items()
+            ]
+            note = f"{results['texts']} held-out texts of {results['bytes']:,} bytes; 95% bootstrap intervals."
+            tables.append(("Compression", note, ["", "bits per byte", "low", "high"], rows))
         if over := _read(folder / "overoptimization.json"):
             rows = [
                 [point["name"], f"{point['sqrt_kl']:.2f}", *(f"{point[s]['mean']:.3f} [{point[s]['low']:.3f}, "

@@ -97,7 +97,7 @@ def main() -> None:
         datasets=[script_args.dataset_name],
         metrics=measured,
         repo_id=push and push.repo_id,
-        pipeline_tag=KINDS[task.kind].pipeline,
+        auto_class=KINDS[task.kind].auto_class.__name__,
         load_options=load_options(task, config),
     )
     finish_run(training_args.output_dir, metrics)

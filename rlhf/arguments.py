@@ -106,9 +106,8 @@ def _use_all_cores() -> None:
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        if hasattr(
-            os, "sched_getaffinity"
-        ):  # a process may be kept to fewer: two threads on one core wait for each other
+        if hasattr(os, "sched_getaffinity"):
+            # a process may be kept to fewer: two threads on one core wait for each other
             cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -195,6 +194,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         "dataset_name",
         "ptx_dataset_name",
         "models",
+        "tokenizer_name",
     ):
         given = settings.get(flag) or []
         for name in [given] if isinstance(given, str) else given:
@@ -330,14 +330,14 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file, or of a folder's weights and data files; the name itself for anything else."""
+    """Short SHA-256 of a file, or of a folder's weights and data files, or else its tokenizer; for others the name."""
     target = Path(path)
     if not target.exists():
         return path
     files = [target]
     if target.is_dir():
         kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
-        files = sorted(file for kind in kinds for file in target.glob(kind))
+        files = sorted(file for kind in kinds for file in target.glob(kind)) or sorted(target.glob("tokenizer.json"))
     sha = hashlib.sha256()
     for file in files:
         sha.update(file.read_bytes())

@@ -269,6 +269,19 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, re
     return _map(dataset, encode, set(), "Tokenizing conversations")
 
 
+def texts_of(dataset: Dataset, name: str) -> list[str]:
+    """Plain texts to pretrain on: the column `text`, or `messages` with the turns on lines of their own.
+
+    Raises:
+        InputError: if there is neither, or a row is empty.
+    """
+    columns = need_columns(dataset, name, [{"text"}, {"messages"}])
+    check_messages(dataset, name, columns)
+    if columns == {"text"}:
+        return dataset["text"][:]
+    return ["\n".join(message["content"] for message in messages) for messages in dataset["messages"]]
+
+
 def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Dataset:
     """Rows of `input_ids` and `labels` (-100 where no loss is taken) for PPO-ptx; an empty dataset without a name.
 

@@ -77,30 +77,15 @@ class Kind(NamedTuple):
     """A kind of task."""
 
     columns: frozenset[str]
-    pipeline: str  # transformers' name of the task
     auto_class: Any
     task_type: TaskType
 
 
 KINDS = {
-    "tags": Kind(
-        frozenset({"tokens", "tags"}), "token-classification", AutoModelForTokenClassification, TaskType.TOKEN_CLS
-    ),
-    "spans": Kind(
-        frozenset({"question", "context", "answers"}),
-        "question-answering",
-        AutoModelForQuestionAnswering,
-        TaskType.QUESTION_ANS,
-    ),
-    "pairs": Kind(
-        frozenset({"text", "text_pair", "label"}),
-        "text-classification",
-        AutoModelForSequenceClassification,
-        TaskType.SEQ_CLS,
-    ),
-    "sentences": Kind(
-        frozenset({"text", "label"}), "text-classification", AutoModelForSequenceClassification, TaskType.SEQ_CLS
-    ),
+    "tags": Kind(frozenset({"tokens", "tags"}), AutoModelForTokenClassification, TaskType.TOKEN_CLS),
+    "spans": Kind(frozenset({"question", "context", "answers"}), AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
+    "pairs": Kind(frozenset({"text", "text_pair", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "sentences": Kind(frozenset({"text", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
 }
 LABEL_COLUMNS = {"tags": "tags", "pairs": "label", "sentences": "label"}
 

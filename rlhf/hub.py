@@ -22,18 +22,18 @@ from rlhf.models import Source
 from rlhf.rewards import RewardSource
 from rlhf.starter import HUB_MODEL_ID, STARTER
 
+PIPELINE_TAGS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
 MODEL_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "README.md", "training.png", "calibration.png",
 )  # fmt: skip
-
-HEADS = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-}
 
 
 class PushRequest(NamedTuple):
@@ -111,12 +111,13 @@ def write_card(
     recipe: str,
     arguments: list[Any],
     *,
-    source: Source,
+    source: Source | None,
     datasets: list[str],
     metrics: dict[str, Any],
+    tokenizer_name: str | None = None,
     rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
-    pipeline_tag: str | None = None,
+    auto_class: str | None = None,
     load_options: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
@@ -124,18 +125,20 @@ def write_card(
     Args:
         recipe: the recipe's `__file__`.
         arguments: its dataclasses, whose settings are listed.
-        source: the model that training started from.
+        source: the model that training started from; None if it started from nothing.
+        tokenizer_name: where the tokenizer of a model that started from nothing comes from.
         rewards: the reward models and functions that PPO trained against.
-        pipeline_tag: transformers' name of the task, a key of HEADS, where the recipe doesn't say it.
+        auto_class: the class that loads the model, where the recipe's name doesn't say it.
         load_options: what `from_pretrained` of an adapter's base needs to be told, such as the labels' names.
     """
     if not main_process():
         return
     stage = Path(recipe).stem
     title = repo_id or Path(output_dir).resolve().name
-    base = public_base(source.base)
+    base = public_base(source.base) if source else None
     is_adapter = (Path(output_dir) / "adapter_config.json").exists()
-    lineage = [("started from", origin(source.name, source.adapter, source.revision))]
+    lineage = [("started from", origin(source.name, source.adapter, source.revision))] if source else []
+    lineage += [("tokenizer", origin(tokenizer_name))] if tokenizer_name else []
     for reward in rewards:
         if reward.model is None:
             lineage.append(("trained against the reward function", {"name": reward.name}))
@@ -146,27 +149,27 @@ def write_card(
         ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
         for d in datasets
     ]
-    task = pipeline_tag or ("text-classification" if stage == "reward" else "text-generation")
+    auto = auto_class or _auto_class(output_dir, stage)
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
         datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
-        pipeline_tag=task,
+        pipeline_tag=PIPELINE_TAGS.get(auto),
     )
     pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
     card = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        f"Made by `recipes/{stage}.py` of rlhf-recipes from `{base}`.",
+        f"Made by `recipes/{stage}.py` of rlhf-recipes from " + (f"`{base}`." if base else "text alone."),
         "## Results",
         _table(["measured", "value"], [(name, _number(value)) for name, value in metrics.items()]),
         *(f"![{Path(name).stem}]({name})\n" for name in pictures[:1]),
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, task, is_adapter, load_options or {}),
+        _usage(title, base, auto, is_adapter, load_options or {}),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,
@@ -198,20 +201,30 @@ def _public_settings(arguments: list[Any]) -> dict[str, Any]:
     }
 
 
-def _usage(title: str, base: str, pipeline_tag: str, is_adapter: bool, options: dict[str, Any]) -> str:
-    auto = HEADS[pipeline_tag]
-    ready = f'from transformers import pipeline\n\npipeline("{pipeline_tag}", model="{title}")'
+def _auto_class(output_dir: str, stage: str) -> str:
+    """The class that loads a run's model: its recipe's, or for a model made from nothing the one of its head."""
+    if stage == "reward":
+        return "AutoModelForSequenceClassification"
+    file = Path(output_dir) / "config.json"
+    heads = json.loads(file.read_text(encoding="utf-8")).get("architectures") or [""] if file.exists() else [""]
+    if stage == "pretrain" and heads[0].endswith(("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
+        return "AutoModelFor" + heads[0].rpartition("For")[2].replace("ConditionalGeneration", "Seq2SeqLM")
+    return "AutoModelForCausalLM"
+
+
+def _usage(title: str, base: str | None, auto: str, is_adapter: bool, options: dict[str, Any]) -> str:
+    ready = f'from transformers import pipeline\n\npipeline("{PIPELINE_TAGS.get(auto)}", model="{title}")'
     if not is_adapter:
         code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")'
         return f"```python\n{code}\n" + (f"\n# or\n{ready}\n```" if "id2label" in options else "```")
-    if pipeline_tag == "text-classification" and not options:
+    if auto == "AutoModelForSequenceClassification" and not options:
         options = {"num_labels": 1}  # a reward model
     extra = "".join(f", {name}={value!r}" for name, value in options.items())
     code = (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'base = {auto}.from_pretrained("{base}"{extra})\nmodel = PeftModel.from_pretrained(base, "{title}")'
     )
-    if pipeline_tag == "text-generation":
+    if auto == "AutoModelForCausalLM":
         code += f"\n\n# or\n{ready}"
     return f"```python\n{code}\n```"
 

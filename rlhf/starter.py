@@ -13,6 +13,9 @@ part is left out of the later ones:
 | `preference`  | recipes/collect.py     | `prompt`; `preference_pairs` adds human replies to compare       |
 | `ppo`         | recipes/ppo.py         | `prompt`                                                        |
 | `held_out`    | eval/compare.py        | `prompt`, `completion`; no training stage reads it               |
+
+The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) is made of all of them: rows {`text`}, one conversation
+a row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
 """
 
 import functools
@@ -46,6 +49,7 @@ PARTS = {
     "preference": (0.20, 900, 150),
     "ppo": (0.20, 512, 64),
 }
+PRETRAIN_ROWS = (1200, 200)  # (train, test) conversations of the part `pretrain` in the configuration `small`
 # SmolLM2's own template, except that nothing follows the last <|im_end|>: then a rendered conversation ends with the
 # very token at which a sampled reply ends, and the reward model reads its score there in both.
 CHAT_TEMPLATE = (
@@ -116,36 +120,49 @@ def _convert(source: Path, target: Path) -> None:
         shutil.rmtree(working, ignore_errors=True)  # only ever the temporary folder made above
 
 
+def _turns(conversation: dict[str, Any]) -> list[str]:
+    """The turns of one chat. A turn is one person's consecutive lines, joined by a space."""
+    return [" ".join(line["text"].strip() for line in turn).strip() for turn in conversation["messages"]]
+
+
 def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
-    """(message, reply) of one chat. A turn is one person's consecutive lines, joined by a space."""
-    turns = [" ".join(line["text"].strip() for line in turn).strip() for turn in conversation["messages"]]
+    """(message, reply) of one chat."""
     return [
         (message, reply)
-        for message, reply in itertools.pairwise(turns)
+        for message, reply in itertools.pairwise(_turns(conversation))
         if 4 <= len(message.split()) <= 30 and 2 <= len(reply.split()) <= 30
     ]
 
 
-@functools.cache
-def _parts() -> dict[str, list[tuple[str, str]]]:
-    """All (message, reply) pairs by part. Conversations and prompt texts never occur in two parts."""
+def _conversations() -> dict[str, list[dict[str, Any]]]:
+    """All conversations by part, in an order drawn with a fixed seed."""
     folder = _package_folder("chitchat_dataset", "pip install chitchat-dataset")
     with open(folder / "dataset.json", encoding="utf-8") as file:
         conversations = json.load(file)
     names = sorted(conversations)
     random.Random(SEED).shuffle(names)
-    parts, seen, start = {}, set(), 0.0
+    parts, start = {}, 0.0
     for part, (share, _, _) in PARTS.items():
         chosen = names[round(start * len(names)) : round((start + share) * len(names))]
+        parts[part] = [conversations[name] for name in chosen]
+        start += share
+    return parts
+
+
+@functools.cache
+def _parts() -> dict[str, list[tuple[str, str]]]:
+    """All (message, reply) pairs by part. Conversations and prompt texts never occur in two parts."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    seen = set()
+    for part, conversations in _conversations().items():
         pairs = []
-        for name in chosen:
-            for message, reply in _message_pairs(conversations[name]):
+        for conversation in conversations:
+            for message, reply in _message_pairs(conversation):
                 if (key := " ".join(message.lower().split())) not in seen:
                     seen.add(key)
                     pairs.append((message, reply))
         random.Random(SEED).shuffle(pairs)
         parts[part] = pairs
-        start += share
     return parts
 
 
@@ -154,11 +171,26 @@ def starter_pairs(part: str) -> list[tuple[str, str]]:
     return list(_parts()[part])
 
 
+def _texts(config: str | None) -> DatasetDict:
+    """Rows {`text`}: a conversation each, its turns on lines of their own. A held-out text is never a training text."""
+    texts = {
+        part: ["\n".join(filter(None, _turns(conversation))) for conversation in conversations]
+        for part, conversations in _conversations().items()
+    }
+    test = [text for text in texts.pop("held_out") if text]
+    held_out = set(test)
+    train = [text for part in texts.values() for text in part if text and text not in held_out]
+    random.Random(SEED).shuffle(train)
+    if config != "full":
+        train, test = train[: PRETRAIN_ROWS[0]], test[: PRETRAIN_ROWS[1]]
+    return DatasetDict({"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})})
+
+
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
     """Human conversations as rows {`prompt`: messages, `completion`: messages} with splits `train` and `test`.
 
     Args:
-        part: `sft`, `preference`, `ppo` or `held_out` (which has only `test`).
+        part: `sft`, `preference`, `ppo`, `held_out` (which has only `test`) or `pretrain` (which has rows {`text`}).
         config: `small` (the default: what a laptop trains on in minutes) or `full` (all rows of the part).
 
     Raises:
@@ -166,6 +198,8 @@ def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
     """
     if config not in (None, "small", "full"):
         raise InputError(f"--dataset_config of 'starter' is 'small' or 'full', found {config!r}.")
+    if part == "pretrain":
+        return _texts(config)
     _, train, test = PARTS[part]
     rows = [
         {

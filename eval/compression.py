@@ -1,0 +1,234 @@
+"""Compression: bits per byte of held-out text, of language models beside xz and an n-gram model.
+
+    accelerate launch eval/compression.py
+    accelerate launch eval/compression.py --models mine=outputs/pretrain starter=starter --max_texts 400 \
+        --output_dir outputs/compression
+
+A model that gives a text the probability p can be made to store it in -log2(p) bits, so prediction and compression are
+one thing, and tokenizers don't matter. Every byte is paid for: the first token of a text, and its end, too. `xz` is
+`xz -9` on all the texts in one file; `xz_primed` counts by how much the compressed training text grows when they are
+behind it; `3-gram` is an interpolated Kneser-Ney model of the training text over the tokens of the first of --models.
+Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
+"""
+
+import itertools
+import lzma
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments
+
+from eval.figures import compression_figure, save_figure
+from eval.intervals import difference, interval
+from eval.metrics import metric
+from eval.ngrams import KneserNey
+from eval.replies import loaded
+from eval.report import write_report
+from rlhf.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.data import control_ids, load_splits, texts_of, write_json
+from rlhf.errors import InputError, report_errors
+from rlhf.models import context_length, load_tokenizer, resolve
+from rlhf.tokenization import END, encode_texts, tokens_and_bytes
+
+GROUPS = 10  # of texts, over which the interval of xz_primed is bootstrapped: each takes a pass over all the text, 15 s
+
+
+@dataclass
+class CompressionArguments:
+    """What is compared, on which texts."""
+
+    models: list[str] = field(default_factory=list, metadata={"help": "name=model pairs; the first one's tokenizer is "
+                                                                      "the n-gram model's."})  # fmt: skip
+    ngram_order: int = field(default=3, metadata={"help": "Order of the n-gram model."})
+    max_texts: int = field(default=200, metadata={"help": "Use at most this many held-out texts."})
+    max_length: int = field(default=1024, metadata={"help": "Longest window in tokens; a model's context if shorter."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Windows at once."})
+    output_dir: str = field(default="outputs/compression", metadata={"help": "Folder for results.json."})
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Any]:
+    """UTF-8 bytes per token over all texts together, with its interval over texts; a result of `interval`."""
+    tokens, sizes = tokens_and_bytes(tokenizer, texts)
+    return interval([float(size) for size in sizes], [float(count) for count in tokens])
+
+
+def boundary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that stands between texts in pretraining."""
+    number = tokenizer.convert_tokens_to_ids(END)
+    return number if number in control_ids(tokenizer) else tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def text_logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int = 16
+) -> list[float]:
+    """Log-probability of each whole text and of its end, in nats, under a causal model.
+
+    The end-of-text token stands before every text, so that its first token is predicted too. A text longer than
+    `max_length` tokens is read in windows that overlap by half: all tokens but those of the first window have at least
+    half a window of context.
+    """
+    mark, stride = boundary(tokenizer), max(1, max_length // 2)
+    windows = []  # (number of the text, ids, how many of them at the beginning are context only)
+    for number, ids in enumerate(encode_texts(tokenizer, texts)):
+        whole = [mark, *ids, mark]
+        start, context = 0, 1
+        while True:
+            windows.append((number, whole[start : start + max_length], context))
+            if start + max_length >= len(whole):
+                break
+            start, context = start + stride, max_length - stride
+    windows.sort(key=lambda window: len(window[1]))
+    sums = [0.0] * len(texts)
+    model.eval()
+    device = next(model.parameters()).device
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        longest = max(len(ids) for _, ids, _ in batch)
+        padded = torch.tensor([ids + [mark] * (longest - len(ids)) for _, ids, _ in batch], device=device)
+        seen = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids, _ in batch], device=device)
+        logits = model(input_ids=padded, attention_mask=seen, use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), padded[:, 1:], reduction="none")
+        for (number, ids, context), row in zip(batch, losses, strict=True):
+            sums[number] -= row[context - 1 : len(ids) - 1].double().sum().item()
+    return sums
+
+
+def bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int = 16
+) -> dict[str, Any]:
+    """Result of the metric bits_per_byte for a causal model on whole texts; see `text_logprobs`."""
+    logprobs = text_logprobs(model, tokenizer, texts, max_length, batch_size)
+    return metric("bits_per_byte", predictions=logprobs, references=[float(len(text.encode())) for text in texts])
+
+
+# ---------------------------------------------------------------------------------------------- what it is held against
+
+
+def xz_bits(texts: list[str], before: list[str], groups: int) -> list[float]:
+    """By how many bits the output of `xz -9` grows with each group of texts, one byte of end mark behind each text.
+
+    Args:
+        before: texts that are compressed in front of them and not counted.
+    """
+    data = b"".join(text.encode() + b"\0" for text in before)
+    sizes = [len(lzma.compress(data, preset=9))] if before else [0]
+    for group in in_groups(texts, groups):
+        data += b"".join(text.encode() + b"\0" for text in group)
+        sizes.append(len(lzma.compress(data, preset=9)))
+    return [8.0 * (after - earlier) for earlier, after in itertools.pairwise(sizes)]
+
+
+def in_groups(values: list[Any], groups: int) -> list[list[Any]]:
+    """A list cut into at most `groups` pieces, one behind the other, of equal length but for the last ones."""
+    size, more = divmod(len(values), min(groups, len(values)))
+    ends = [size * number + min(number, more) for number in range(min(groups, len(values)) + 1)]
+    return [values[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def ngram_bits(
+    tokenizer: PreTrainedTokenizerBase, train: list[str], texts: list[str], order: int
+) -> tuple[list[float], int]:
+    """Bits of each text and its end under an n-gram model of the training texts; and its number of n-grams."""
+    mark = boundary(tokenizer)
+    model = KneserNey(order, len(tokenizer)).fit(([*ids, mark] for ids in encode_texts(tokenizer, train)), mark)
+    bits = [-model.logprobs([*ids, mark], mark).sum() / math.log(2) for ids in encode_texts(tokenizer, texts)]
+    return [float(value) for value in bits], len(model.orders[-1].grams)
+
+
+def by_groups(cell: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A result of `interval` over texts, over groups of texts."""
+    values, weights = ([sum(group) for group in in_groups(cell[key], groups)] for key in ("values", "weights"))
+    return interval(values, weights)
+
+
+def measure(
+    sources: dict[str, Any], train: list[str], texts: list[str], args: CompressionArguments, model_args: ModelConfig
+) -> dict[str, dict[str, Any]]:
+    """Bits per byte of everything, results of `interval`."""
+    sizes = [float(len(text.encode())) for text in texts]
+    cells = {}
+    for name, source in sources.items():
+        window = min(args.max_length, context_length(source) or args.max_length)
+        with loaded(source, model_args) as (model, tokenizer):
+            cells[name] = bits_per_byte(model, tokenizer, texts, window, args.per_device_eval_batch_size)
+    bits, _ = ngram_bits(load_tokenizer(next(iter(sources.values()))), train, texts, args.ngram_order)
+    cells[f"{args.ngram_order}-gram"] = interval(bits, sizes)
+    cells["xz_primed"] = interval(xz_bits(texts, train, GROUPS), [sum(group) for group in in_groups(sizes, GROUPS)])
+    cells["xz"] = interval(xz_bits(texts, [], len(texts)), sizes)
+    return cells
+
+
+def differences(cells: dict[str, dict[str, Any]], models: list[str]) -> dict[str, Any]:
+    """Each model less everything else, resampled together, `<model>_minus_<other>`."""
+    found = {}
+    for name in models:
+        for other in cells:
+            if other != name:
+                first, second = cells[name], cells[other]
+                if second["n"] != first["n"]:
+                    first = by_groups(first, GROUPS)
+                found[f"{name}_minus_{other}"] = difference(first, second)
+    return found
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Bits per byte, and the first model's less the others'."""
+    first = next(iter(results["bits_per_byte"]))
+    table = Table(title=f"Bits per byte of {results['texts']} held-out texts ({results['bytes']:,} bytes)")
+    for heading in ("", "bits per byte", f"{first} less this"):
+        table.add_column(heading)
+    for name, cell in results["bits_per_byte"].items():
+        less = results["differences"].get(f"{first}_minus_{name}")
+        table.add_row(name, shown(cell, ".3f"), shown(less, "+.3f") if less else "")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def shown(cell: dict[str, Any], style: str) -> str:
+    """`mean [low, high]`."""
+    return f"{cell['mean']:{style}} [{cell['low']:{style}}, {cell['high']:{style}}]"
+
+
+def main() -> None:
+    script_args, args, model_args = parse(__file__, ScriptArguments, CompressionArguments, ModelConfig)
+    need_one_process(__file__)
+    for flag, least in (("ngram_order", 1), ("max_texts", 2), ("max_length", 2)):
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    pairs = dict(word.partition("=")[::2] for word in args.models)
+    if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):
+        raise InputError(f"--models {' '.join(args.models)}: give names, as in: mine=outputs/pretrain starter=starter")
+    sources = {name: resolve(path, f"--models {name}=") for name, path in pairs.items()}
+    train, test = load_splits(script_args, "pretrain")
+    train, test = (texts_of(split, script_args.dataset_name) for split in (train, test))
+    test = test[: args.max_texts]
+    if not start_run(__file__, args.output_dir, script_args, args, model_args):
+        return
+
+    cells = measure(sources, train, test, args, model_args)
+    keep = ("mean", "low", "high", "n")
+    results = {
+        "bits_per_byte": {name: {key: cell[key] for key in keep} for name, cell in cells.items()},
+        "differences": differences(cells, list(sources)),
+        "texts": len(test),
+        "bytes": sum(len(text.encode()) for text in test),
+        "training_bytes": sum(len(text.encode()) for text in train),
+    }
+    folder = Path(args.output_dir)
+    write_json(folder / "results.json", results)
+    save_figure(compression_figure(results), folder / "compression.png")
+    print_table(results)
+    finish_run(args.output_dir, {f"bits_per_byte/{name}": cell["mean"] for name, cell in cells.items()})
+    print(f"Report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

@@ -1,0 +1,103 @@
+"""Pretraining: a language model from nothing but text.
+
+    accelerate launch recipes/pretrain.py
+    accelerate launch recipes/pretrain.py --model_type gpt2 --hidden_size 768 --num_hidden_layers 12 \
+        --num_attention_heads 12 --dataset_name roneneldan/TinyStories --output_dir outputs/stories
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_masked.yaml
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_replaced.yaml
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_span.yaml
+
+Without arguments it reads recipes/configs/pretrain.yaml: a causal model on the starter conversations with the tokenizer
+of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), masked (BERT), replaced (ELECTRA) or span
+(T5); any --model_type of transformers that has a head for it works. What is saved can be given to sft.py, reward.py and
+ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
+"""
+
+from trl import ScriptArguments
+
+from eval.pretraining import held_out_metrics, metrics_of_choices
+from eval.report import write_report
+from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.data import load_splits, texts_of
+from rlhf.errors import report_errors
+from rlhf.hub import push_model, push_request, write_card
+from rlhf.pretraining import (
+    NewModelConfig,
+    PretrainingConfig,
+    PretrainingTrainer,
+    argmax_of,
+    check_settings,
+    check_tokenizer,
+    new_config,
+    new_model,
+    pretraining_collator,
+    pretraining_metrics,
+    pretraining_rows,
+)
+from rlhf.tokenization import frame, resolve_tokenizer
+
+
+def main() -> None:
+    # Arguments
+    script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
+    check_settings(training_args, model_args)
+    push = push_request(training_args)
+
+    # Data
+    train, test = load_splits(script_args, "pretrain")
+    train, test = texts_of(train, script_args.dataset_name), texts_of(test, script_args.dataset_name)
+
+    # Tokenizer
+    tokenizer = resolve_tokenizer(model_args.tokenizer_name)
+    check_tokenizer(tokenizer, model_args.tokenizer_name, training_args)
+    frame(tokenizer, training_args.objective)
+    train_rows = pretraining_rows(train, tokenizer, training_args, "train")
+    test_rows = pretraining_rows(test, tokenizer, training_args, "test")
+    config = new_config(model_args, training_args, tokenizer)
+    if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
+        return push_model(training_args.output_dir, push)
+
+    # Model
+    model = new_model(config, training_args)
+
+    # Trainer
+    trainer = PretrainingTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        data_collator=pretraining_collator(tokenizer, training_args),
+        processing_class=tokenizer,
+        compute_metrics=metrics_of_choices(training_args),
+        preprocess_logits_for_metrics=argmax_of,
+    )
+
+    # Train
+    trained = trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
+    metrics = trainer.evaluate() | pretraining_metrics(trainer, trained)
+    metrics |= held_out_metrics(trainer, tokenizer, test, metrics["eval_loss"])
+    trainer.log_metrics("eval", metrics)
+
+    # Save, report, card, push
+    trainer.save_pretrained()
+    trainer.save_state()
+    write_report(training_args.output_dir, metrics)
+    write_card(
+        training_args.output_dir,
+        __file__,
+        [script_args, training_args, model_args],
+        source=None,
+        tokenizer_name=model_args.tokenizer_name,
+        datasets=[script_args.dataset_name],
+        metrics={
+            name: value for name, value in metrics.items() if not name.endswith(("runtime", "second", "epoch", "seen"))
+        },
+        repo_id=push and push.repo_id,
+    )
+    finish_run(training_args.output_dir, metrics)
+    push_model(training_args.output_dir, push)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
