@@ -27,6 +27,7 @@ from rlhf.finetuning import (
     FinetuningTrainer,
     check_arguments,
     data_collator,
+    finetuning_config,
     finetuning_rows,
     language_model_head,
     load_finetuning_model,
@@ -52,7 +53,8 @@ def main() -> None:
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    config = check_arguments(args, model_args, source, task)
+    config = finetuning_config(source, task)
+    check_arguments(args, model_args.use_peft, source, config, task)
     tokenizer = load_reading_tokenizer(source, config, args.pad_token)
     few = task.train.shuffle(seed=training_args.seed).select(range(args.max_train_samples or len(task.train)))
     train = finetuning_rows(few, task, tokenizer, args.max_length, "training")
@@ -95,7 +97,7 @@ def main() -> None:
         datasets=[script_args.dataset_name],
         metrics=measured,
         repo_id=push and push.repo_id,
-        pipeline_tag=KINDS[task.kind].pipeline,
+        auto_class=KINDS[task.kind].auto_class.__name__,
         load_options=load_options(task, config),
     )
     finish_run(training_args.output_dir, metrics)

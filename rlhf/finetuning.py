@@ -77,30 +77,15 @@ class Kind(NamedTuple):
     """A kind of task."""
 
     columns: frozenset[str]
-    pipeline: str  # transformers' name of the task
     auto_class: Any
     task_type: TaskType
 
 
 KINDS = {
-    "tags": Kind(
-        frozenset({"tokens", "tags"}), "token-classification", AutoModelForTokenClassification, TaskType.TOKEN_CLS
-    ),
-    "spans": Kind(
-        frozenset({"question", "context", "answers"}),
-        "question-answering",
-        AutoModelForQuestionAnswering,
-        TaskType.QUESTION_ANS,
-    ),
-    "pairs": Kind(
-        frozenset({"text", "text_pair", "label"}),
-        "text-classification",
-        AutoModelForSequenceClassification,
-        TaskType.SEQ_CLS,
-    ),
-    "sentences": Kind(
-        frozenset({"text", "label"}), "text-classification", AutoModelForSequenceClassification, TaskType.SEQ_CLS
-    ),
+    "tags": Kind(frozenset({"tokens", "tags"}), AutoModelForTokenClassification, TaskType.TOKEN_CLS),
+    "spans": Kind(frozenset({"question", "context", "answers"}), AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
+    "pairs": Kind(frozenset({"text", "text_pair", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "sentences": Kind(frozenset({"text", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
 }
 LABEL_COLUMNS = {"tags": "tags", "pairs": "label", "sentences": "label"}
 
@@ -224,14 +209,11 @@ def is_decoder(config: PretrainedConfig) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def check_arguments(args: FinetuneArguments, model_args: ModelConfig, source: Source, task: Task) -> PretrainedConfig:
-    """Refuse flags that can't work together, with this model or on this task.
-
-    Returns:
-        the model's config, with the label names and the head's kind of problem.
+def finetuning_config(source: Source, task: Task) -> PretrainedConfig:
+    """The model's config with the label names and the head's kind of problem.
 
     Raises:
-        InputError: with the flag and what to do.
+        InputError: if the model is an adapter, or has both an encoder and a decoder.
     """
     if source.adapter is not None:
         raise InputError(
@@ -244,6 +226,23 @@ def check_arguments(args: FinetuneArguments, model_args: ModelConfig, source: So
             f"--model_name_or_path {source.name}: {config.model_type} has an encoder and a decoder; this recipe takes "
             "one or the other. Teach it tasks as text instead."
         )
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: number for number, label in enumerate(task.labels)}
+    if task.kind in ("sentences", "pairs"):
+        config.problem_type = "single_label_classification"
+    return config
+
+
+def check_arguments(
+    args: FinetuneArguments, use_peft: bool, source: Source, config: PretrainedConfig, task: Task
+) -> None:
+    """Refuse flags that can't work together, with this model or on this task.
+
+    Raises:
+        InputError: with the flag and what to do.
+    """
+    text = config.get_text_config()
     if args.lm_coef < 0:
         raise InputError(f"--lm_coef {args.lm_coef}: must be at least 0.")
     if args.lm_coef and not is_decoder(config):
@@ -254,32 +253,22 @@ def check_arguments(args: FinetuneArguments, model_args: ModelConfig, source: So
     if args.lm_coef and task.kind not in ("sentences", "pairs"):
         raise InputError(f"--lm_coef {args.lm_coef}: is for sentences and pairs of them; this dataset has {task.kind}.")
     if args.lm_coef and args.freeze_body:
-        raise InputError(
-            f"--lm_coef {args.lm_coef}: changes the body alone, and --freeze_body true keeps it. Drop one."
-        )
-    if args.freeze_body and model_args.use_peft:
+        raise InputError(f"--lm_coef {args.lm_coef}: changes the body alone; --freeze_body true keeps it. Drop one.")
+    if args.freeze_body and use_peft:
         raise InputError("--freeze_body true trains the head alone, --use_peft true adapters in the body. Drop one.")
-    if args.from_scratch and (model_args.use_peft or args.freeze_body):
-        other = "--use_peft true" if model_args.use_peft else "--freeze_body true"
+    if args.from_scratch and (use_peft or args.freeze_body):
+        other = "--use_peft true" if use_peft else "--freeze_body true"
         raise InputError(f"--from_scratch true: with {other} random weights would stay as they are. Drop one.")
-    if args.from_scratch and args.lm_coef and not config.get_text_config().tie_word_embeddings:
+    if args.from_scratch and args.lm_coef and not text.tie_word_embeddings:
         raise InputError(
-            f"--from_scratch true: --lm_coef needs a model whose input and output embeddings are one; in "
+            "--from_scratch true: --lm_coef needs a model whose input and output embeddings are one; in "
             f"{source.name} they differ. Leave --lm_coef 0."
         )
-    if args.max_train_samples is not None and not 1 <= args.max_train_samples <= len(task.train):
-        raise InputError(
-            f"--max_train_samples {args.max_train_samples}: there are {len(task.train)} rows. Take 1 to that."
-        )
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    rows, context = len(task.train), getattr(text, "max_position_embeddings", None)
+    if args.max_train_samples is not None and not 1 <= args.max_train_samples <= rows:
+        raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Take 1 to that.")
     if not 8 <= args.max_length <= (context or args.max_length):
         raise InputError(f"--max_length {args.max_length}: from 8 to the model's context of {context} tokens.")
-    if task.labels:
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {label: number for number, label in enumerate(task.labels)}
-    if task.kind in ("sentences", "pairs"):
-        config.problem_type = "single_label_classification"
-    return config
 
 
 # ---------------------------------------------------------------------------------------------- token ids

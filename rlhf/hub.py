@@ -22,19 +22,18 @@ from rlhf.models import Source
 from rlhf.rewards import RewardSource
 from rlhf.starter import HUB_MODEL_ID, STARTER
 
+PIPELINE_TAGS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
 MODEL_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "README.md", "training.png", "calibration.png",
 )  # fmt: skip
-
-HEADS = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "fill-mask": "AutoModelForMaskedLM",
-}
 
 
 class PushRequest(NamedTuple):
@@ -118,7 +117,7 @@ def write_card(
     tokenizer_name: str | None = None,
     rewards: Sequence[RewardSource] = (),
     repo_id: str | None = None,
-    pipeline_tag: str | None = None,
+    auto_class: str | None = None,
     load_options: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into the run folder: base, datasets, lineage, results, hyperparameters, how to load it.
@@ -129,7 +128,7 @@ def write_card(
         source: the model that training started from; None if it started from nothing.
         tokenizer_name: where the tokenizer of a model that started from nothing comes from.
         rewards: the reward models and functions that PPO trained against.
-        pipeline_tag: transformers' name of the task, a key of HEADS, where the recipe doesn't say it.
+        auto_class: the class that loads the model, where the recipe's name doesn't say it.
         load_options: what `from_pretrained` of an adapter's base needs to be told, such as the labels' names.
     """
     if not main_process():
@@ -150,14 +149,13 @@ def write_card(
         ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
         for d in datasets
     ]
-    auto = HEADS[pipeline_tag] if pipeline_tag else _auto_class(output_dir, stage)
-    task = pipeline_tag or next((name for name, head in HEADS.items() if head == auto), None)
+    auto = auto_class or _auto_class(output_dir, stage)
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
         datasets=[d for d in datasets if d != STARTER and not is_local(d)] or None,
         tags=["rlhf-recipes", stage, *(["lora"] if is_adapter else [])],
-        pipeline_tag=task,
+        pipeline_tag=PIPELINE_TAGS.get(auto),
     )
     pictures = [name for name in ("calibration.png", "training.png") if (Path(output_dir) / name).exists()]
     settings = _table(["setting", "value"], sorted(_public_settings(arguments).items()))
@@ -171,7 +169,7 @@ def write_card(
         "## Lineage",
         _table(["", "name", "revision"], [(role, o["name"], _revision(o)) for role, o in lineage]),
         "## Use",
-        _usage(title, base, auto, task, is_adapter, load_options or {}),
+        _usage(title, base, auto, is_adapter, load_options or {}),
         "## Made with",
         f"```\n{command(recipe)}\n```",
         settings,
@@ -214,22 +212,19 @@ def _auto_class(output_dir: str, stage: str) -> str:
     return "AutoModelForCausalLM"
 
 
-def _usage(
-    title: str, base: str | None, auto: str, pipeline_tag: str | None, is_adapter: bool, options: dict[str, Any]
-) -> str:
-    """Code that loads the model with the class `auto`."""
-    ready = f'from transformers import pipeline\n\npipeline("{pipeline_tag}", model="{title}")'
+def _usage(title: str, base: str | None, auto: str, is_adapter: bool, options: dict[str, Any]) -> str:
+    ready = f'from transformers import pipeline\n\npipeline("{PIPELINE_TAGS.get(auto)}", model="{title}")'
     if not is_adapter:
         code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{title}")'
         return f"```python\n{code}\n" + (f"\n# or\n{ready}\n```" if "id2label" in options else "```")
-    if pipeline_tag == "text-classification" and not options:
+    if auto == "AutoModelForSequenceClassification" and not options:
         options = {"num_labels": 1}  # a reward model
     extra = "".join(f", {name}={value!r}" for name, value in options.items())
     code = (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'base = {auto}.from_pretrained("{base}"{extra})\nmodel = PeftModel.from_pretrained(base, "{title}")'
     )
-    if pipeline_tag == "text-generation":
+    if auto == "AutoModelForCausalLM":
         code += f"\n\n# or\n{ready}"
     return f"```python\n{code}\n```"
 

@@ -166,6 +166,11 @@ def _parts() -> dict[str, list[tuple[str, str]]]:
     return parts
 
 
+def starter_pairs(part: str) -> list[tuple[str, str]]:
+    """All (message, reply) pairs of one part."""
+    return list(_parts()[part])
+
+
 def _texts(config: str | None) -> DatasetDict:
     """Rows {`text`}: a conversation each, its turns on lines of their own. A held-out text is never a training text."""
     texts = {
@@ -179,11 +184,6 @@ def _texts(config: str | None) -> DatasetDict:
     if config != "full":
         train, test = train[: PRETRAIN_ROWS[0]], test[: PRETRAIN_ROWS[1]]
     return DatasetDict({"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})})
-
-
-def starter_pairs(part: str) -> list[tuple[str, str]]:
-    """All (message, reply) pairs of one part."""
-    return list(_parts()[part])
 
 
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
