@@ -106,7 +106,7 @@ def _use_all_cores() -> None:
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):  # a process may be kept to fewer: two threads on one core wait for each other
+        if hasattr(os, "sched_getaffinity"):  # taskset, Slurm and containers give a process some of them
             cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
