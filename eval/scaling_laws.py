@@ -159,7 +159,8 @@ def fit_form(name: str, x: Any, loss: Any) -> dict[str, Any]:
     variation = float(((y - y.mean()) ** 2).sum())
     return {
         "form": name, "formula": form.formula, "parameters": cells,
-        "r2": float(1 - rss / variation) if variation else 1.0, "rss": float(rss), "n": len(y), "x": columns.tolist(), "loss": y.tolist(),
+        "r2": float(1 - rss / variation) if variation else 1.0, "rss": float(rss), "n": len(y),
+        "x": columns.tolist(), "loss": y.tolist(),
     }  # fmt: skip
 
 
