@@ -226,7 +226,8 @@ def scaling_figure(summary: dict[str, Any]) -> Figure:
             _law(axis, law, fits[law], summary["forecast"]["parameters"] if law == "N" else None)
         axis.set(xscale="log", xlabel=name)
         if law != "C":
-            _ticks(axis, {point[key]: _short(point[key]) for point in points})
+            more = [summary["forecast"]["parameters"]] if law == "N" else []
+            _ticks(axis, {value: _short(value) for value in [*(point[key] for point in points), *more]})
     _forecast(axes[0], summary["forecast"])
     axes[0].set_ylabel("held-out loss, nats per token")
     for axis in axes:
