@@ -256,9 +256,9 @@ def scaling_figure(summary: dict[str, Any]) -> Figure:
         summary: content of scaling.json.
     """
     points, fits = summary["points"], summary["fits"]
-    figure, axes = _grid(3, height=3.4)
+    figure, axes = _grid(3, height=4.2)
     keys = {"N": "parameters", "D": "tokens", "C": "compute"}
-    lines = {"N": ("tokens", "D = {:.2g}"), "D": ("parameters", "N = {:.2g}"), "C": ("parameters", "")}
+    lines = {"N": ("tokens", "D = {}"), "D": ("parameters", "N = {}"), "C": ("parameters", "")}
     names = ("non-embedding parameters N", "tokens D", "compute C = 6 N D, FLOPs")
     for axis, (law, key), name in zip(axes, keys.items(), names, strict=True):
         other, label = lines[law]
@@ -267,15 +267,32 @@ def scaling_figure(summary: dict[str, Any]) -> Figure:
             row = [point for point in points if point[other] == value]
             style = {"color": BLUE, "alpha": 0.35 + 0.65 * (number + 1) / len(values)}
             axis.plot([p[key] for p in row], [p["loss"] for p in row], "o" if law != "C" else ".-", markersize=4,
-                      linewidth=0.7, label=label.format(value) if label else None, **style)  # fmt: skip
+                      linewidth=0.7, label=label.format(_short(value)) if label else None, **style)  # fmt: skip
         if fits[law]:
             _law(axis, law, fits[law], summary["forecast"]["parameters"] if law == "N" else None)
         axis.set(xscale="log", xlabel=name)
+        if law != "C":
+            more = [summary["forecast"]["parameters"]] if law == "N" else []
+            _ticks(axis, {value: _short(value) for value in [*(point[key] for point in points), *more]})
     _forecast(axes[0], summary["forecast"])
     axes[0].set_ylabel("held-out loss, nats per token")
     for axis in axes:
-        axis.legend(fontsize=6, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
+
+
+def _short(count: float) -> str:
+    """1234567 as 1.2M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.{0 if count >= 10 * unit else 1}f}{name}"
+    return f"{count:.0f}"
+
+
+def _ticks(axis: Any, labels: dict[float, str]) -> None:
+    """Ticks of a logarithmic axis at these places, and no others."""
+    axis.set_xticks(list(labels), list(labels.values()))
+    axis.minorticks_off()
 
 
 def _law(axis: Any, law: str, fit: dict[str, Any], end: float | None) -> None:
@@ -317,6 +334,8 @@ def positions_figure(positions: dict[str, Any]) -> Figure:
             errors = np.abs([[b[key][end] - b[key]["mean"] for b in bins] for end in ("low", "high")])
             axis.errorbar(at, means, errors, marker="o", markersize=4, color=color, capsize=2, label=label)
         axis.set(xscale="log", xlabel="tokens of context", ylabel="nats per token")
+        _ticks(axis, {x: f"{b['first']}–{b['last']}" for x, b in zip(at, bins, strict=True)})
+        axis.tick_params(axis="x", labelsize=7)
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_title("loss by position in the context", fontsize=9)
     axes[1].set_title("difference, paired by text", fontsize=9)

@@ -158,8 +158,9 @@ def fit_form(name: str, x: Any, loss: Any) -> dict[str, Any]:
         cells[parameter] = {"mean": float(theta[number]), "low": low, "high": high}
     variation = float(((y - y.mean()) ** 2).sum())
     return {
-        "form": name, "formula": form.formula, "parameters": cells, "r2": 1 - rss / variation if variation else 1.0,
-        "rss": rss, "n": len(y), "x": columns.tolist(), "loss": y.tolist(),
+        "form": name, "formula": form.formula, "parameters": cells,
+        "r2": float(1 - rss / variation) if variation else 1.0, "rss": float(rss), "n": len(y),
+        "x": columns.tolist(), "loss": y.tolist(),
     }  # fmt: skip
 
 
@@ -219,13 +220,25 @@ def forecast(fit: dict[str, Any], x: float | Sequence[float]) -> dict[str, Any]:
 
 
 def frontier(compute: Sequence[float], loss: Sequence[float]) -> list[int]:
-    """Indices of the points that no point of less compute matches, cheapest first: the compute-efficient ones."""
-    best, kept = np.inf, []
+    """Indices of the compute-efficient points, cheapest first: the lower convex hull of (log C, L) down to its lowest.
+
+    A law L(C) is convex in log C, so a point above the line between two others spends compute worse than they do.
+    """
+    least = min(range(len(loss)), key=lambda number: (loss[number], compute[number]))
+    hull: list[int] = []
     for number in sorted(range(len(loss)), key=lambda number: (compute[number], loss[number])):
-        if loss[number] < best:
-            best = loss[number]
-            kept.append(number)
-    return kept
+        if hull and compute[number] == compute[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            first, middle = hull[-2:]
+            share = np.log(compute[middle] / compute[first]) / np.log(compute[number] / compute[first])
+            if loss[middle] < loss[first] + share * (loss[number] - loss[first]):
+                break
+            hull.pop()
+        hull.append(number)
+        if number == least:
+            break
+    return hull
 
 
 def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +285,7 @@ def check_forecast(made: dict[str, Any], measured: dict[str, Any]) -> dict[str, 
     checked = {**made, "measured": measured}
     for law in ("N", "joint"):
         if made[law]:
-            checked[law] = {**made[law], "error": made[law]["mean"] / measured["loss"] - 1}
+            checked[law] = {**made[law], "error": float(made[law]["mean"] / measured["loss"] - 1)}
     return checked
 
 

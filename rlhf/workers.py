@@ -68,5 +68,6 @@ def _run(words: list[str], max_workers: int) -> None:
         max_workers > 1
     ):  # rlhf.arguments gives a process its part of the cores; 1 thread is what `accelerate launch` set
         os.environ |= {"LOCAL_WORLD_SIZE": str(max_workers), "OMP_NUM_THREADS": "1"}
+    multiprocessing.current_process().name = "MainProcess"  # what transformers' collators take for no loader's worker
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

@@ -105,8 +105,10 @@ def test_too_few_points():
 
 
 def test_the_frontier_by_hand():
-    # the third costs more than the first and reaches no more; the last is the cheapest of its loss
-    assert frontier([1, 2, 3, 4, 2], [5.0, 4.0, 4.5, 3.0, 4.2]) == [0, 1, 3]
+    # at log2 C = 0 to 4: 4.5 is above the line from 5 to 3.5 at its place; what costs more than the best is cut off
+    assert frontier([1, 2, 4, 8, 16, 4], [5.0, 4.5, 3.5, 3.0, 3.2, 3.9]) == [0, 2, 3]
+    assert frontier([4, 2, 1], [2.0, 3.0, 4.5]) == [2, 1, 0]
+    assert frontier([1, 2], [2.0, 3.0]) == [0]
 
 
 def test_a_sweep_is_cut_into_its_laws():
