@@ -15,27 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
-from eval.figures import (
-    calibration_figure,
-    comparison_figure,
-    compression_figure,
-    curves_figure,
-    data_uri,
-    in_context_figure,
-    overoptimization_figure,
-    positions_figure,
-    rounds_figure,
-    save_figure,
-    scaling_figure,
-    training_figure,
-    transfer_figure,
-)
-from eval.metrics import table_rows
-from eval.scaling_laws import SCALING_FILE, scaling_tables
-from eval.solving import solving_rows
+from eval.figures import data_uri, save_figure, training_figure
+from eval.pictures import draw_pictures
+from eval.tables import number, tables_of
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
+from rlhf.data import read_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import is_local, public_base
 
@@ -65,10 +50,6 @@ class ReportArguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of a run, or a folder of runs."})
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
 def _public(value: Any) -> str:
     """A setting without this machine's paths."""
     words = value if isinstance(value, list) else [value]
@@ -82,7 +63,7 @@ def _public_word(word: str) -> str:
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """Content of a run's run.json, or None where there is none."""
-    return _read(folder / RUN_FILE)
+    return read_json(folder / RUN_FILE)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -104,7 +85,7 @@ def find_runs(folder: Path) -> list[Path]:
     found: dict[Path, Path] = {}
 
     def follow(path: Path) -> None:
-        run = _read(path / RUN_FILE)
+        run = read_json(path / RUN_FILE)
         if run is None or path.resolve() in found:
             return
         found[path.resolve()] = path  # holds its place, against circles
@@ -123,65 +104,23 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The log of a training run: of its end, or of its newest checkpoint."""
     for place in (folder, *reversed(checkpoints(str(folder)))):
         for name in LOG_FILES:
-            state = _read(place / name)
+            state = read_json(place / name)
             if state is not None:
                 return state.get("log_history") or state.get("log") or []
     return []
 
 
 def draw(folder: Path) -> list[tuple[Path, str]]:
-    """Draw the pictures of one run into its folder.
+    """Draw the pictures of one run into its folder: how its training went, and what its results show.
 
     Returns:
         file and caption of each.
     """
-    run = _read(folder / RUN_FILE)
-    figures: list[tuple[str, Figure | None, str]] = [
-        ("training.png", training_figure(run["recipe"], read_log(folder)), "Training of " + folder.name + ".")
-    ]
-    evaluation, results = _read(folder / "evaluation.json"), _read(folder / "results.json")
-    if evaluation and "reliability" in evaluation:
-        caption = f"On {evaluation['n']} held-out pairs: is the reward model right as often as it is sure?"
-        figures.append(("calibration.png", calibration_figure(evaluation), caption))
-    if results and "models" in results:
-        figures.append(("comparison.png", comparison_figure(results), "Win rates with 95% intervals."))
-        if "reliability" in results.get("reward_model", {}):
-            caption = f"The reward model beside the gold score, on {results['reward_model']['n']} held-out pairs."
-            figures.append(("calibration.png", calibration_figure(results["reward_model"]), caption))
-    if results and "num_fewshot" in results:
-        caption = f"Accuracy of {_public(results['model'])} with examples in the prompt, with 95% intervals."
-        figures.append(("in_context.png", in_context_figure(results), caption))
-    if over := _read(folder / "overoptimization.json"):
-        caption = (
-            "Scores against distance from the start, with 95% intervals and the curves of Gao et al. (2022). Where the "
-            "gold score turns down while the proxy rises, the reward model has stopped telling the truth."
-        )
-        figures.append(("overoptimization.png", overoptimization_figure(over), caption))
-    if results and "bits_per_byte" in results:
-        caption = "Bits per byte of held-out text, with 95% intervals: fewer is better prediction."
-        figures.append(("compression.png", compression_figure(results), caption))
-    if curves := _read(folder / "curves.json"):
-        caption = (
-            "Reward and KL of the completions of each update; thin lines are runs, thick ones the mean of a method."
-        )
-        figures.append(("curves.png", curves_figure(curves["curves"]), caption))
-    if rounds := _read(folder / "rounds.json"):
-        figures.append(("rounds.png", rounds_figure(rounds), "Held-out scores after each round, with 95% intervals."))
-    if transfer := _read(folder / "transfer.json"):
-        caption = f"Held-out {transfer['score']}, and its difference to {transfer['reference']}, with 95% intervals."
-        figures.append(("transfer.png", transfer_figure(transfer), caption))
-    if scaling := _read(folder / SCALING_FILE):
-        caption = "Scaling laws: held-out loss against size, tokens and compute; the forecast with its 95% interval."
-        figures.append(("scaling.png", scaling_figure(scaling), caption))
-        if positions := scaling.get("positions"):
-            caption = f"Loss by position on {positions['blocks']} held-out blocks, with 95% bootstrap intervals."
-            figures.append(("positions.png", positions_figure(positions), caption))
-    drawn = []
-    for name, figure, caption in figures:
-        if figure is not None:
-            save_figure(figure, folder / name)
-            drawn.append((folder / name, caption))
-    return drawn
+    training = training_figure(read_json(folder / RUN_FILE)["recipe"], read_log(folder))
+    if training is None:
+        return draw_pictures(folder)
+    save_figure(training, folder / "training.png")
+    return [(folder / "training.png", f"Training of {folder.name}."), *draw_pictures(folder)]
 
 
 def describe(folder: Path, metrics: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -190,7 +129,7 @@ def describe(folder: Path, metrics: dict[str, Any] | None = None) -> dict[str, A
     Args:
         metrics: its results, if run.json hasn't got them yet.
     """
-    run = _read(folder / RUN_FILE)
+    run = read_json(folder / RUN_FILE)
     settings = {key: value for key, value in run["settings"].items() if "token" not in key}
     results = metrics or run.get("metrics") or {}
     return {
@@ -198,97 +137,12 @@ def describe(folder: Path, metrics: dict[str, Any] | None = None) -> dict[str, A
         "recipe": run["recipe"],
         "finished": run["finished"] or metrics is not None,
         "made_from": [_public(settings[key]) for key in SOURCES if settings.get(key)],
-        "results": [(RESULTS.get(name, name), _number(value)) for name, value in results.items()
+        "results": [(RESULTS.get(name, name), number(value)) for name, value in results.items()
                     if name in RESULTS or not name.startswith(("eval_", "epoch"))],
         "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in draw(folder)],
         "remarks": [entry for entry in read_log(folder) if "remark" in entry],
         "settings": sorted((key, _public(value)) for key, value in settings.items() if " " not in key),
     }  # fmt: skip
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _with_interval(cell: dict[str, Any] | None) -> str:
-    return f"{cell['mean']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]" if cell else ""
-
-
-def _in_context_table(results: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
-    numbers = [str(number) for number in results["num_fewshot"]]
-    rows = [
-        [task, *(_with_interval(cells[number]) for number in numbers), _with_interval(results["differences"].get(task))]
-        for task, cells in results["tasks"].items()
-    ]
-    for name, cells in results.get("against_baseline", {}).get("cluster", {}).items():
-        rows.append([f"{name}, against {results['baseline']}", *(_with_interval(cells[n]) for n in numbers), ""])
-    heading = ["task", *(f"{number} examples" for number in numbers), f"{numbers[-1]} − {numbers[0]}"]
-    return "Accuracy in context", "95% bootstrap intervals; differences are paired.", heading, rows
-
-
-def newest_results(folders: list[Path]) -> Any:
-    """Content of the newest results.json among the runs."""
-    files = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
-    return _read(max(files, key=lambda file: file.stat().st_mtime)) if files else None
-
-
-def tables_of(folders: list[Path]) -> list[dict[str, Any]]:
-    """Tables of the comparisons, over-optimization and rounds among the runs."""
-    tables = []
-    for folder in folders:
-        if (results := _read(folder / "results.json")) and "models" in results:
-            names, rows = table_rows(results)
-            if any((path / "rounds.json").exists() for path in folders) and results != newest_results(folders):
-                continue  # each round's comparison holds the ones before
-            note = f"Means with 95% bootstrap intervals; win rates and KL against {results.get('reference', 'sft')!r}."
-            tables.append(("Evaluation on held-out prompts", note, ["", *names], rows))
-        if results and "bits_per_byte" in results:
-            rows = [
-                [name, *(f"{cell[key]:.3f}" for key in ("mean", "low", "high"))]
-                for name, cell in results["bits_per_byte"].items()
-            ]
-            note = f"{results['texts']} held-out texts of {results['bytes']:,} bytes; 95% bootstrap intervals."
-            tables.append(("Compression", note, ["", "bits per byte", "low", "high"], rows))
-        if results and "num_fewshot" in results:
-            tables.append(_in_context_table(results))
-        if over := _read(folder / "overoptimization.json"):
-            rows = [
-                [point["name"], f"{point['sqrt_kl']:.2f}", *(f"{point[s]['mean']:.3f} [{point[s]['low']:.3f}, "
-                 f"{point[s]['high']:.3f}]" for s in ("gold", "proxy"))]
-                for point in (*over["ppo"], *over["best_of_n"])
-            ]  # fmt: skip
-            note = f"Best by the truth: {over['best']}. Keep {over['keep']}: no worse beyond doubt, nearer the start."
-            tables.append(("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows))
-        if transfer := _read(folder / "transfer.json"):
-            note = "Bootstrapped over held-out rows and seeds together; differences are paired by both."
-            tables.append(("Ways of fine-tuning", note, *transfer_rows(transfer)))
-        if (rounds := _read(folder / "rounds.json")) and "baselines" in rounds:
-            note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
-            tables.append((f"Solved problems of {folder.name}", note, *solving_rows(rounds)))
-        if scaling := _read(folder / SCALING_FILE):
-            tables += scaling_tables(scaling)
-        if agreement := _read(folder / "agreement.json"):
-            rows = [[name, "-" if value is None else _number(value)] for name, value in agreement.items()]
-            tables.append((f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))
-    return [
-        {"id": f"table-{number}", "title": title, "note": note, "heading": heading, "rows": rows}
-        for number, (title, note, heading, rows) in enumerate(tables, 1)
-    ]
-
-
-def transfer_rows(transfer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the table of transfer.json."""
-    heading = ["", transfer["score"], "each seed", f"minus {transfer['reference']}"]
-    rows = []
-    for name, cell in transfer["models"].items():
-        gain = transfer["differences"].get(name)
-        rows.append([
-            name,
-            "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**cell),
-            ", ".join(f"{value:.1%}" for value in cell["seeds"]),
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * gain[key] for key in ("mean", "low", "high"))) if gain else "",
-        ])  # fmt: skip
-    return heading, rows
 
 
 def samples_of(folders: list[Path]) -> dict[str, Any] | None:
@@ -318,7 +172,8 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
     folder = Path(output_dir)
     folders = find_runs(folder)
     runs = [describe(path, metrics if path.resolve() == folder.resolve() else None) for path in folders]
-    tables, samples = tables_of(folders), samples_of(folders)
+    samples = samples_of(folders)
+    tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]
     sections = [("lineage", "Lineage"), *((table["id"], table["title"]) for table in tables)]
     sections += [(f"run-{number}", run["name"]) for number, run in enumerate(
         [run for run in runs if run["pictures"] or run["remarks"]], 1)]  # fmt: skip
@@ -332,7 +187,7 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
         runs=runs,
         tables=tables,
         samples=samples,
-        commands=[_read(path / RUN_FILE)["command"] for path in folders],
+        commands=[read_json(path / RUN_FILE)["command"] for path in folders],
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.intervals import RESAMPLES
-from eval.report import transfer_rows, write_report
+from eval.report import write_report
+from eval.tables import transfer_rows
 from rlhf.arguments import RUN_FILE, finish_run, need_one_process, parse, start_run
 from rlhf.data import write_json
 from rlhf.errors import InputError, report_errors

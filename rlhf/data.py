@@ -398,6 +398,11 @@ def write_json(path: Path, content: Any) -> None:
     working.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, or None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write_tasks(folder: str, tasks: list[Task]) -> None:
     """Write tasks.jsonl into a run's folder, whole or not at all."""
     write_jsonl(Path(folder) / TASKS_FILE, [task._asdict() for task in tasks])

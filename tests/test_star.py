@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from eval.figures import rounds_figure
-from eval.report import tables_of
 from eval.solving import accuracy, references_of, solving_rows, summarize
+from eval.tables import tables_of
 from rlhf.data import encode_conversation, write_jsonl
 from rlhf.errors import InputError
 from rlhf.problems import KINDS, few_shot, final_answer, known_answer, majority, plain_answer, starter_problems
@@ -200,7 +200,7 @@ def test_summary_table_and_picture(tmp_path):
     assert [row[1].split()[0] for row in rows[2:]] == ["50.0%", "0.0%", "100.0%"]
     axis = rounds_figure(summary).axes[0]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == list(summary["baselines"])
-    assert tables_of([tmp_path])[0]["rows"] == rows
+    assert tables_of([tmp_path])[0].rows == rows
 
 
 # ---------------------------------------------------------------------------------------------- the recipe
