@@ -5,14 +5,12 @@ import itertools
 import json
 import lzma
 import math
-import runpy
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -74,16 +72,6 @@ def data(own, tmp_path_factory):
     own.save_pretrained(folder / "tokenizer")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return folder
-
-
-def run_here(script, *arguments):
-    """Run a recipe in this process, which has the libraries loaded already."""
-    before = sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        sys.argv = before
 
 
 def pretrain(data, objective, out, *more):
