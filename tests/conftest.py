@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -116,16 +115,6 @@ def run(script, *arguments, processes=1, check=True, environment=None, cwd=ROOT)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
-
-
-def run_here(script, *arguments):
-    """Run a recipe in this process, which has the libraries loaded already."""
-    before = sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        sys.argv = before
 
 
 TINY_TRAINING = [

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -74,12 +74,15 @@ def data(own, tmp_path_factory):
     return folder
 
 
-def pretrain(data, objective, out, *more):
+def pretrain(data, objective, out, *more, check=True):
     name = "pretrain" if objective == "causal" else f"pretrain_{objective}"
-    run_here(
+    return run(
         "recipes/pretrain.py", "--config", ROOT / "recipes" / "configs" / f"{name}.yaml", "--tokenizer_name",
-        data / "tokenizer", "--dataset_name", data / "text.jsonl", "--output_dir", out, *SMALL, *more,
+        data / "tokenizer", "--dataset_name", data / "text.jsonl", "--output_dir", out, *SMALL, *more, check=check,
     )  # fmt: skip
+
+
+def metrics_of(out):
     return json.loads((out / "run.json").read_text())["metrics"]
 
 
@@ -352,7 +355,8 @@ def test_muon_turns_the_layers_matrices_and_adamw_the_rest(own):
 def causal(data, tmp_path_factory):
     """A run's folder and metrics."""
     out = tmp_path_factory.mktemp("causal") / "out"
-    return out, pretrain(data, "causal", out)
+    pretrain(data, "causal", out)
+    return out, metrics_of(out)
 
 
 def test_a_causal_run_says_what_it_reached(causal, own):
@@ -375,20 +379,18 @@ def test_a_causal_run_says_what_it_reached(causal, own):
     assert torch.equal(loaded.base_model.embed_tokens.weight, model.base_model.embed_tokens.weight)
 
 
-def test_a_finished_run_is_skipped_and_another_tokenizer_is_another_run(data, causal, capsys):
+def test_a_finished_run_is_skipped_and_another_tokenizer_is_another_run(data, causal):
     out, _ = causal
     before = (out / "model.safetensors").read_bytes()
-    pretrain(data, "causal", out)
-    assert "already finished" in capsys.readouterr().out
+    assert "already finished" in pretrain(data, "causal", out).stdout
     assert (out / "model.safetensors").read_bytes() == before
     kept = (data / "tokenizer" / "tokenizer.json").read_text()
     train_tokenizer(TEXTS, 300, extra_ids=20).save_pretrained(data / "tokenizer")
     try:
-        with pytest.raises(SystemExit) as stop:
-            pretrain(data, "causal", out)
+        other = pretrain(data, "causal", out, check=False)
     finally:
         (data / "tokenizer" / "tokenizer.json").write_text(kept)
-    assert stop.value.code == 2 and "these differ: content of" in capsys.readouterr().err
+    assert other.returncode == 2 and "these differ: content of" in other.stderr
 
 
 @pytest.mark.parametrize("objective,loads,metric", [
@@ -398,7 +400,8 @@ def test_a_finished_run_is_skipped_and_another_tokenizer_is_another_run(data, ca
     ("span", AutoModelForSeq2SeqLM, "eval_token_accuracy"),
 ])  # fmt: skip
 def test_every_objective_trains_and_resumes_as_if_nothing_had_happened(objective, loads, metric, data, tmp_path):
-    metrics = pretrain(data, objective, tmp_path / "out")
+    pretrain(data, objective, tmp_path / "out")
+    metrics = metrics_of(tmp_path / "out")
     assert ("bits_per_byte" in metrics) == (objective == "causal") and metrics["eval_loss"] > 0
     assert metric is None or 0 <= metrics[metric] <= 1
     model = loads.from_pretrained(tmp_path / "out")
@@ -413,7 +416,8 @@ def test_every_objective_trains_and_resumes_as_if_nothing_had_happened(objective
     (tmp_path / "out" / "run.json").write_text(json.dumps({**run, "finished": False}))
     (tmp_path / "out" / "model.safetensors").unlink()
     (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "gone")
-    again = pretrain(data, objective, tmp_path / "out")
+    assert "Resuming from" in pretrain(data, objective, tmp_path / "out").stdout
+    again = metrics_of(tmp_path / "out")
     assert again["eval_loss"] == metrics["eval_loss"] and again["train_tokens"] == metrics["train_tokens"]
     resumed = loads.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(resumed[name], trained[name]) for name in trained)
@@ -423,17 +427,17 @@ def test_every_objective_trains_and_resumes_as_if_nothing_had_happened(objective
 
 
 def test_a_masked_model_fills_in(data, tmp_path):
-    metrics = pretrain(data, "masked", tmp_path / "out", "--next_sentence_prediction", "false")
+    pretrain(data, "masked", tmp_path / "out", "--next_sentence_prediction", "false")
+    metrics = metrics_of(tmp_path / "out")
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.architectures == ["BertForMaskedLM"]
     assert len(pipeline("fill-mask", model=str(tmp_path / "out"))("Do you like [MASK]?", top_k=3)) == 3
 
 
-def test_a_run_without_its_tokenizer_is_refused(data, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        pretrain(data, "causal", tmp_path / "out", "--tokenizer_name", tmp_path / "none")
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    assert "no tokenizer there. Train one first" in capsys.readouterr().err
+def test_a_run_without_its_tokenizer_is_refused(data, tmp_path):
+    result = pretrain(data, "causal", tmp_path / "out", "--tokenizer_name", tmp_path / "none", check=False)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "no tokenizer there. Train one first" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------- compression
@@ -496,9 +500,9 @@ def test_xz_is_paid_in_full():
     assert (grouped["values"], grouped["weights"], grouped["mean"]) == ([3.0, 7.0], [2.0, 4.0], 10 / 6)
 
 
-def test_compression_writes_a_table_with_intervals_and_a_picture(causal, data, tmp_path, capsys):
+def test_compression_writes_a_table_with_intervals_and_a_picture(causal, data, tmp_path):
     out, metrics = causal
-    run_here(
+    result = run(
         "eval/compression.py", "--models", f"mine={out}", "--dataset_name", data / "text.jsonl", "--dtype", "float32",
         "--max_length", 32, "--output_dir", tmp_path / "out",
     )  # fmt: skip
@@ -509,8 +513,7 @@ def test_compression_writes_a_table_with_intervals_and_a_picture(causal, data, t
     assert cells["mine"]["mean"] == pytest.approx(metrics["bits_per_byte"], rel=1e-3)
     less = results["differences"]["mine_minus_xz"]
     assert less["mean"] == pytest.approx(cells["mine"]["mean"] - cells["xz"]["mean"])
-    assert "less this" in capsys.readouterr().out and (tmp_path / "out" / "compression.png").stat().st_size > 1000
+    assert "less this" in result.stdout and (tmp_path / "out" / "compression.png").stat().st_size > 1000
     assert "Compression" in (tmp_path / "out" / "report.html").read_text()
-    with pytest.raises(SystemExit):
-        run_here("eval/compression.py", "--models", str(out), "--output_dir", tmp_path / "x")
-    assert "error: --models" in capsys.readouterr().err
+    wrong = run("eval/compression.py", "--models", out, "--output_dir", tmp_path / "x", check=False)
+    assert wrong.returncode == 2 and "error: --models" in wrong.stderr

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import assistant, run_here, user
+from conftest import assistant, run, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
@@ -106,32 +106,29 @@ def test_bytes_per_token_by_hand(own):
     assert cell["mean"] == pytest.approx(5 / 3) and cell["n"] == 2
 
 
-def test_the_recipe_reports_bytes_per_token_beside_the_starters(tmp_path, capsys):
+def test_the_recipe_reports_bytes_per_token_beside_the_starters(tmp_path):
     data = tmp_path / "text.jsonl"
     rows = [{"messages": user(text) + assistant("Ja, größer!")} for text in TEXTS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     arguments = ["--dataset_name", data, "--vocab_size", 400, "--output_dir", out]
-    run_here("recipes/tokenizer.py", *arguments)
+    first = run("recipes/tokenizer.py", *arguments)
     metrics = json.loads((out / "run.json").read_text())["metrics"]
     assert metrics["bytes_per_token/own_low"] <= metrics["bytes_per_token/own"] <= metrics["bytes_per_token/own_high"]
     assert metrics["bytes_per_token/own less starter"] == pytest.approx(
         metrics["bytes_per_token/own"] - metrics["bytes_per_token/starter"]
     )
-    assert "held-out bytes per token" in capsys.readouterr().out and (out / "report.html").exists()
+    assert "held-out bytes per token" in first.stdout and (out / "report.html").exists()
     assert "größer" in AutoTokenizer.from_pretrained(out).decode(
         AutoTokenizer.from_pretrained(out)("größer")["input_ids"]
     )
-    run_here("recipes/tokenizer.py", *arguments)
-    assert "already finished" in capsys.readouterr().out
+    assert "already finished" in run("recipes/tokenizer.py", *arguments).stdout
 
 
-def test_bad_input_gets_one_clear_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_here("recipes/tokenizer.py", "--vocab_size", 300, "--output_dir", tmp_path / "out")
-    assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    message = "error: --vocab_size 300: too small for 256 bytes and 106 special tokens. Give at least 362"
-    assert message in capsys.readouterr().err
+def test_bad_input_gets_one_clear_line(tmp_path):
+    result = run("recipes/tokenizer.py", "--vocab_size", 300, "--output_dir", tmp_path / "out", check=False)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "error: --vocab_size 300: too small for 256 bytes and 106 special tokens. Give at least 362" in result.stderr
     check_vocab_size(362, 100)
     for arguments, message in (((361, 100), "at least 362"), ((400, -1), "--extra_ids -1")):
         with pytest.raises(InputError, match=message):
