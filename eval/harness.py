@@ -171,8 +171,13 @@ class SharedPrefixLM(HFLM):
 
 
 @functools.cache
-def _task_manager() -> TaskManager:
-    return TaskManager()
+def _task_manager(known: bool) -> TaskManager:
+    """With the tasks that lm-eval knows, which takes seconds, or without."""
+    return TaskManager(include_defaults=known)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def find_tasks(names: list[str]) -> list[str]:
@@ -182,11 +187,11 @@ def find_tasks(names: list[str]) -> list[str]:
         InputError: for anything else.
     """
     for name in names:
-        if name.endswith((".yaml", ".yml")):
+        if _is_file(name):
             if not Path(name).is_file():
                 raise InputError(f"--tasks {name}: no such file.")
-        elif name not in _task_manager().all_tasks:
-            near = difflib.get_close_matches(name, [*TASKS, *_task_manager().all_tasks], n=1)
+        elif name not in _task_manager(True).all_tasks:
+            near = difflib.get_close_matches(name, [*TASKS, *_task_manager(True).all_tasks], n=1)
             raise InputError(
                 f"--tasks {name}: neither a starter task ({', '.join(TASKS)}) nor one of lm-eval's nor a YAML file."
                 + (f" Did you mean {near[0]}?" if near else "")
@@ -223,10 +228,11 @@ def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str,
     """
     file = Path(args.output_dir) / f"answers-{num_fewshot}.jsonl"
     if not file.exists():
+        manager = _task_manager(any(isinstance(task, str) and not _is_file(task) for task in tasks))
         try:
             results = lm_eval.simple_evaluate(
                 lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=args.limit, bootstrap_iters=0,
-                apply_chat_template=args.apply_chat_template, task_manager=_task_manager(), random_seed=args.seed,
+                apply_chat_template=args.apply_chat_template, task_manager=manager, random_seed=args.seed,
                 numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
             )  # fmt: skip
         except (OSError, KeyError, DatasetsError, FileNotFoundError) as error:

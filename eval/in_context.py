@@ -39,7 +39,7 @@ from rlhf.arguments import command, finish_run, need_one_process, parse, start_r
 from rlhf.data import write_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
-from rlhf.instructions import InstructionTask, TaskArguments, load_tasks, worded
+from rlhf.instructions import TaskArguments, load_tasks, worded
 from rlhf.models import load_causal_lm, load_tokenizer, resolve
 from rlhf.starter import STARTER
 from rlhf.starter_tasks import TASKS
@@ -123,6 +123,23 @@ def check(args: InContextArguments) -> None:
         raise InputError("eval/in_context.py needs lm-eval. Install it with: pip install -e '.[eval]'") from None
 
 
+def is_ours(task: str) -> bool:
+    return task in {STARTER, *TASKS}
+
+
+def questions(
+    script_args: ScriptArguments, task_args: TaskArguments, args: InContextArguments
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The worded rows, `train` and `test`, of the starter's tasks and the user's own, by task."""
+    if task_args.tasks == [] and script_args.dataset_name in (None, STARTER):
+        return {}
+    wording: dict[str, Any] = {"num_templates": args.num_templates, "include_options": task_args.include_options}
+    return {
+        task.name: {"train": worded(task, task.train, **wording), "test": worded(task, task.test, **wording)}
+        for task in load_tasks(script_args, task_args, POOL, args.limit, args.seed)
+    }
+
+
 def main() -> None:
     script_args, task_args, args, model_args = parse(
         __file__, ScriptArguments, TaskArguments, InContextArguments, ModelConfig
@@ -132,17 +149,10 @@ def main() -> None:
     from eval import harness  # takes seconds, so mistakes above answer first
 
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    given = task_args.tasks or []
-    others = harness.find_tasks([name for name in given if name not in {STARTER, *TASKS}])
-    ours = None if task_args.tasks is None else [name for name in given if name in {STARTER, *TASKS}]
-    tasks: list[InstructionTask] = []
-    if ours != [] or script_args.dataset_name not in (None, STARTER):
-        tasks = load_tasks(script_args, dataclasses.replace(task_args, tasks=ours), POOL, args.limit, args.seed)
-    wording = {"num_templates": args.num_templates, "include_options": task_args.include_options}
-    rows = {
-        task.name: {"train": worded(task, task.train, **wording), "test": worded(task, task.test, **wording)}
-        for task in tasks
-    }
+    names = task_args.tasks
+    others = harness.find_tasks([name for name in names or [] if not is_ours(name)])
+    ours = None if names is None else [name for name in names if is_ours(name)]
+    rows = questions(script_args, dataclasses.replace(task_args, tasks=ours), args)
     baseline = harness.read_answers(args.baseline_dir, args.num_fewshot, rows) if args.baseline_dir else None
     tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
     if not start_run(__file__, args.output_dir, script_args, task_args, args, model_args):

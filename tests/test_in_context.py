@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run, save_tiny
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from trl import ModelConfig
 
 import eval.in_context as script
@@ -44,9 +45,9 @@ def evaluated(sharp, tmp_path_factory):
         (ROOT / "eval" / "tasks" / "multiple_choice.yaml").read_text()
         + f"task: colours\ndataset_kwargs: {{data_files: {{train: {out}/train.jsonl, test: {out}/test.jsonl}}}}\n"
     )
-    arguments = ["--tasks", "sentiment", "addition", out / "colours.yaml", "--dataset_name", out / "my.jsonl",
+    arguments = ["--tasks", "question", "addition", out / "colours.yaml", "--dataset_name", out / "my.jsonl",
                  "--templates", out / "my.yaml",
-                 "--limit", 12, "--num_fewshot", 2, 0, "--dtype", "float32"]  # fmt: skip
+                 "--limit", 8, "--num_fewshot", 2, 0, "--dtype", "float32"]  # fmt: skip
     first = run("eval/in_context.py", *arguments, "--model_name_or_path", sharp, "--output_dir", out / "a")
     return out, first.stdout, arguments
 
@@ -116,27 +117,27 @@ def test_ten_documents_share_their_examples_and_more_examples_begin_with_fewer()
     assert four[0][0] not in sampler.sample(49, eval_doc=four[0][0])
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_prompts_have_the_examples_with_their_answers_and_the_question_last(chat, model, tokenizer, tmp_path):
+def test_prompts_have_the_examples_with_their_answers_and_the_question_last(model, tokenizer, tmp_path):
     rows = {
         split: [{"prompt": f"{split} {n}?", "choices": ["red", "blue"], "label": n % 2} for n in range(6)]
         for split in ("train", "test")
     }
-    results = lm_eval.simple_evaluate(
-        SharedPrefixLM(model, tokenizer, 8), tasks=[write_task("colours", rows, tmp_path)], num_fewshot=2,
-        apply_chat_template=chat, bootstrap_iters=0,
-    )  # fmt: skip
-    for sample in results["samples"]["colours"]:
-        texts = [text for text, _ in sample["arguments"]]
-        assert texts[0] == texts[1]
-        assert [answer.strip() for _, answer in sample["arguments"]] == ["red", "blue"]
-        assert len(re.findall(r"train \d\?", texts[0])) == 2 and len(re.findall(r"test \d\?", texts[0])) == 1
-        for n in range(6):
-            if f"train {n}?" in texts[0]:
-                between = "<|im_end|>\n<|im_start|>assistant\n" if chat else " "
-                assert f"train {n}?{between}{['red', 'blue'][n % 2]}" in texts[0]
-        end = f"test {sample['doc_id']}?" + ("<|im_end|>\n<|im_start|>assistant\n" if chat else "")
-        assert texts[0].endswith(end)
+    for chat in (False, True):
+        results = lm_eval.simple_evaluate(
+            SharedPrefixLM(model, tokenizer, 8), tasks=[write_task("colours", rows, tmp_path)], num_fewshot=2,
+            apply_chat_template=chat, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
+        )  # fmt: skip
+        for sample in results["samples"]["colours"]:
+            texts = [text for text, _ in sample["arguments"]]
+            assert texts[0] == texts[1]
+            assert [answer.strip() for _, answer in sample["arguments"]] == ["red", "blue"]
+            assert len(re.findall(r"train \d\?", texts[0])) == 2 and len(re.findall(r"test \d\?", texts[0])) == 1
+            for n in range(6):
+                if f"train {n}?" in texts[0]:
+                    between = "<|im_end|>\n<|im_start|>assistant\n" if chat else " "
+                    assert f"train {n}?{between}{['red', 'blue'][n % 2]}" in texts[0]
+            end = f"test {sample['doc_id']}?" + ("<|im_end|>\n<|im_start|>assistant\n" if chat else "")
+            assert texts[0].endswith(end)
 
 
 def answered(scores, cluster="c"):
@@ -162,8 +163,8 @@ def test_results_by_hand():
 def test_the_run_reports_what_was_answered(evaluated):
     out, log, _ = evaluated
     results, answers = read(out / "a")
-    assert set(results["tasks"]) == {"sentiment", "addition", "mine", "colours"}
-    assert set(results["clusters"]) == {"sentiment", "arithmetic", "own"}
+    assert set(results["tasks"]) == {"question", "addition", "mine", "colours"}
+    assert set(results["clusters"]) == {"sentence", "arithmetic", "own"}
     for k, rows in answers.items():
         for row in rows:
             logprobs = [logprob for logprob, _ in row["responses"]]
@@ -174,7 +175,7 @@ def test_the_run_reports_what_was_answered(evaluated):
             assert cell["mean"] == pytest.approx(sum(scores) / len(scores)) and cell["n"] == len(scores)
             assert cell["low"] <= cell["mean"] <= cell["high"]
     assert answers[0][0]["responses"] != answers[2][0]["responses"]  # the examples were read
-    assert results["chance"] == {"sentiment": 0.5, "addition": 0.25, "mine": 0.5}
+    assert results["chance"] == {"question": 0.5, "addition": 0.25, "mine": 0.5}
     assert results["num_fewshot"] == [0, 2]
     assert "2 examples beat 0 on" in log and "of 4 tasks" in log
     report = (out / "a" / "report.html").read_text()
@@ -233,7 +234,7 @@ def test_bad_input_gets_one_clear_line(arguments, message, monkeypatch, tmp_path
 def test_other_questions_are_no_baseline(evaluated, sharp, monkeypatch, tmp_path):
     out, _, arguments = evaluated
     other = [*arguments, "--seed", 7, "--model_name_or_path", sharp, "--baseline_dir", out / "a"]
-    with pytest.raises(InputError, match="other questions were asked in task 'sentiment'"):
+    with pytest.raises(InputError, match="other questions were asked in task 'question'"):
         again(monkeypatch, *other, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,10 +1,11 @@
 """Templates, mixing and holding out: instructions are worded as written down, and bad templates are named."""
 
 import json
+import runpy
 from collections import Counter
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from trl import ScriptArguments
 
 from rlhf.errors import InputError
@@ -169,23 +170,26 @@ def test_the_recipe_mixes_with_a_cap_and_holds_a_cluster_out(made):
     for row in train:
         assert [message["role"] for message in row["prompt"] + row["completion"]] == ["user", "assistant"]
         if row["template"] == "worded":
-            number = int(row["prompt"][0]["content"].removeprefix("Film: film "))
+            number = int(row["prompt"][0]["content"].splitlines()[0].removeprefix("Film: film "))
             assert row["completion"][0]["content"] == ["thumbs down", "thumbs up"][number % 2]
     prompts = {row["prompt"][0]["content"] for row in train}
     assert not prompts & {row["prompt"][0]["content"] for row in test}
     assert json.loads((out / "run.json").read_text())["finished"] and (out / "report.html").exists()
 
 
-def test_the_recipe_is_done_once_and_says_what_is_wrong(made, mine):
+def test_the_recipe_is_done_once_and_says_what_is_wrong(made, tmp_path, monkeypatch, capsys):
     out, _, arguments = made
-    before = (out / "train.jsonl").read_bytes()
-    assert "already finished" in run("recipes/instructions.py", *arguments).stdout
+    script, before = str(ROOT / "recipes" / "instructions.py"), (out / "train.jsonl").read_bytes()
+    monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+    runpy.run_path(script, run_name="__main__")
+    assert "already finished" in capsys.readouterr().out
     assert (out / "train.jsonl").read_bytes() == before
-    unknown = [str(word).replace("sorting", "poetry") for word in arguments]
-    wrong = run("recipes/instructions.py", *unknown, check=False)
-    assert wrong.returncode == 2
-    assert "error: --held_out_clusters poetry: no task is of this cluster" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    unknown = [str(word).replace("sorting", "poetry") for word in arguments[:-1]]
+    monkeypatch.setattr("sys.argv", [script, *unknown, str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.startswith("error: --held_out_clusters poetry: no task is of this cluster")
 
 
 def test_the_same_seed_gives_the_same_instructions():
