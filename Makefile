@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo bench optimum kills test lint format
+.PHONY: setup chromium demo road bench optimum kills test lint format
 
 setup: $(SETUP)
 
@@ -22,6 +22,11 @@ $(DEV): $(SETUP)
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+# the road before RLHF: tokenizer, pretraining, fine-tuning, in context, instructions, scaling, RLOO, STaR
+road: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,eval]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/road.sh
 
 # PPO beside stock TRL: time and memory of an update; a problem with a known optimum; kill and resume
 bench: $(DEV)
