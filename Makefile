@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road bench optimum kills test lint format
+.PHONY: setup chromium demo road bench optimum kills people test lint format
 
 setup: $(SETUP)
 
@@ -37,6 +37,10 @@ optimum: $(DEV)
 
 kills: $(DEV)
 	$(BIN)/python tests/kill_ppo.py --kills 20
+
+# needs make demo: simulated people vote on the page, and a reward model learns from it
+people: $(DEV) chromium
+	$(BIN)/python tests/people_votes.py --model_name_or_path outputs/demo/sft --output_dir outputs/people
 
 # the pages are tested in a real browser: Debian's, or the one that playwright downloads
 chromium: $(DEV)
