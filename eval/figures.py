@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eval.fits import Kind, curve
 from eval.scaling_laws import formula, predict
@@ -99,6 +100,7 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
             axis.axvline(remark["step"], color=RED, linestyle=":", linewidth=1)
             axis.text(remark["step"], 1.0, str(number), color=RED, fontsize=8, transform=axis.get_xaxis_transform())
         axis.set_title(title, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(lines) > 1:
             axis.legend(fontsize=7, frameon=False)
     return figure

@@ -9,6 +9,7 @@ and commands and versions to repeat it. It needs no network and no other file. T
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -50,15 +51,17 @@ class ReportArguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of a run, or a folder of runs."})
 
 
-def _public(value: Any) -> str:
-    """A setting without this machine's paths."""
+def _public(value: Any, names: dict[Path, str] | None = None) -> str:
+    """A setting without this machine's paths; runs on the page have their `names` there, by folder."""
     words = value if isinstance(value, list) else [value]
-    return ", ".join(_public_word(word) if isinstance(word, str) else f"{word}" for word in words)
+    return ", ".join(_public_word(word, names or {}) if isinstance(word, str) else f"{word}" for word in words)
 
 
-def _public_word(word: str) -> str:
+def _public_word(word: str, names: dict[Path, str]) -> str:
     name, equals, path = word.rpartition("=")
-    return name + equals + (public_base(path) if is_local(path) else path)
+    if not is_local(path):
+        return word
+    return name + equals + (names.get(Path(path).expanduser().resolve()) or public_base(path))
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -123,20 +126,28 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / "training.png", f"Training of {folder.name}."), *draw_pictures(folder)]
 
 
-def describe(folder: Path, metrics: dict[str, Any] | None = None) -> dict[str, Any]:
+def names_of(folders: list[Path]) -> dict[Path, str]:
+    """What the page calls each run: its folder's name, with the parent folder's where two runs have the same."""
+    paths = [folder.resolve() for folder in folders]
+    count = Counter(path.name for path in paths)
+    return {path: path.name if count[path.name] == 1 else "/".join(path.parts[-2:]) for path in paths}
+
+
+def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | None = None) -> dict[str, Any]:
     """What the page says about one run.
 
     Args:
+        names: what the page calls each run, by folder.
         metrics: its results, if run.json hasn't got them yet.
     """
     run = read_json(folder / RUN_FILE)
     settings = {key: value for key, value in run["settings"].items() if "token" not in key}
     results = metrics or run.get("metrics") or {}
     return {
-        "name": folder.resolve().name,
+        "name": names[folder.resolve()],
         "recipe": run["recipe"],
         "finished": run["finished"] or metrics is not None,
-        "made_from": [_public(settings[key]) for key in SOURCES if settings.get(key)],
+        "made_from": [_public(settings[key], names) for key in SOURCES if settings.get(key)],
         "results": [(RESULTS.get(name, name), number(value)) for name, value in results.items()
                     if name in RESULTS or not name.startswith(("eval_", "epoch"))],
         "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in draw(folder)],
@@ -171,7 +182,8 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
         return None
     folder = Path(output_dir)
     folders = find_runs(folder)
-    runs = [describe(path, metrics if path.resolve() == folder.resolve() else None) for path in folders]
+    names = names_of(folders)
+    runs = [describe(path, names, metrics if path.resolve() == folder.resolve() else None) for path in folders]
     samples = samples_of(folders)
     tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]
     sections = [("lineage", "Lineage"), *((table["id"], table["title"]) for table in tables)]

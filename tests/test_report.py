@@ -84,6 +84,18 @@ def test_runs_come_after_what_they_were_made_from(runs):
         find_runs(runs / "nothing")
 
 
+def test_runs_with_one_name_are_told_apart(tmp_path):
+    for number in (1, 2):
+        reward = make_run(tmp_path / f"round-{number}" / "reward", "reward", model_name_or_path="starter")
+        make_run(tmp_path / f"round-{number}" / "ppo", "ppo", reward_model_path=str(reward))
+    make_run(tmp_path / "sft", "sft")
+    page = write_report(str(tmp_path)).read_text()
+    lineage = page[page.index("<tbody>") : page.index("</tbody>")]
+    for number in (1, 2):
+        assert f"<td>round-{number}/ppo</td><td>ppo</td><td>round-{number}/reward</td>" in lineage
+    assert "<td>sft</td><td>sft</td>" in lineage
+
+
 def test_the_command_writes_the_same_page_about_a_folder_of_runs(runs):
     said = run("eval/report.py", "--output_dir", runs)
     assert f"Report: {runs / 'report.html'}" in said.stdout
