@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from eval.figures import compression_figure, save_figure
@@ -35,7 +35,8 @@ from eval.report import write_report
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import control_ids, load_splits, texts_of, write_json
 from rlhf.errors import InputError, report_errors
-from rlhf.models import context_length, load_tokenizer, resolve
+from rlhf.finetuning import is_decoder
+from rlhf.models import Source, context_length, load_tokenizer, resolve
 from rlhf.tokenization import END, encode_texts, tokens_and_bytes
 
 GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
@@ -189,6 +190,16 @@ def measure(
     return cells
 
 
+def refuse_look_ahead(name: str, source: Source) -> None:
+    """Raise InputError if the model is not one that predicts each token from those before."""
+    config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    if not is_decoder(config) and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"--models {name}={source.name}: a {config.model_type} sees the whole text, so it gives no probability to "
+            "turn into bits. Give causal language models."
+        )
+
+
 def differences(cells: dict[str, dict[str, Any]], models: list[str]) -> dict[str, Any]:
     """Each model less everything else, resampled together, `<model>_minus_<other>`."""
     found = {}
@@ -229,6 +240,8 @@ def main() -> None:
     if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):
         raise InputError(f"--models {' '.join(args.models)}: give names, as in: mine=outputs/pretrain starter=starter")
     sources = {name: resolve(path, f"--models {name}=") for name, path in pairs.items()}
+    for name, source in sources.items():
+        refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")
     train, test = (texts_of(split, script_args.dataset_name) for split in (train, test))
     test = test[: args.max_texts]

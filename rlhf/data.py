@@ -63,6 +63,8 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
         raise InputError(f"--dataset_name {name}: found no data in it.")
     if train_split not in splits and (part != "held_out" or test_split not in splits):
         raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
+    if test_split == "test" not in splits and "validation" in splits:
+        splits["test"] = splits["validation"]
     if test_split not in splits:
         whole = splits[train_split]
         if len(whole) > 1:

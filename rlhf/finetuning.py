@@ -48,6 +48,7 @@ from rlhf.data import need_columns
 from rlhf.errors import InputError
 from rlhf.models import Source, base_revision, set_pad_token
 
+PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
 STRIDE = 64  # tokens that two windows of a long context share
 MAX_ANSWER_LENGTH = 30  # tokens of a predicted span, as in transformers' run_qa.py
 
@@ -188,13 +189,16 @@ def _check_texts(dataset: Dataset, kind: str, name: str) -> None:
 def _check_spans(dataset: Dataset, name: str) -> None:
     for number, row in enumerate(dataset):
         where, answers = f"--dataset_name {name}: row {number}", row["answers"]
+        for column in ("question", "context"):
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise InputError(f"{where}: column {column!r} is text; found {row[column]!r}. Remove or complete it.")
         if not isinstance(answers, dict) or not answers.get("text") or not answers.get("answer_start"):
             raise InputError(
                 f"{where}: 'answers' is {{'text': [...], 'answer_start': [...]}} with at least one answer, as in "
                 f"SQuAD 1.1; found {str(answers)[:80]}."
             )
         for text, start in zip(answers["text"], answers["answer_start"], strict=False):
-            if not text or row["context"][start : start + len(text)] != text:
+            if not text.strip() or row["context"][start : start + len(text)] != text:
                 raise InputError(
                     f"{where}: the answer {text!r} is not at character {start} of the context. Correct answer_start."
                 )
@@ -341,7 +345,7 @@ def finetuning_rows(
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length, **PLAIN)
         cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
         return {**encoded, "labels": [numbers[label] for label in batch["label"]], "cut": cut}
 
@@ -350,7 +354,9 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: 
 
 def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer([" ".join(tokens) for tokens in batch["tokens"]], truncation=True, max_length=max_length)
+        encoded = tokenizer(
+            [" ".join(tokens) for tokens in batch["tokens"]], truncation=True, max_length=max_length, **PLAIN
+        )
         labels, firsts = [], []
         for row, (tokens, tags) in enumerate(zip(batch["tokens"], batch["tags"], strict=True)):
             starts = np.cumsum([0, *(len(token) + 1 for token in tokens[:-1])]).tolist()
@@ -367,14 +373,14 @@ def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: d
 
 def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        longest = max(len(ids) for ids in tokenizer(batch["question"])["input_ids"])
+        longest = max(len(ids) for ids in tokenizer(batch["question"], **PLAIN)["input_ids"])
         if longest > max_length // 2:
             raise InputError(
                 f"--max_length {max_length}: a question has {longest} tokens, more than half. Raise --max_length."
             )
         encoded = tokenizer(
             batch["question"], batch["context"], truncation="only_second", max_length=max_length,
-            stride=min(STRIDE, max_length // 4), return_overflowing_tokens=True, return_offsets_mapping=True,
+            stride=min(STRIDE, max_length // 4), return_overflowing_tokens=True, return_offsets_mapping=True, **PLAIN,
         )  # fmt: skip
         examples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
         starts, ends, kept = [], [], []
@@ -384,8 +390,9 @@ def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
                 for span, sequence in zip(offsets[window], encoded.sequence_ids(window), strict=True)
             ])  # fmt: skip
             answers = batch["answers"][example]
-            first = answers["answer_start"][0]
-            span = _token_span(kept[-1], first, first + len(answers["text"][0]))
+            text = answers["text"][0]  # some of SQuAD's begin or end with a space, which no token of BERT's covers
+            first = answers["answer_start"][0] + len(text) - len(text.lstrip())
+            span = _token_span(kept[-1], first, first + len(text.strip()))
             if span is None:
                 ids = encoded["input_ids"][window]
                 nowhere = 0 if tokenizer.cls_token_id == ids[0] else len(ids) - 1
@@ -478,20 +485,22 @@ def _choose_trainable(
     if args.freeze_body:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
-            if name in new:
-                parameter.data = parameter.data.float()  # in bfloat16 small steps would be rounded away
-        return model
+        return in_float32(model)
     if not model_args.use_peft:
-        return model
+        return in_float32(model)
     lora = get_peft_config(model_args)
     lora.task_type = kind.task_type
     # PEFT guards these against LoRA only if it is told of them before; the names it adds itself come too late for tags
     heads = {name.split(".")[0] for name in new if not name.startswith(body)}
     inner = {name.rpartition(".")[0] for name in new if name.startswith(body)}
     lora.modules_to_save = sorted({*heads, *inner, *(lora.modules_to_save or [])})
-    model = get_peft_model(model, lora)
+    return in_float32(get_peft_model(model, lora))
+
+
+def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """The model with float32 where it is trained: in bfloat16 small steps would be rounded away."""
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return model
 
@@ -528,7 +537,7 @@ def language_model_loss(
     """
     predicted = attention_mask[:, 1:].bool()
     losses = cross_entropy(
-        linear(hidden[:, :-1][predicted], head.to(hidden.dtype)).float(), input_ids[:, 1:][predicted], reduction="none"
+        linear(hidden[:, :-1][predicted], head.to(hidden)).float(), input_ids[:, 1:][predicted], reduction="none"
     )
     weights = predicted / predicted.sum(dim=1, keepdim=True).clamp(min=1) / len(predicted)
     return (losses * weights[predicted]).sum()

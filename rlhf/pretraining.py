@@ -49,11 +49,15 @@ from rlhf.tokenization import encode_texts, sentinel
 OBJECTIVES = ("causal", "masked", "replaced", "span")
 PAIR_SEED = 20  # of the sentence pairs: which ones follow each other never changes
 # what families of configs call the width of the feed-forward layer, and their dropouts
-WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim")
+WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 DROPOUTS = (
     "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "hidden_dropout_prob",
     "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout_rate",
 )  # fmt: skip
+# their positions begin behind that of the pad token
+ROBERTA = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod")
+# causal heads whose bodies look ahead: they were trained by permutations or translation
+LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
 
 
 @dataclass
@@ -126,7 +130,7 @@ def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreT
         raise InputError(f"--next_sentence_prediction: goes with --objective masked, not with {objective}.")
     config = AutoConfig.for_model(kind)
     able, example = {
-        "causal": (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, "gpt2 or llama"),
+        "causal": (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in LOOK_AHEAD, "gpt2 or llama"),
         "masked": (type(config) in MODEL_FOR_MASKED_LM_MAPPING, "bert"),
         "replaced": (kind == "electra", "electra"),
         "span": (type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "t5"),
@@ -180,12 +184,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, args: Pretrai
         InputError: naming the tokens.
     """
     vocabulary = tokenizer.get_vocab()
-    needed: dict[str, bool] = {}
-    if args.objective in ("masked", "replaced"):
-        needed = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") is not None for kind in ("mask", "cls", "sep")}
-    elif args.objective == "span":
+    kinds = ("mask", "cls", "sep", "pad") if args.objective in ("masked", "replaced") else ("eos", "pad")
+    needed = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") is not None for kind in kinds}
+    if args.objective == "span":
         _, spans = count_spans(args.block_size, args.mlm_probability, args.mean_noise_span_length)
-        needed = {sentinel(spans - 1): sentinel(spans - 1) in vocabulary}
+        needed[sentinel(spans - 1)] = sentinel(spans - 1) in vocabulary
     missing = [token for token, there in needed.items() if not there]
     if missing:
         raise InputError(
@@ -300,18 +303,24 @@ def new_config(
     """
     default = check_objective(args, model_args)
     width = model_args.intermediate_size or 4 * model_args.hidden_size
+    heads, positions = model_args.num_attention_heads, model_args.max_position_embeddings or args.block_size
+    if model_args.model_type in ROBERTA:
+        positions += tokenizer.pad_token_id + 1
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": model_args.hidden_size,
         "num_hidden_layers": model_args.num_hidden_layers,
-        "num_attention_heads": model_args.num_attention_heads,
-        "max_position_embeddings": model_args.max_position_embeddings or args.block_size,
+        "num_attention_heads": heads,
+        "max_position_embeddings": positions,
         "tie_word_embeddings": model_args.tie_word_embeddings,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **{name: width for name in WIDTHS if hasattr(default, name)},
         **{name: model_args.dropout for name in DROPOUTS if hasattr(default, name)},
+        **{name: heads for name in ("num_key_value_heads", "decoder_attention_heads") if hasattr(default, name)},
+        **({"head_dim": model_args.hidden_size // heads} if hasattr(default, "head_dim") else {}),
+        **({"decoder_layers": model_args.num_hidden_layers} if hasattr(default, "decoder_layers") else {}),
     }
     if hasattr(default, "embedding_size"):
         settings["embedding_size"] = model_args.hidden_size
@@ -321,7 +330,7 @@ def new_config(
         settings["decoder_start_token_id"] = tokenizer.pad_token_id
         settings["num_decoder_layers"] = model_args.num_hidden_layers
         if hasattr(default, "d_kv"):
-            settings["d_kv"] = model_args.hidden_size // model_args.num_attention_heads
+            settings["d_kv"] = model_args.hidden_size // heads
     if model_args.attn_implementation:
         settings["attn_implementation"] = model_args.attn_implementation
     config = AutoConfig.for_model(model_args.model_type, **settings)
@@ -379,6 +388,12 @@ def keep_freed_memory() -> None:
 
 class PretrainingTrainer(Trainer):
     """Trainer that knows Muon, and saves the part of the model that is meant to be used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # the other objectives' heads take the number of items but ignore it, and the Trainer would add their means up
+        # over accumulated batches and processes
+        self.model_accepts_loss_kwargs &= self.args.objective == "causal"
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.args.device.type == "cpu":

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import InputError
-from rlhf.models import resolve
+from rlhf.models import PAD_CANDIDATES, resolve
 from rlhf.starter import STARTER
 
 BYTES = 256
@@ -104,7 +104,7 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that `--tokenizer_name` stands for: a folder, the tokenizer of a model, or `starter`.
 
     Raises:
-        InputError: if there is no such folder or repo, or the tokenizer has no eos or pad token.
+        InputError: if there is no such folder or repo.
     """
     folder = Path(name).expanduser()
     if name != STARTER and not (folder / "tokenizer_config.json").exists():
@@ -115,9 +115,9 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
             )
         name = resolve(name, "--tokenizer_name").base
     tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER).base if name == STARTER else name)
-    for token in ("eos_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise InputError(f"--tokenizer_name {name}: has no {token}. Set it in its tokenizer_config.json.")
+    if tokenizer.pad_token is None:  # GPT-2's; rows of packed text are never padded, what comes later is
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next((token for token in PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token)
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -38,10 +39,13 @@ from rlhf.finetuning import (
     KINDS,
     FinetuneArguments,
     FinetuningTrainer,
+    _encode_spans,
+    _encode_texts,
     check_arguments,
     data_collator,
     finetuning_config,
     finetuning_rows,
+    in_float32,
     language_model_head,
     language_model_loss,
     load_finetuning_model,
@@ -226,6 +230,35 @@ def test_spans_are_found_in_whichever_window_has_them(bases, base):
 # ---------------------------------------------------------------------------------------------- labels
 
 
+def test_an_answer_may_begin_with_a_space(bases):
+    context, answer = "Some people like tea very much.", " tea "
+    row = {"question": "What?", "context": context, "answers": {"text": [answer], "answer_start": [16]}}
+    tokenizer = prepared(bases["bert"], "spans").tokenizer
+    encoded = _encode_spans(tokenizer, 64)(Dataset.from_list([row])[:], [0])
+    (first,), (last,) = encoded["start_positions"], encoded["end_positions"]
+    assert (encoded["offsets"][0][first][0], encoded["offsets"][0][last][1]) == (17, 20)
+
+
+@pytest.mark.parametrize("base", ["llama", "bert"])
+def test_control_tokens_in_a_text_stay_text(bases, base):
+    made = prepared(bases[base], "pairs")
+    tokenizer = made.tokenizer
+    nasty = " ".join(tokenizer.all_special_tokens)
+    rows = Dataset.from_list([{"text": f"a {nasty} b", "text_pair": nasty, "label": 0}])
+    plain = Dataset.from_list([{"text": "a b", "text_pair": "c", "label": 0}])
+    encode, special = _encode_texts(tokenizer, 256, {0: 0}), {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    count = [sum(id_ in special for id_ in encode(batch[:])["input_ids"][0]) for batch in (rows, plain)]
+    assert count[0] == count[1] > 0
+
+
+def test_whatever_is_trained_is_trained_in_float32(bases):
+    model = AutoModelForSequenceClassification.from_pretrained(bases["llama"], dtype=torch.bfloat16)
+    model.model.embed_tokens.requires_grad_(False)
+    in_float32(model)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_labels_of_a_class_label_keep_their_names_and_order():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes", "maybe"])})
     data = Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}], features=features)
@@ -247,6 +280,8 @@ BAD_ROWS = {
                          "the answer 'b' is not at character 2"),
     "no answer": ([{"question": "q", "context": "abc", "answers": {"text": [""], "answer_start": []}}], None,
                   "with at least one answer"),
+    "no context": ([{"question": "q", "context": None, "answers": {"text": ["b"], "answer_start": [0]}}], None,
+                   "row 0: column 'context' is text; found None"),
     "columns": ([{"sentence": "a", "label": "x"}], None, "found ['label', 'sentence']"),
 }  # fmt: skip
 

@@ -34,12 +34,14 @@ from rlhf.optimizers import MuonWithAdamW, layer_matrices
 from rlhf.pretraining import (
     NewModelConfig,
     PretrainingConfig,
+    PretrainingTrainer,
     check_settings,
     check_tokenizer,
     new_config,
     new_model,
     packed_rows,
     pretraining_collator,
+    pretraining_rows,
     sentence_pair_rows,
 )
 from rlhf.starter import starter_dataset
@@ -194,7 +196,7 @@ def test_span_corruption_takes_15_percent_in_spans_of_three(own):
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "gpt_neox", "opt"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "gpt_neox", "opt", "qwen3", "gemma", "mistral"])
 def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type, own):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16)
@@ -211,6 +213,47 @@ def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type
     with torch.no_grad():
         same = (model(input_ids=ids).logits - model(input_ids=changed).logits).abs().amax(-1)[0]
     assert (same[:9] < 1e-5).all() and (same[9:] > 1e-5).any()
+
+
+@pytest.mark.parametrize("objective, model_type", [("masked", "roberta"), ("masked", "distilbert"), ("span", "bart")])
+def test_other_architectures_have_the_sizes_too(objective, model_type, own):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16, objective=objective)
+    check_settings(args, model_args)
+    model = new_model(new_config(model_args, args, own), args).eval()
+    ids = torch.randint(50, 300, (1, 16))
+    assert model(input_ids=ids, labels=ids).loss.isfinite()  # as many positions as a block has
+    inner = {
+        width
+        for name, parameter in model.named_parameters()
+        for width in parameter.shape
+        if not any(word in name for word in ("embed", "lm_head", "vocab", "final_logits", "decoder.bias"))
+    }
+    assert inner <= {1, 32, 48, len(own), 64}, inner
+    layers = sum(name.endswith(("self_attn.q_proj.weight", "self.query.weight", "q_lin.weight"))
+                 for name, _ in model.named_parameters())  # fmt: skip
+    assert layers == (6 if objective == "span" else 3)
+
+
+@pytest.mark.parametrize("objective, model_type", [("masked", "bert"), ("replaced", "electra"), ("span", "t5")])
+def test_accumulated_batches_take_the_step_of_the_whole_batch(objective, model_type, own, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    logged = []
+    for rows, accumulated in ((8, 1), (2, 4)):
+        args = settings_of(
+            tmp_path / str(rows), objective=objective, block_size=16, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulated, max_steps=1, logging_steps=1, save_strategy="no",
+        )  # fmt: skip
+        model = new_model(new_config(NewModelConfig(model_type=model_type, **sizes), args, own), args)
+        texts = [f"text {number} about tea and bread" for number in range(60)]
+        trainer = PretrainingTrainer(
+            model=model, args=args, train_dataset=pretraining_rows(texts, own, args, "train"), processing_class=own,
+            data_collator=pretraining_collator(own, args),
+        )  # fmt: skip
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=0.1)
+    assert logged[1]["grad_norm"] < 2 * logged[0]["grad_norm"]
 
 
 def test_the_same_seed_gives_the_same_model(own):
@@ -278,6 +321,7 @@ def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(
     ("denoise", "gpt2", {}, "--objective denoise: unknown. Give one of causal, masked, replaced, span"),
     ("causal", "lama", {}, "--model_type lama: unknown. Did you mean llama?"),
     ("causal", "t5", {}, "--objective causal: t5 has no head for it. Give --model_type gpt2 or llama"),
+    ("causal", "xlm", {}, "--objective causal: xlm has no head for it. Give --model_type gpt2 or llama"),
     ("masked", "gpt2", {}, "--objective masked: gpt2 has no head for it. Give --model_type bert"),
     ("replaced", "bert", {}, "--objective replaced: bert has no head for it. Give --model_type electra"),
     ("span", "llama", {}, "--objective span: llama has no head for it. Give --model_type t5"),
