@@ -75,7 +75,7 @@ def main() -> None:
     for curve in curves:
         first, last = curve["points"][0], curve["points"][-1]
         print(f"{curve['name']} ({curve['folder']}): reward {first['reward']:.3f} → {last['reward']:.3f}, "
-              f"KL {last['kl']:.2f} nats per completion, {last['episode']} episodes.")  # fmt: skip
+              f"KL {last['kl']:.2f} nats per completion, {last['episode']:.0f} episodes.")  # fmt: skip
     finish_run(arguments.output_dir, {})
     print(f"Report: {write_report(arguments.output_dir)}")
 

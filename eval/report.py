@@ -26,6 +26,7 @@ from rlhf.errors import InputError, report_errors
 from rlhf.hub import is_local, public_base
 
 REPORT = "report.html"
+MANY_RUNS = 12
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate")
 LOG_FILES = ("trainer_state.json", "ppo_state.json")
 # which setting names what a run was made from, in the order of the road
@@ -143,6 +144,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
     run = read_json(folder / RUN_FILE)
     settings = {key: value for key, value in run["settings"].items() if "token" not in key}
     results = metrics or run.get("metrics") or {}
+    pictures = draw(folder)
     return {
         "name": names[folder.resolve()],
         "recipe": run["recipe"],
@@ -150,7 +152,8 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
         "made_from": [_public(settings[key], names) for key in SOURCES if settings.get(key)],
         "results": [(RESULTS.get(name, name), number(value)) for name, value in results.items()
                     if name in RESULTS or not name.startswith(("eval_", "epoch"))],
-        "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in draw(folder)],
+        "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in pictures],
+        "training_only": {file.name for file, _ in pictures} == {"training.png"},
         "remarks": [entry for entry in read_log(folder) if "remark" in entry],
         "settings": sorted((key, _public(value)) for key, value in settings.items() if " " not in key),
     }  # fmt: skip
@@ -187,8 +190,12 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
     samples = samples_of(folders)
     tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]
     sections = [("lineage", "Lineage"), *((table["id"], table["title"]) for table in tables)]
-    sections += [(f"run-{number}", run["name"]) for number, run in enumerate(
-        [run for run in runs if run["pictures"] or run["remarks"]], 1)]  # fmt: skip
+    shown = [run for run in runs if run["pictures"] or run["remarks"]]
+    # of many runs, those that have nothing but training curves are folded up at the end
+    folded = [run for run in shown if len(runs) > MANY_RUNS and run["training_only"]]
+    shown = [run for run in shown if run not in folded]
+    sections += [(f"run-{number}", run["name"]) for number, run in enumerate(shown, 1)]
+    sections += [("training", "Training curves")] if folded else []
     sections += [("replies", "Replies")] if samples else []
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -197,6 +204,9 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
         summary=f"{len(runs)} runs, the last one of recipe {runs[-1]['recipe']}.",
         sections=[*sections, ("repeat", "To repeat it")],
         runs=runs,
+        shown=shown,
+        folded=folded,
+        chained=len(runs) <= MANY_RUNS,
         tables=tables,
         samples=samples,
         commands=[read_json(path / RUN_FILE)["command"] for path in folders],

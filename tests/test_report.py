@@ -96,6 +96,17 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
     assert "<td>sft</td><td>sft</td>" in lineage
 
 
+def test_of_many_runs_the_training_curves_are_folded_up(runs):
+    log = json.dumps({"log_history": [{"step": n, "loss": 1 / n} for n in range(1, 4)]})
+    for number in range(12):
+        folder = make_run(runs / f"tuned-{number}", "finetune", model_name_or_path=str(runs / "sft"))
+        (folder / "trainer_state.json").write_text(log)
+    page = write_report(str(runs)).read_text()
+    folded = page[page.index("<details>") : page.index("</details>")]
+    assert "13 runs" in folded and "<h3>tuned-7</h3>" in folded and "<h3>ppo</h3>" in folded
+    assert '">comparison</h2>' in page and '">tuned-7</h2>' not in page and "→" not in page
+
+
 def test_the_command_writes_the_same_page_about_a_folder_of_runs(runs):
     said = run("eval/report.py", "--output_dir", runs)
     assert f"Report: {runs / 'report.html'}" in said.stdout
