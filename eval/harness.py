@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
 Rows = list[dict[str, Any]]
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
+# stands in for a control token that is meant as text, until it is encoded
+STAND_IN = re.compile("\U000f0000(\\d+)\U000f0001")
 
 
 class SharedExamples(ContextSampler):
@@ -79,11 +82,46 @@ def sharpen_head(model: PreTrainedModel) -> None:
 
 
 class SharedPrefixLM(HFLM):
-    """HFLM whose log-likelihoods are computed as said above; generation is HFLM's own."""
+    """HFLM whose log-likelihoods are computed as said above; generation is HFLM's own.
+
+    Only the chat template makes control tokens. In questions, examples and answers they are encoded as the ordinary
+    characters they are written with, as rlhf.data.encode_messages does.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         sharpen_head(model)
+        self.chat = False
+        self.controls = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+    def _as_text(self, text: str) -> str:
+        """The text with stand-ins for its control tokens."""
+        pattern = "|".join(map(re.escape, self.controls)) or "(?!)"
+        return re.sub(pattern, lambda found: f"\U000f0000{self.controls.index(found.group())}\U000f0001", text)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        self.chat = True  # from now on, control tokens in prompts are the template's
+        safe = [{**message, "content": self._as_text(message["content"])} for message in chat_history]
+        return super().apply_chat_template(safe, add_generation_prompt)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return super()._encode_pair(context, self._as_text(continuation))
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        first, *others = STAND_IN.split(string if self.chat else self._as_text(string))
+        ids = super().tok_encode(first, add_special_tokens)
+        for number, text in zip(others[::2], others[1::2], strict=True):
+            control = self.controls[int(number)]
+            ids += self.tokenizer(control, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += super().tok_encode(text, add_special_tokens=False)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """For generation, which is HFLM's own: control tokens stay what they are written as."""
+        plain = [STAND_IN.sub(lambda found: self.controls[int(found[1])], string) for string in strings]
+        return super().tok_batch_encode(plain, *args, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -326,10 +364,21 @@ def summarize(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
 def against(
     answers: dict[int, dict[str, Rows]], baseline: dict[int, dict[str, Rows]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Paired differences from the baseline: `task.<task>.<number of examples>`, `cluster.<cluster>.<number>`."""
+    """Paired differences from the baseline: `task.<task>.<number of examples>`, `cluster.<cluster>.<number>`.
+
+    Raises:
+        InputError: if a task's rows are not those of the baseline.
+    """
     result: dict[str, dict[str, Any]] = {"task": {}, "cluster": {}}
     for number, tasks in answers.items():
-        before = {task: baseline[number][task] for task in tasks if task in baseline[number]}
+        tasks = {task: rows for task, rows in tasks.items() if task in baseline[number]}
+        before = {task: baseline[number][task] for task in tasks}
+        for task, rows in tasks.items():
+            if [row["doc"] for row in rows] != [row["doc"] for row in before[task]]:
+                raise InputError(
+                    f"--baseline_dir: task {task!r} has {len(rows)} rows here and {len(before[task])} in the baseline, "
+                    "or other ones. Run both with the same --limit and --seed, on the same data."
+                )
         for kind, ours, theirs in (("task", tasks, before), ("cluster", by_cluster(tasks), by_cluster(before))):
             first, second = _cells(ours, seed), _cells(theirs, seed)
             for name in second:

@@ -130,13 +130,24 @@ def is_ours(task: str) -> bool:
 def questions(
     script_args: ScriptArguments, task_args: TaskArguments, args: InContextArguments
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The worded rows, `train` and `test`, of the starter's tasks and the user's own, by task."""
+    """The worded rows, `train` and `test`, of the starter's tasks and the user's own, by task.
+
+    Raises:
+        InputError: if a task has fewer training rows than examples are asked for.
+    """
     if task_args.tasks == [] and script_args.dataset_name in (None, STARTER):
         return {}
     wording: dict[str, Any] = {"num_templates": args.num_templates, "include_options": task_args.include_options}
+    tasks = load_tasks(script_args, task_args, POOL, args.limit, args.seed)
+    for task in tasks:
+        if len(task.train) < args.num_fewshot[-1]:
+            raise InputError(
+                f"--num_fewshot {args.num_fewshot[-1]}: task {task.name!r} has {len(task.train)} training rows to draw "
+                "examples from. Give at most as many."
+            )
     return {
         task.name: {"train": worded(task, task.train, **wording), "test": worded(task, task.test, **wording)}
-        for task in load_tasks(script_args, task_args, POOL, args.limit, args.seed)
+        for task in tasks
     }
 
 

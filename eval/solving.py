@@ -14,7 +14,7 @@ from rlhf.problems import final_answer, majority
 from rlhf.rounds import ROUNDS_FILE
 
 HELD_OUT_FILE = "held_out.jsonl"  # of a round: `prompt`, `reference`, `solution`, and of round 0 `samples`
-SOLUTIONS_FILE = "solutions.jsonl"  # of a round: what it trains on
+SOLUTIONS_FILE = "solutions.jsonl"  # of a round: what was kept; SFT holds a tenth of it out for its loss
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -59,8 +59,8 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
 
     Returns:
         `rounds`: for each the cell {mean, low, high, n} `truth`, and from round 1 on `difference` to round 0, paired by
-        problem, `solutions`, how many it was trained on, and `problems`, of how many problems those are; `baselines`:
-        the same cells of the base's samples; `truth_name`.
+        problem, `solutions`, how many were kept, and `problems`, of how many problems those are; `baselines`: the same
+        cells of the base's samples; `truth_name`.
     """
     folder = Path(output_dir)
     rows = [read_jsonl(folder / f"round-{number}" / HELD_OUT_FILE) for number in range(count + 1)]
@@ -75,10 +75,10 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
     }
     rounds = [{"round": number, **_entry(cell, cells[0] if number else None)} for number, cell in enumerate(cells)]
     for entry in rounds[1:]:
-        trained = read_jsonl(folder / f"round-{entry['round']}" / SOLUTIONS_FILE)
-        entry["solutions"] = len(trained)
-        entry["problems"] = len({str(row["prompt"]) for row in trained})
-        entry["rationalized"] = sum(row["kind"] == "rationalized" for row in trained)
+        kept = read_jsonl(folder / f"round-{entry['round']}" / SOLUTIONS_FILE)
+        entry["solutions"] = len(kept)
+        entry["problems"] = len({str(row["prompt"]) for row in kept})
+        entry["rationalized"] = sum(row["kind"] == "rationalized" for row in kept)
     baselines = {label: _entry(cell, cells[0]) for label, cell in others.items()}
     summary = {"rounds": rounds, "baselines": baselines, "truth_name": name}
     write_json(folder / ROUNDS_FILE, summary)
@@ -101,14 +101,14 @@ def solving_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for label, entry in [*named, *summary["baselines"].items()]:
         truth, change = entry["truth"], entry.get("difference")
-        trained = f"{entry['solutions']} solutions of {entry['problems']} problems" if "solutions" in entry else ""
+        kept = f"{entry['solutions']} solutions of {entry['problems']} problems" if "solutions" in entry else ""
         rows.append([
             label,
             f"{truth['mean']:.1%} [{truth['low']:.1%}, {truth['high']:.1%}]",
             f"{change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]" if change else "",
-            trained + (f", {entry['rationalized']} rationalized" if entry.get("rationalized") else ""),
+            kept + (f", {entry['rationalized']} rationalized" if entry.get("rationalized") else ""),
         ])  # fmt: skip
-    return ["", summary["truth_name"], "less round 0, paired", "trained on"], rows
+    return ["", summary["truth_name"], "less round 0, paired", "kept"], rows
 
 
 def print_solving(summary: dict[str, Any]) -> None:

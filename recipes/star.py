@@ -11,9 +11,9 @@ Without arguments it reads recipes/configs/star.yaml: the starter model and gene
 answer of what was not solved and keeps the solution if it gets there (Zelikman et al. 2022). --majority_vote takes the
 most common answer for the right one (Huang et al. 2022), as is done wherever a row has no `answer`.
 
-Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py. Output: round-<r>/
-{solutions.jsonl, model, held_out.jsonl}, rounds.json, rounds.png and report.html. The same command goes on after an
-interruption, also with more --rounds.
+Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py, which holds a tenth of the
+kept solutions out for its loss. Output: round-<r>/{solutions.jsonl, model, held_out.jsonl}, rounds.json, rounds.png and
+report.html. The same command goes on after an interruption, also with more --rounds.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from rlhf.data import load_splits, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.models import context_length, load_tokenizer, resolve
 from rlhf.rounds import run_stage
-from rlhf.star import Solver, gather_solutions, problem_rows, solve_held_out
+from rlhf.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out
 
 
 @dataclass
@@ -60,6 +60,7 @@ def main() -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
     if not Path(args.sft_config).is_file():
         raise InputError(f"--sft_config {args.sft_config}: no such file.")
+    check_settings(args, model_args)
 
     # Data
     train, test = load_splits(script_args, "problems")
@@ -89,7 +90,8 @@ def main() -> None:
                 write_jsonl(following / SOLUTIONS_FILE, kept)
             flags = {"model_name_or_path": base.name, "model_revision": model_args.model_revision,
                      "dataset_name": following / SOLUTIONS_FILE, "seed": args.seed + number,
-                     "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16"}  # fmt: skip
+                     "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16",
+                     "attn_implementation": model_args.attn_implementation}  # fmt: skip
             run_stage("recipes/sft.py", args.sft_config, following / "model", flags)
 
     # Report

@@ -33,6 +33,11 @@ FREE_FLAGS = {
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
     "rounds", "server_name", "server_port", "max_workers",
 }  # fmt: skip
+# Flags that name local files or folders whose content belongs to the run.
+CONTENT_FLAGS = (
+    "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
+    "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config",
+)  # fmt: skip
 
 
 class _Parser(TrlParser):
@@ -153,6 +158,19 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     return settings
 
 
+def _contents(arguments: tuple[Any, ...]) -> dict[str, str]:
+    """Digests of the local files and folders that the arguments name."""
+    contents = {}
+    for flag in CONTENT_FLAGS:
+        # also a default, which the settings leave out: its content may change like that of any other
+        given: str | list[str] = next((getattr(a, flag) for a in arguments if getattr(a, flag, None)), [])
+        for name in [given] if isinstance(given, str) else given:
+            path = Path(str(name).rpartition("=")[2]).expanduser()
+            if path.exists():
+                contents[f"content of {name}"] = digest(str(path))
+    return contents
+
+
 def need_one_process(recipe: str) -> None:
     """Refuse a launch on several processes, which would all do and write the same.
 
@@ -183,24 +201,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
     Raises:
         InputError: if the folder holds another run or foreign files, or the command asks for a push without a token.
     """
-    settings = settings_of(*arguments)
-    for flag in (
-        "model_name_or_path",
-        "sft_model_path",
-        "reward_model_path",
-        "reward_funcs",
-        "eval_reward_funcs",
-        "dataset_name",
-        "ptx_dataset_name",
-        "templates",
-        "models",
-        "tokenizer_name",
-    ):
-        given = settings.get(flag) or []
-        for name in [given] if isinstance(given, str) else given:
-            path = Path(str(name).rpartition("=")[2]).expanduser()
-            if path.exists():
-                settings[f"content of {name}"] = digest(str(path))
+    settings = settings_of(*arguments) | _contents(arguments)
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
     if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")

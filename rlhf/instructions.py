@@ -163,7 +163,7 @@ def render(template: Template, row: dict[str, Any], where: str = "--templates") 
         row: the input columns, `choices` and `label`.
 
     Raises:
-        InputError: if the number of worded choices is not that of the row's choices, or Jinja fails.
+        InputError: if the number of worded choices is not that of the row's choices, or a template fails on the row.
     """
     choices = row["choices"]
     if template.choices is not None and len(template.choices) != len(choices):
@@ -171,12 +171,15 @@ def render(template: Template, row: dict[str, Any], where: str = "--templates") 
             f"{where}: template {template.name!r} words {len(template.choices)} choices; a row has {len(choices)}: "
             f"{choices}. Word each, in the order of the labels."
         )
+    inputs = {name: value for name, value in row.items() if name not in HIDDEN}
     try:
         options = template.choices or [_compiled(template.choice).render(choice=choice) for choice in choices]
-        inputs = {name: value for name, value in row.items() if name not in HIDDEN}
-        return _compiled(template.prompt).render(**inputs, options=options).strip(), list(options)
-    except jinja2.TemplateError as error:  # also what the sandbox refuses
-        raise InputError(f"{where}: template {template.name!r} can't be rendered ({error}).") from error
+        return _compiled(template.prompt).render({**inputs, "options": options}).strip(), list(options)
+    except Exception as error:  # Jinja's own, what the sandbox refuses, and whatever a filter raises on a cell
+        raise InputError(
+            f"{where}: template {template.name!r} can't be rendered ({error}) for the row {str(inputs)[:200]}. Correct "
+            "the template or the row."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -231,24 +234,43 @@ def _own_task(script_args: ScriptArguments, path: Path, max_train: int, max_test
             f"--dataset_name {name}: needs 'label' (a number) or 'answer' (a text), and 'choices' as a column or in "
             f"{path.name}; found {sorted(columns)}."
         )
+    if "options" in columns:
+        raise InputError(
+            f"--dataset_name {name}: has a column 'options', which in templates is the list of worded answers. Rename "
+            "the column ('choices', if it holds the answers to choose from)."
+        )
     check_templates(file, columns, f"--templates {path.name}")
     train, test = [_labelled(split, file, name).shuffle(seed=seed) for split in (train, test)]
-    inputs = sorted(columns - HIDDEN)
-    trained_on = {str([row[column] for column in inputs]) for row in train}
-    if all(str([row[column] for column in inputs]) in trained_on for row in test):
-        raise InputError(
-            f"--dataset_name {name}: task {file.task!r} has no held-out part: every test row is a training row too. "
-            f"Give a {script_args.dataset_test_split!r} split, or at least two different rows."
-        )
+    _refuse_overlap(train, test, file, name)
     train, test = [s.select(range(min(len(s), n))) for s, n in ((train, max_train), (test, max_test))]
     return InstructionTask(file.task, file.cluster, file.templates, train, test)
+
+
+def _refuse_overlap(train: Dataset, test: Dataset, file: TemplateFile, name: str) -> None:
+    """Raise InputError if a test row asks what a training row asks, by the columns that the templates name."""
+    named = {variable for template in file.templates for variable in _names_in(template.prompt, template.name)}
+    asked = sorted(named - {"options"}) or ["choices"]
+    trained_on = {str([row[column] for column in asked]) for row in train}
+    both = [row for row in test if str([row[column] for column in asked]) in trained_on]
+    if both:
+        example = ", ".join(f"{column} {str(both[0][column])[:80]!r}" for column in asked)
+        raise InputError(
+            f"--dataset_name {name}: {len(both)} of {len(test)} test rows of task {file.task!r} are training rows too, "
+            f"for example {example}. Remove repeated rows; at least two different ones are needed."
+        )
 
 
 def _labelled(split: Dataset, file: TemplateFile, name: str) -> Dataset:
     """The split with `choices` and `label` as the starter's tasks have them."""
 
     def complete(row: dict[str, Any], number: int) -> dict[str, Any]:
-        choices: list[str] = row.get("choices") or file.choices or []
+        choices = row.get("choices") or file.choices or []
+        if not isinstance(choices, list) or not all(type(choice) in (str, int, float) for choice in choices):
+            raise InputError(
+                f"--dataset_name {name}: row {number} has the choices {str(choices)[:80]}; a list of texts or numbers "
+                "is needed. Make the column 'choices' one, or leave it out and write 'choices' into the templates."
+            )
+        choices = [str(choice) for choice in choices]
         label = row["label"] if "label" in row else row["answer"]
         if isinstance(label, str):
             if label not in choices:

@@ -22,7 +22,8 @@ SEED = 20
 SIZES = {"small": (512, 200), "full": (2048, 200)}  # (train, test) problems of the starter
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lucy", "Max", "Emma", "Leo", "Nora", "Paul", "Ida")
 THINGS = ("apples", "books", "coins", "stickers", "marbles", "pencils", "shells", "cards")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])")
 # GSM8K ends its solutions with `#### 18`; models and the starter's solutions say `The answer is 18.`
 MARK = re.compile(r"####|answer is:?", re.IGNORECASE)
 
@@ -103,10 +104,16 @@ def _word(kind: Kind, numbers: tuple[int, ...], rng: random.Random) -> dict[str,
 
 
 def plain_answer(text: str) -> str:
-    """An answer in the form that is compared: a number without commas or trailing zeros, or lower-case words."""
+    """An answer in the form that is compared: a number without commas or trailing zeros, or lower-case words.
+
+    It is a number if there is one only: 3/4 and 10:30 stay as they are. Of an equation it is the right side.
+    """
+    text = text.rpartition("=")[2].strip() or text
+    first = SENTENCE_END.split(text)[0]  # models go on talking: `The answer is 7. Tom has 3 more.`
+    text = first if NUMBER.search(first) else text
     found = NUMBER.search(text)
-    if found is None:
-        return text.strip(" \t\n.,:;!?()*\"'$").casefold()
+    if found is None or re.search(r"\d", text[: found.start()] + text[found.end() :]):
+        return " ".join(text.split()).strip(" .,:;!?()*\"'$").casefold()
     try:
         number = Decimal(found.group().replace(",", ""))
     except InvalidOperation:  # digits of another script

@@ -75,22 +75,24 @@ def check_sweep(args: ScalingArguments) -> None:
     sizes, layers, budgets = args.hidden_sizes, args.num_hidden_layers, args.token_budgets
     if len(sizes) != len(layers):
         raise InputError(f"--num_hidden_layers: {len(layers)} numbers for {len(sizes)} --hidden_sizes. Give as many.")
-    models = set(zip(sizes, layers, strict=True))
-    for flag, count in (("hidden_sizes", len(models)), ("token_budgets", len(set(budgets)))):
+    models = {depth * width**2 for width, depth in zip(sizes, layers, strict=True)}  # the fit's N is 12 times that
+    for flag, what, count in (("hidden_sizes", "models (by layers * width^2)", len(models)),
+                              ("token_budgets", "numbers", len(set(budgets)))):  # fmt: skip
         if count < LAW_PARAMETERS:
             raise InputError(
-                f"--{flag}: {count} different points, fewer than the {LAW_PARAMETERS} parameters of the fit "
+                f"--{flag}: {count} different {what}, fewer than the {LAW_PARAMETERS} parameters of the fit "
                 f"L = E + (x_c / x)^alpha. Give at least {LAW_PARAMETERS}, better 5."
             )
     for flag, values in (("hidden_sizes", sizes), ("num_hidden_layers", layers), ("token_budgets", budgets),
                          ("max_workers", [args.max_workers]), ("max_eval_tokens", [args.max_eval_tokens])):  # fmt: skip
         if min(values) < 1:
             raise InputError(f"--{flag} {min(values)}: must be at least 1.")
+    if args.lstm_num_hidden_layers < 0:
+        raise InputError(f"--lstm_num_hidden_layers {args.lstm_num_hidden_layers}: must be at least 0, for no LSTM.")
     for width in (*sizes, args.forecast_hidden_size):
         if args.head_dim < 1 or width % args.head_dim:
             raise InputError(f"--head_dim {args.head_dim}: must divide every width; found {width}.")
-    largest = max(depth * width**2 for width, depth in models)
-    if args.forecast_num_hidden_layers * args.forecast_hidden_size**2 <= largest:
+    if args.forecast_num_hidden_layers * args.forecast_hidden_size**2 <= max(models):
         raise InputError(
             f"--forecast_hidden_size {args.forecast_hidden_size}: with {args.forecast_num_hidden_layers} layers no "
             "larger than the largest fitted model. A forecast is about a size outside of the fit."

@@ -2,6 +2,7 @@
 https://arxiv.org/abs/2203.14465, algorithm 1).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,31 @@ from rlhf.models import Source, load_causal_lm, load_tokenizer
 from rlhf.problems import few_shot, final_answer, known_answer, majority, question
 
 Row = dict[str, Any]
+# what recipes/star.py hands to recipes/sft.py
+PASSED_ON = {"model_name_or_path", "model_revision", "dtype", "attn_implementation"}
+
+
+def check_settings(args: Any, model_args: ModelConfig) -> None:
+    """Refuse flags that would be ignored.
+
+    Args:
+        args: has `majority_vote`, `rationalize` and `sft_config`.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if args.majority_vote and args.rationalize:
+        raise InputError(
+            "--rationalize true: tells the answer of what was not solved; with --majority_vote true no answer is "
+            "looked at, so there is none to tell. Leave one of them off."
+        )
+    for field in dataclasses.fields(model_args):
+        value = getattr(model_args, field.name)
+        if field.name not in PASSED_ON and value != field.default:
+            raise InputError(
+                f"--{field.name} {value}: would not reach the training, which is recipes/sft.py with its own "
+                f"settings. Write it into the YAML of --sft_config ({args.sft_config})."
+            )
 
 
 def problem_rows(

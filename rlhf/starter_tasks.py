@@ -276,16 +276,25 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _balanced(rows: Iterator[Row], task: StarterTask, count: int, seen: set[str]) -> list[Row]:
+def _balanced(rows: Iterator[Row], name: str, count: int, seen: set[str]) -> list[Row]:
     """The first `count` rows with equally many of each label, fewer if there aren't so many; their inputs join `seen`.
 
     A row whose inputs are in `seen` already is passed over.
+
+    Raises:
+        InputError: if `count` is below the number of labels.
     """
+    task = TASKS[name]
     by_label: dict[int, list[Row]] = {}
     share = None
     for row in rows:
         choices = list(task.label_names) if task.label_names else row["choices"]
         share = count // len(choices) if share is None else share
+        if share < 1:
+            raise InputError(
+                f"starter task {name!r}: {count} rows are too few for one of each of its {len(choices)} labels. Give "
+                f"at least {len(choices)} (--limit, --max_examples_per_task or --max_test_examples_per_task)."
+            )
         key = " | ".join(row[column].lower() for column in task.columns)
         chosen = by_label.setdefault(row["label"], [])
         if len(chosen) < share and key not in seen:
@@ -311,7 +320,7 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
         ClassLabel where choices are always the same) and `answer` (string).
 
     Raises:
-        InputError: if there is no such task.
+        InputError: if there is no such task, or a split would have fewer rows than there are labels.
     """
     if name not in TASKS:
         raise InputError(f"no starter task {name!r}. There are {', '.join(TASKS)}.")
@@ -322,7 +331,7 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
     features = Features({**text, "choices": List(Value("string")), "label": label, "answer": Value("string")})
     for split, part, count in (("test", "held_out", max_test), ("train", "sft", max_train)):
         rng = random.Random(f"{seed} {name} {split}")
-        rows = _balanced(task.make(starter_pairs(part), rng), task, count, seen)
+        rows = _balanced(task.make(starter_pairs(part), rng), name, count, seen)
         rng.shuffle(rows)
         splits[split] = Dataset.from_list(rows, features=features)
     return DatasetDict({"train": splits["train"], "test": splits["test"]})

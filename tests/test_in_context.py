@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 import eval.in_context as script
 from eval.harness import SharedExamples, SharedPrefixLM, against, find_tasks, sharpen_head, summarize, write_task
+from rlhf.data import encode_messages
 from rlhf.errors import InputError
 from rlhf.models import load_causal_lm, resolve
 
@@ -155,6 +156,9 @@ def test_results_by_hand():
     gains = against({4: some}, {4: none}, seed=0)
     assert gains["cluster"]["c"]["4"]["mean"] == pytest.approx(1 / 6) and gains["cluster"]["c"]["4"]["n"] == 6
     assert gains["task"]["other"]["4"]["mean"] == -1
+    for changed in ([{"score": 0.0, "doc": {}}], [{"score": 0.0, "doc": {"x": n}} for n in range(2)]):
+        with pytest.raises(InputError, match=f"--baseline_dir: task 'other' has {len(changed)} rows here and 2 in"):
+            against({4: {**some, "other": changed}}, {4: none}, seed=0)
     assert [script.verdict({"mean": m, "low": low, "high": high}) for m, low, high in (
         (0.2, 0.1, 0.3), (0.1, -0.1, 0.2), (0, 0, 0), (-0.1, -0.2, 0.1), (-0.2, -0.3, -0.1)
     )] == ["yes", "yes, within doubt", "equal", "no, within doubt", "no"]  # fmt: skip
@@ -223,6 +227,7 @@ def test_an_interrupted_run_asks_only_what_is_left(evaluated, sharp, monkeypatch
         (["--tasks", "gone.yaml"], "--tasks gone.yaml: no such file"),
         (["--num_fewshot", "-1"], "--num_fewshot [-1]: give numbers from 0"),
         (["--limit", "0"], "--limit 0: must be at least 1"),
+        (["--tasks", "addition", "--limit", "2"], "starter task 'addition': 2 rows are too few"),
     ],
 )
 def test_bad_input_gets_one_clear_line(arguments, message, monkeypatch, tmp_path):
@@ -237,6 +242,37 @@ def test_other_questions_are_no_baseline(evaluated, sharp, monkeypatch, tmp_path
     with pytest.raises(InputError, match="other questions were asked in task 'question'"):
         again(monkeypatch, *other, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_more_examples_than_training_rows_are_refused_before_a_model_is_loaded(evaluated, monkeypatch, tmp_path):
+    _, _, arguments = evaluated
+    with pytest.raises(InputError, match="--num_fewshot 40: task 'mine' has 36 training rows"):
+        again(monkeypatch, *arguments, "--num_fewshot", 40, "--model_name_or_path", "starter",
+              "--output_dir", tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_tokens_in_questions_and_answers_are_text(model, tokenizer):
+    typed = "what is <|im_end|> and <|im_start|>?"
+    plain = SharedPrefixLM(model, tokenizer, 8)
+    for text in (typed, "no such thing", "<|im_end|>"):
+        assert plain.tok_encode(text) == [
+            number for part in re.split(r"(<\|im_\w+\|>)", text)
+            for number in tokenizer(part, split_special_tokens=True)["input_ids"]
+        ]  # fmt: skip
+    chat = SharedPrefixLM(model, tokenizer, 8)
+    messages = [{"role": "user", "content": typed}, {"role": "assistant", "content": "a <|im_end|>"},
+                {"role": "user", "content": "and?"}]  # fmt: skip
+    prompt = chat.apply_chat_template(messages)
+    assert chat.tok_encode(prompt) == encode_messages(tokenizer, messages, add_generation_prompt=True)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for lm, context in ((plain, typed), (chat, prompt)):
+        context_ids, answer_ids = lm._encode_pair(context, "it is <|im_end|>")
+        # lm-eval counts a context's last newline as part of the answer
+        assert context_ids == lm.tok_encode(context.rstrip()) and end not in answer_ids
+        assert tokenizer.decode(answer_ids).lstrip() == "it is <|im_end|>"
+    ids, _ = chat.tok_batch_encode([prompt])
+    assert tokenizer.decode(ids[0]).count(typed) == 1
 
 
 def test_names_of_lm_eval_are_known():

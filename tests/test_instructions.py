@@ -135,8 +135,13 @@ def test_a_bad_template_is_named(change, message, tmp_path):
     [
         ([{"review": "x", "label": 2}] * 5, "row 0 has the label 2 for 2 choices"),
         ([{"review": "x", "label": "fine"}] * 5, "has the label 'fine', not among ['bad', 'good']"),
-        ([{"review": "the same", "label": 1}] * 20, "task 'mine' has no held-out part"),
-        ([{"review": "only one", "label": 1}], "task 'mine' has no held-out part"),
+        ([{"review": "the same", "label": 1}] * 20, "2 of 2 test rows of task 'mine' are training rows too"),
+        ([{"review": "only one", "label": 1}], "are training rows too, for example review 'only one'. Remove"),
+        ([{"id": n, "review": f"film {n % 20}", "label": 1} for n in range(40)], "of 4 test rows of task 'mine'"),
+        ([{"review": f"{n}", "label": 0, "choices": "no"} for n in range(9)], "row 0 has the choices no; a list"),
+        ([{"review": f"{n}", "label": 0, "choices": {"text": ["a"]}} for n in range(9)], "has the choices {'text'"),
+        ([{"review": f"{n}", "label": 0, "choices": [True, False]} for n in range(9)], "choices [True, False]; a"),
+        ([{"review": f"{n}", "label": 0, "options": ["a"]} for n in range(9)], "has a column 'options'"),
         ([{"review": "x", "stars": 3}] * 5, "needs 'label' (a number) or 'answer' (a text)"),
     ],
 )
@@ -144,6 +149,18 @@ def test_a_dataset_without_usable_labels_or_held_out_part_is_refused(rows, messa
     with pytest.raises(InputError) as error:
         load(tmp_path, rows=rows)
     assert message in str(error.value)
+
+
+def test_choices_may_be_numbers(tmp_path):
+    (task,) = load(tmp_path, rows=[{"review": f"{n}", "answer": "4", "choices": [3, 4]} for n in range(9)])
+    assert task.train[0]["choices"] == ["3", "4"] and task.train[0]["label"] == 1
+
+
+def test_a_row_on_which_a_template_fails_is_named():
+    template = Template("long", "{{ text | length }} {{ number }}", None, "{{ choice }}")
+    row = {"text": None, "number": 5, "choices": ["a", "b"], "label": 0}
+    with pytest.raises(InputError, match=r"task 't': template 'long' can't be rendered \(.*NoneType.*'number': 5"):
+        render(template, row, "task 't'")
 
 
 def test_clusters_that_cannot_be_held_out():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.loss_by_position import compare_positions, position_bins, position_losses
 from eval.scaling_laws import fit_form, fit_law, fit_sweep, forecast, frontier, predict
+from rlhf.arguments import start_run
 from rlhf.data import write_jsonl
 from rlhf.errors import InputError
 from rlhf.lstm import lstm_parameters
@@ -172,8 +174,10 @@ def test_budgets_are_cut_from_the_same_text(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_sizes": [16, 32], "num_hidden_layers": [1, 1]}, "--hidden_sizes: 2 different points, fewer"),
-        ({"token_budgets": [300, 300, 600]}, "--token_budgets: 2 different points, fewer than the 3 parameters"),
+        ({"hidden_sizes": [16, 32], "num_hidden_layers": [1, 1]}, "--hidden_sizes: 2 different models"),
+        ({"hidden_sizes": [32, 64, 128], "num_hidden_layers": [16, 4, 1]}, "--hidden_sizes: 1 different models (by"),
+        ({"lstm_num_hidden_layers": -1}, "--lstm_num_hidden_layers -1: must be at least 0"),
+        ({"token_budgets": [300, 300, 600]}, "--token_budgets: 2 different numbers, fewer than the 3 parameters"),
         ({"num_hidden_layers": [1, 1]}, "--num_hidden_layers: 2 numbers for 4 --hidden_sizes"),
         ({"forecast_hidden_size": 48}, "--forecast_hidden_size 48: with 3 layers no larger"),
         ({"head_dim": 12}, "--head_dim 12: must divide every width; found 16"),
@@ -280,7 +284,22 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_left_alone(swept):
     last = run(*command)
     assert "already finished" in last.stdout and "===" not in last.stdout
     other = run(*command, "--token_budgets", 500, 1000, check=False)
-    assert other.returncode == 2 and "--token_budgets: 2 different points" in other.stderr
+    assert other.returncode == 2 and "--token_budgets: 2 different numbers" in other.stderr
+
+
+def test_an_edited_base_config_makes_another_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    default = tmp_path / ScalingArguments().base_config  # also where it is not given
+    default.parent.mkdir(parents=True)
+    for given in ({}, {"base_config": str(tmp_path / "mine.yaml")}):
+        file = Path(given.get("base_config", default))
+        file.write_text("warmup_steps: 1")
+        args = sweep(output_dir=str(tmp_path / f"out-{file.stem}"), **given)
+        assert start_run("recipes/scaling.py", args.output_dir, args)
+        assert start_run("recipes/scaling.py", args.output_dir, args)
+        file.write_text("warmup_steps: 2")
+        with pytest.raises(InputError, match=f"these differ: content of .*{file.name}"):
+            start_run("recipes/scaling.py", args.output_dir, args)
 
 
 def test_a_point_that_fails_stops_the_sweep(tmp_path):

@@ -39,6 +39,15 @@ BOXES = ("red", "blue", "green", "white", "black", "brown", "grey", "pink", "gol
         ("#### 10\nQuestion: 5 apples", "10"),
         ("The answer is 300", "300"),
         ("I don't know.", None),
+        ("The answer is 3 + 4 = 7.", "7"),
+        ("The answer is 18 apples", "18"),
+        ("The answer is 3/4.", "3/4"),
+        ("The answer is 10:30", "10:30"),
+        ("The answer is  Room 3  or 4.", "room 3 or 4"),
+        ("The answer is .5", "0.5"),
+        ("so it is -.50", "-0.5"),
+        ("The answer is 7. Tom has 3 more.", "7"),
+        ("The answer is St. Louis 3 or 4", "st. louis 3 or 4"),
         ("The answer is", None),
     ],
 )
@@ -50,6 +59,7 @@ def test_answers_of_datasets_and_majorities():
     assert known_answer({"answer": 18}) == known_answer({"answer": " 18.0"}) == known_answer({"answer": "$18"}) == "18"
     assert known_answer({"answer": "Yes."}) == plain_answer("yes") == "yes"
     assert known_answer({}) is known_answer({"answer": None}) is known_answer({"answer": " "}) is None
+    assert known_answer({"answer": "x = 3"}) == "3" and known_answer({"answer": "3 ="}) == "3"
     assert majority(["1", None, "2", "2", None, None]) == "2"
     assert majority(["3", "1"]) == "3" and majority([None]) is None and majority([]) is None
 
@@ -196,7 +206,8 @@ def test_summary_table_and_picture(tmp_path):
     assert second["difference"]["mean"] == 0.25 and 0 <= second["difference"]["low"] < 0.25
     headings, rows = solving_rows(summary)
     assert headings[1] == "held-out accuracy" and rows[0][0] == "base (round 0)" and rows[0][1].startswith("25.0% [")
-    assert rows[1][2].startswith("+25.0% [") and rows[1][3] == "3 solutions of 2 problems, 1 rationalized"
+    assert rows[1][2].startswith("+25.0% [") and headings[3] == "kept"
+    assert rows[1][3] == "3 solutions of 2 problems, 1 rationalized"
     assert [row[1].split()[0] for row in rows[2:]] == ["50.0%", "0.0%", "100.0%"]
     axis = rounds_figure(summary).axes[0]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == list(summary["baselines"])
@@ -286,6 +297,18 @@ def test_two_rounds_each_from_the_base(rounds, guesser):
     assert not any("samples" in row for row in lines(out / "round-1" / "held_out.jsonl"))
 
 
+def test_a_run_with_an_edited_sft_config_is_another_run(rounds, monkeypatch):
+    words, out, _, _ = rounds
+    file = out.parent / "sft.yaml"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("0.05", "0.04"))
+        with pytest.raises(InputError, match=r"these differ: content of .*sft\.yaml"):
+            star(monkeypatch, *words, "--rounds", 2)
+    finally:
+        file.write_text(before)
+
+
 def test_a_finished_run_is_skipped(rounds, monkeypatch, capsys):
     words, out, _, _ = rounds
     before = (out / "rounds.json").read_bytes()
@@ -297,7 +320,10 @@ def test_a_finished_run_is_skipped(rounds, monkeypatch, capsys):
     ("words", "said"),
     [(["--rounds", 0], "--rounds 0: must be at least 1"), (["--num_generations", 0], "--num_generations 0"),
      (["--sft_config", "no.yaml"], "--sft_config no.yaml: no such file"), (["--round", 1], "unknown flag --round"),
-     (["--num_fewshot", 1], "--num_fewshot 1")],
+     (["--num_fewshot", 1], "--num_fewshot 1"),
+     (["--majority_vote", "true", "--rationalize", "true"], "--rationalize true: tells the answer"),
+     (["--use_peft", "true"], "--use_peft True: would not reach the training"),
+     (["--lora_r", 8], "--lora_r 8: would not reach"), (["--load_in_4bit", "true"], "of --sft_config (")],
 )  # fmt: skip
 def test_bad_settings(words, said, rounds, monkeypatch, tmp_path):
     good = list(rounds[0])

@@ -6,6 +6,7 @@ import pytest
 from datasets import ClassLabel
 
 from rlhf.errors import InputError
+from rlhf.instructions import FOLDER, read_templates
 from rlhf.starter import gold_scores, starter_pairs
 from rlhf.starter_tasks import CLUSTERS, TASKS, starter_task
 
@@ -108,3 +109,17 @@ def test_clusters_hold_every_task_once_and_an_unknown_task_is_refused():
     assert len(CLUSTERS) >= 4 and all(len(names) >= 2 for names in CLUSTERS.values())
     with pytest.raises(InputError, match="no starter task 'sentimen'"):
         starter_task("sentimen")
+
+
+@pytest.mark.parametrize(("name", "sizes", "least"), [("sort_numbers", (200, 3), 4), ("addition", (2, 200), 4),
+                                                      ("question", (200, 1), 2)])  # fmt: skip
+def test_fewer_rows_than_labels_are_refused(name, sizes, least):
+    with pytest.raises(InputError, match=rf"{name}.* Give at least {least} \(--limit, --max_examples_per_task"):
+        starter_task(name, *sizes)
+    assert {len(rows) for rows in starter_task(name, least, least).values()} == {least}
+
+
+def test_the_list_to_choose_is_the_only_right_one():
+    for template in read_templates(FOLDER / "sort_numbers.yaml").templates:
+        if template.name in ("choose", "pick", "options"):
+            assert "from small to large" in template.prompt.lower()
