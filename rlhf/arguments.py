@@ -36,7 +36,8 @@ FREE_FLAGS = {
 # Flags that name local files or folders whose content belongs to the run.
 CONTENT_FLAGS = (
     "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
-    "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config",
+    "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config", "collect_config",
+    "reward_config", "ppo_config", "compare_config",
 )  # fmt: skip
 
 
