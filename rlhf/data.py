@@ -41,9 +41,10 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
-    """The (train, test) splits of `--dataset_name`; without a test split, 10% of train (at most 500 rows) is held out.
+    """The (train, test) splits of `--dataset_name`.
 
-    Which rows are held out never changes, so that no stage trains on what another one, with another seed, evaluates on.
+    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows). Which rows that are never
+    changes, so that no stage trains on what another one, with another seed, evaluates on.
 
     Args:
         part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
@@ -63,8 +64,8 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
         raise InputError(f"--dataset_name {name}: found no data in it.")
     if train_split not in splits and (part != "held_out" or test_split not in splits):
         raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
-    if test_split == "test" not in splits and "validation" in splits:
-        splits["test"] = splits["validation"]
+    if test_split == "test" and "test" not in splits and "validation" in splits:
+        splits = {**splits, "test": splits["validation"]}
     if test_split not in splits:
         whole = splits[train_split]
         if len(whole) > 1:

@@ -318,10 +318,10 @@ def new_config(
         "eos_token_id": tokenizer.eos_token_id,
         **{name: width for name in WIDTHS if hasattr(default, name)},
         **{name: model_args.dropout for name in DROPOUTS if hasattr(default, name)},
-        **{name: heads for name in ("num_key_value_heads", "decoder_attention_heads") if hasattr(default, name)},
-        **({"head_dim": model_args.hidden_size // heads} if hasattr(default, "head_dim") else {}),
-        **({"decoder_layers": model_args.num_hidden_layers} if hasattr(default, "decoder_layers") else {}),
     }
+    more = {"num_key_value_heads": heads, "decoder_attention_heads": heads, "head_dim": model_args.hidden_size // heads,
+            "decoder_layers": model_args.num_hidden_layers}  # fmt: skip
+    settings |= {name: value for name, value in more.items() if name in vars(default)}  # some have it as a property
     if hasattr(default, "embedding_size"):
         settings["embedding_size"] = model_args.hidden_size
     if args.objective == "causal" and hasattr(default, "is_decoder"):

@@ -15,6 +15,7 @@ from rlhf.models import PAD_CANDIDATES, resolve
 from rlhf.starter import STARTER
 
 BYTES = 256
+NEW_PAD = "<|pad|>"
 END, PAD, CLS, SEP, MASK, TURN = "<|endoftext|>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "<|im_start|>"
 # Every message ends with the eos token, and nothing follows the last one: sampling stops where training ended.
 CHAT_TEMPLATE = (
@@ -103,6 +104,8 @@ def train_tokenizer(
 def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that `--tokenizer_name` stands for: a folder, the tokenizer of a model, or `starter`.
 
+    One without a pad token of its own, like GPT-2's, gets one.
+
     Raises:
         InputError: if there is no such folder or repo.
     """
@@ -115,9 +118,11 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
             )
         name = resolve(name, "--tokenizer_name").base
     tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER).base if name == STARTER else name)
-    if tokenizer.pad_token is None:  # GPT-2's; rows of packed text are never padded, what comes later is
-        vocabulary = tokenizer.get_vocab()
-        tokenizer.pad_token = next((token for token in PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token)
+    # a new model has room for one more token; were pad eos, the collator would hide the ends of texts from the loss
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
+        unused = [token for token in PAD_CANDIDATES if token in vocabulary and token not in taken]
+        tokenizer.add_special_tokens({"pad_token": unused[0] if unused else NEW_PAD})
     return tokenizer
 
 

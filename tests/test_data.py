@@ -192,3 +192,12 @@ def test_tasks_keep_line_separators_inside_replies(tmp_path):
     task = make_task("train", "a\u2028b", ["x\u2029", "y\x85z"], ["m", "m"])
     write_tasks(str(tmp_path), [task])
     assert read_tasks(str(tmp_path)) == [task]
+
+
+def test_a_validation_split_is_held_out_where_there_is_no_test(tmp_path):
+    rows = {name: Dataset.from_dict({"text": [f"{name} {n}" for n in range(20)]}) for name in ("train", "validation")}
+    DatasetDict(rows).save_to_disk(str(tmp_path / "two"))
+    train, test = load_splits(ScriptArguments(str(tmp_path / "two")), "sft")
+    assert train["text"][:] == rows["train"]["text"][:] and test["text"][:] == rows["validation"]["text"][:]
+    DatasetDict({**rows, "test": rows["train"].select([3])}).save_to_disk(str(tmp_path / "three"))
+    assert load_splits(ScriptArguments(str(tmp_path / "three")), "sft")[1]["text"][:] == ["train 3"]

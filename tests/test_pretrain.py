@@ -196,7 +196,9 @@ def test_span_corruption_takes_15_percent_in_spans_of_three(own):
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "gpt_neox", "opt", "qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "llama", "bert", "gpt_neox", "opt", "qwen3", "gemma", "mistral", "falcon"]
+)
 def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type, own):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16)

@@ -6,7 +6,9 @@ import pytest
 from conftest import assistant, run, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval.compression import bytes_per_token
 from rlhf.data import control_ids, encode_conversation, encode_messages
@@ -135,3 +137,12 @@ def test_bad_input_gets_one_clear_line(tmp_path):
             check_vocab_size(*arguments)
     with pytest.raises(InputError, match=r"outputs/nothing: no tokenizer there. Train one first"):
         resolve_tokenizer("outputs/nothing")
+
+
+def test_a_tokenizer_without_a_pad_token_of_its_own_gets_one(tmp_path):
+    for pad in ({}, {"pad_token": "<|endoftext|>"}):
+        pieces = Tokenizer(BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+        made = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|endoftext|>", **pad)
+        made.save_pretrained(tmp_path / str(len(pad)))
+        found = resolve_tokenizer(str(tmp_path / str(len(pad))))
+        assert found.pad_token_id == len(found) - 1 == 3 and found.eos_token_id == 2
