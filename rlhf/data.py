@@ -43,8 +43,8 @@ ROLES = ("system", "user", "assistant", "tool")
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
     """The (train, test) splits of `--dataset_name`.
 
-    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows). Which rows that are never
-    changes, so that no stage trains on what another one, with another seed, evaluates on.
+    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows). Which rows that are
+    never changes, so that no stage trains on what another one, with another seed, evaluates on.
 
     Args:
         part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
