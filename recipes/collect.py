@@ -5,7 +5,7 @@
     accelerate launch recipes/collect.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt --output_dir outputs/preferences-qwen
 
-    accelerate launch recipes/collect.py --labeler human --output_dir outputs/votes
+    accelerate launch recipes/collect.py --labeler human --max_prompts 100 --output_dir outputs/votes
 
 Without arguments it reads recipes/configs/collect.yaml: replies of the starter to its preference prompts, compared by a
 simulated labeler who prefers upbeat replies. `--labeler human` opens a page to vote on, `judge` asks a model, `reward`
@@ -24,7 +24,7 @@ from rlhf.data import load_splits, prompt_rows, read_tasks, write_jsonl, write_t
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback import preference_pairs
 from rlhf.hub import push_dataset, push_request
-from rlhf.labelers import LabelerArguments, make_labeler, sample_tasks
+from rlhf.labelers import LabelerArguments, check_labeler, make_labeler, sample_tasks
 from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
 
 
@@ -34,6 +34,7 @@ class CollectArguments:
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use at most this many prompts of each split."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
@@ -52,8 +53,9 @@ def main() -> None:
     )
     need_one_process(__file__)
     push = push_request(collect_args)
-    for flag, least in (("num_generations", 2), ("max_new_tokens", 1), ("temperature", 1e-3)):
-        if getattr(collect_args, flag) < least:
+    check_labeler(labeler_args.labeler)
+    for flag, least in (("num_generations", 2), ("max_prompts", 1), ("max_new_tokens", 1), ("temperature", 1e-3)):
+        if (getattr(collect_args, flag) or least) < least:
             raise InputError(f"--{flag} {getattr(collect_args, flag)}: must be at least {least}.")
 
     # Data
@@ -64,7 +66,13 @@ def main() -> None:
     tokenizer = load_tokenizer(source, trust_remote_code=collect_args.trust_remote_code)
     room = context_length(source, collect_args.trust_remote_code)
     splits = {
-        name: prompt_rows(split, script_args.dataset_name, tokenizer, collect_args.max_new_tokens, room)
+        name: prompt_rows(
+            split.take(min(len(split), collect_args.max_prompts or len(split))),
+            script_args.dataset_name,
+            tokenizer,
+            collect_args.max_new_tokens,
+            room,
+        )
         for name, split in (("train", train), ("test", test))
     }
     labeler = make_labeler(

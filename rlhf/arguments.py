@@ -18,9 +18,11 @@ from typing import Any, NoReturn
 import psutil
 import torch
 from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, at_failure
 
 RUN_FILE = "run.json"
 DIGEST_FILE = "digests.json"  # of a PPO checkpoint
@@ -81,9 +83,28 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     except (ValueError, TypeError) as error:
         raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
     for arguments in parsed:
+        _check_packages(arguments)
         if hasattr(arguments, "seed"):
             set_seed(arguments.seed)  # before any model: trainers seed later than a new adapter is drawn
     return parsed
+
+
+def _check_packages(arguments: Any) -> None:
+    """Refuse what needs a package that isn't installed, before any model is loaded.
+
+    Raises:
+        InputError: naming the flag and the package.
+    """
+    available = get_available_reporting_integrations()
+    for name in getattr(arguments, "report_to", None) or []:
+        if name not in (*available, "none"):
+            raise InputError(
+                f"--report_to {name}: that package isn't installed or isn't known; here are: "
+                f"{', '.join(sorted(available)) or 'none'}. Install it with pip, or give --report_to none."
+            )
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if getattr(arguments, flag, False) and not is_bitsandbytes_available():
+            raise InputError(f"--{flag}: needs the package bitsandbytes. Install it (pip install bitsandbytes).")
 
 
 def _float32_without_bfloat16(given: list[str], known: set[str], default: Path) -> list[str]:
@@ -229,7 +250,14 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, run)
+    at_failure(lambda: _release(folder))
     return True
+
+
+def _release(folder: Path) -> None:
+    """Give up the claim of a run that failed before it had made anything, so that other settings can have the folder."""
+    if [path.name for path in folder.iterdir()] == [RUN_FILE]:
+        (folder / RUN_FILE).unlink()
 
 
 def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:

@@ -40,6 +40,11 @@ ROLES = ("system", "user", "assistant", "tool")
 # ---------------------------------------------------------------------------------------------- loading
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name that may be a Hub id is plainly a path: the Hub has no such ids, so asking it would be in vain."""
+    return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
+
+
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
     """The (train, test) splits of `--dataset_name`.
 
@@ -98,9 +103,7 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             if path.stat().st_size == 0:
                 raise InputError(f"--dataset_name {name}: the file is empty.")
             loaded = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))
-        elif path.is_dir() or not (
-            path.suffix in FILE_TYPES or name.startswith((".", "/", "~")) or name.count("/") > 1
-        ):
+        elif path.is_dir() or not (path.suffix in FILE_TYPES or looks_local(name)):
             loaded = load_dataset(name, config)
         else:
             raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")

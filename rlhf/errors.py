@@ -6,7 +6,7 @@ standard error and exit code 2, the code argparse uses for a bad command line.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,12 +14,31 @@ class InputError(ValueError):
     """The user's input cannot work. The message names the flag or column, what was found and what to do."""
 
 
+_at_failure: list[Callable[[], None]] = []
+
+
+def at_failure(action: Callable[[], None]) -> None:
+    """Have `report_errors` do this before the process ends, unless it ends well."""
+    _at_failure.append(action)
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Turn an `InputError` into one line on standard error and exit code 2. Other exceptions pass through."""
     try:
-        yield
+        with _undone_at_failure():
+            yield
     except InputError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _undone_at_failure() -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        while _at_failure:
+            _at_failure.pop()()
+        raise

@@ -50,6 +50,16 @@ class LabelerArguments(LabelerSettings):
     labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
 
 
+def check_labeler(name: str) -> None:
+    """Refuse a labeler that there isn't.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    if name not in LABELERS:
+        raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
+
+
 def make_labeler(
     name: str,
     settings: LabelerSettings,

@@ -38,7 +38,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.attention import group_attention
-from rlhf.data import control_ids, encode_messages
+from rlhf.data import control_ids, encode_messages, looks_local
 from rlhf.errors import InputError
 from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter import STARTER, starter_model
@@ -83,7 +83,7 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
         if (path / "config.json").exists():
             return Source(name, str(path), None, None, None)
         raise InputError(f"{flag} {name}: neither config.json nor adapter_config.json in this folder. Is it a model?")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or looks_local(name):
         raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
     revision = None if revision == "main" else revision
     if _hub_file(name, "adapter_config.json", flag, revision):

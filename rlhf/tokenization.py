@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.data import looks_local
 from rlhf.errors import InputError
 from rlhf.models import PAD_CANDIDATES, resolve
 from rlhf.starter import STARTER
@@ -111,7 +112,7 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     folder = Path(name).expanduser()
     if name != STARTER and not (folder / "tokenizer_config.json").exists():
-        if folder.exists() or name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1:
+        if folder.exists() or looks_local(name):
             raise InputError(
                 f"--tokenizer_name {name}: no tokenizer there. Train one first (accelerate launch recipes/tokenizer.py "
                 f"--output_dir {name}), or give 'starter' or a Hub id."

@@ -12,8 +12,9 @@ from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny,
 from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from trl import ModelConfig
 
-from rlhf.arguments import _float32_without_bfloat16, command, last_checkpoint, write_digests
+from rlhf.arguments import _float32_without_bfloat16, command, last_checkpoint, parse, write_digests
 from rlhf.errors import InputError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -125,6 +126,21 @@ def test_a_finished_run_is_skipped_and_another_run_refused(road, tiny, files):
     assert other.returncode == 2
     assert "holds another run" in other.stderr and "learning_rate" in other.stderr
     assert (out / "sft" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_fails_before_it_made_anything_gives_its_folder_back(tiny, files, tmp_path):
+    arguments = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", tmp_path / "out"]
+    failed = run("recipes/sft.py", *arguments, *TINY_TRAINING, "--attn_implementation", "bogus", check=False)
+    assert failed.returncode != 0 and "bogus" in failed.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    run("recipes/sft.py", *arguments, *TINY_TRAINING, "--max_steps", 1)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_quantized_weights_need_their_package(monkeypatch):
+    monkeypatch.setattr("rlhf.arguments.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match="--load_in_4bit: needs the package bitsandbytes"):
+        parse("nowhere/recipe.py", ModelConfig, args=["--load_in_4bit"])
 
 
 def test_the_same_paths_with_other_content_are_another_run(tiny, files, tmp_path):
@@ -275,6 +291,9 @@ def bad(tmp_path, tiny, files):
             "sft", [*model, "--dataset_name", sft, "--output_dir", tmp_path / "occupied"], "not empty"
         ),
         "offline Hub model": ("sft", ["--model_name_or_path", "some/model"], "the Hub can't be reached"),
+        "missing output": ("sft", ["--model_name_or_path", "outputs/gone"], "outputs/gone: no such model folder"),
+        "missing output data": ("sft", [*model, "--dataset_name", "outputs/gone"], "no such file or folder"),
+        "missing tracker": ("sft", [*model, *out, "--dataset_name", sft, "--report_to", "swanlab"], "swanlab: that package"),
         "offline Hub data": ("sft", [*model, "--dataset_name", "some/data"], "--dataset_name some/data"),
         "no token": ("sft", ["--push_to_hub", "--hub_model_id", "you/x"], "no Hub token"),
         "no repo name": ("reward", ["--push_to_hub"], "--hub_model_id"),
@@ -290,7 +309,7 @@ def bad(tmp_path, tiny, files):
 CASES = (
     "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,"
     "no such split,wrong roles,long prompts,pad is eos,adapter without base,occupied folder,"
-    "offline Hub model,offline Hub data,no token,no repo name,bad repo name,no such checkpoint,"
+    "offline Hub model,missing output,missing output data,missing tracker,offline Hub data,no token,no repo name,bad repo name,no such checkpoint,"
     "unknown labeler,not a reward model"
 )
 
