@@ -22,7 +22,9 @@ from rlhf.finetuning import LABEL_COLUMNS, FinetuningTrainer, Task, predicted
 def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> dict[str, Any]:
     """Score both replies of every held-out pair, and write evaluation.json into the run's folder.
 
-    Every process scores all pairs, so that sharded models work too.
+    Every process scores all pairs, so that sharded models work too. TRL's own accuracy and margin are means of batches,
+    the last of which weighs as much as a full one (of 133 pairs in batches of 32: 64.9% instead of 69.9%); in the log of
+    the last evaluation those over pairs take their place.
 
     Args:
         rows: `chosen_ids` and `rejected_ids`.
@@ -45,6 +47,7 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
         references=scores["rejected_ids"],
         length_differences=[len(a) - len(b) for a, b in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)],
     )
+    trainer.state.log_history[-1] |= {"eval_accuracy": result["mean"], "eval_margin": result["margin"]}
     if main_process():
         write_json(Path(trainer.args.output_dir) / "evaluation.json", result)
     return result

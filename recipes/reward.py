@@ -58,8 +58,9 @@ def main() -> None:
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
     metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
     held_out = evaluate_reward_model(trainer, tokenizer, test)
+    metrics |= {"eval_accuracy": held_out["mean"], "eval_margin": held_out["margin"]}
+    trainer.log_metrics("eval", metrics)
 
     # Save, report, card, push
     trainer.save_model()

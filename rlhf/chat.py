@@ -444,8 +444,10 @@ def chat_in_terminal(chat: Chat) -> None:
     finally:
         if chat.votes:
             chat.votes.write_pairs()
-    if chat.votes:
+    if chat.votes and chat.votes.file.votes:
         print(f"Votes: {chat.votes.file.path}; pairs to train on: {chat.votes.folder / 'train.jsonl'}")
+    elif chat.votes:
+        print("No votes.")
 
 
 def _one_turn(chat: Chat, conversation: Conversation, text: str) -> None:

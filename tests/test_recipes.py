@@ -53,6 +53,10 @@ def test_every_stage_finishes_and_says_what_it_reached(road):
         assert json.loads((out / stage / "run.json").read_text())["finished"], stage
     reward = json.loads((out / "reward" / "run.json").read_text())["metrics"]
     assert reward["eval_accuracy"] > 0.9 and reward["eval_margin"] > 0
+    over_pairs = json.loads((out / "reward" / "evaluation.json").read_text())
+    logged = json.loads((out / "reward" / "trainer_state.json").read_text())["log_history"][-1]
+    for name, key in (("eval_accuracy", "mean"), ("eval_margin", "margin")):
+        assert reward[name] == logged[name] == over_pairs[key]
     assert "pairs to train on" in logs["collect"].stdout
 
 
