@@ -23,8 +23,8 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
     """Score both replies of every held-out pair, and write evaluation.json into the run's folder.
 
     Every process scores all pairs, so that sharded models work too. TRL's own accuracy and margin are means of batches,
-    the last of which weighs as much as a full one (of 133 pairs in batches of 32: 64.9% instead of 69.9%); in the log of
-    the last evaluation those over pairs take their place.
+    the last of which weighs as much as a full one (of 133 pairs in batches of 32: 64.9% instead of 69.9%); in the log
+    of the last evaluation those over pairs take their place.
 
     Args:
         rows: `chosen_ids` and `rejected_ids`.

@@ -297,7 +297,7 @@ def bad(tmp_path, tiny, files):
         "offline Hub model": ("sft", ["--model_name_or_path", "some/model"], "the Hub can't be reached"),
         "missing output": ("sft", ["--model_name_or_path", "outputs/gone"], "outputs/gone: no such model folder"),
         "missing output data": ("sft", [*model, "--dataset_name", "outputs/gone"], "no such file or folder"),
-        "missing tracker": ("sft", [*model, *out, "--dataset_name", sft, "--report_to", "swanlab"], "swanlab: that package"),
+        "missing tracker": ("sft", [*model, *out, "--dataset_name", sft, "--report_to", "swanlab"], "swanlab: that"),
         "offline Hub data": ("sft", [*model, "--dataset_name", "some/data"], "--dataset_name some/data"),
         "no token": ("sft", ["--push_to_hub", "--hub_model_id", "you/x"], "no Hub token"),
         "no repo name": ("reward", ["--push_to_hub"], "--hub_model_id"),
@@ -313,7 +313,8 @@ def bad(tmp_path, tiny, files):
 CASES = (
     "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,"
     "no such split,wrong roles,long prompts,pad is eos,adapter without base,occupied folder,"
-    "offline Hub model,missing output,missing output data,missing tracker,offline Hub data,no token,no repo name,bad repo name,no such checkpoint,"
+    "offline Hub model,missing output,missing output data,missing tracker,offline Hub data,"
+    "no token,no repo name,bad repo name,no such checkpoint,"
     "unknown labeler,not a reward model"
 )
 
