@@ -177,12 +177,13 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Bits per byte of everything, results of `interval`."""
     sizes = [float(len(text.encode())) for text in texts]
+    # first, since an order may be too large for the vocabulary
+    bits, _ = ngram_bits(load_tokenizer(next(iter(sources.values()))), train, texts, args.ngram_order)
     cells = {}
     for name, source in sources.items():
         window = min(args.max_length, context_length(source) or args.max_length)
         with loaded(source, model_args) as (model, tokenizer):
             cells[name] = bits_per_byte(model, tokenizer, texts, window, args.per_device_eval_batch_size)
-    bits, _ = ngram_bits(load_tokenizer(next(iter(sources.values()))), train, texts, args.ngram_order)
     cells[f"{args.ngram_order}-gram"] = interval(bits, sizes)
     in_bytes = [sum(group) for group in in_groups(sizes, GROUPS)]
     cells["xz_primed"] = interval(xz_bits(texts, train, GROUPS), in_bytes)

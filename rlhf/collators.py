@@ -77,8 +77,9 @@ class DataCollatorForSpanCorruption:
 class SeededCollator:
     """A masking collator whose masks depend on a seed and the batch alone.
 
-    So they are other ones in each epoch, whose batches are other ones; the same at every evaluation; and the same after
-    a resume, where torch's global generator would be a batch ahead, since batches are made before they are needed.
+    So they are other ones in each epoch, whose batches of several rows are other ones; the same at every evaluation;
+    and the same after a resume, where torch's global generator would be a batch ahead, since batches are made before
+    they are needed.
     """
 
     def __init__(self, collator: Any, seed: int):
