@@ -262,7 +262,8 @@ def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str,
         by task, one row per test row: `task`, `number`, `score` (of the task's first metric), `responses` and `doc`.
 
     Raises:
-        InputError: if a task can't be loaded (the Hub out of reach, say), or its metric isn't one of single rows.
+        InputError: if a task can't be loaded (the Hub out of reach, say) or has fewer examples to draw than are to be
+            shown, or its metric isn't one of single rows.
     """
     file = Path(args.output_dir) / f"answers-{num_fewshot}.jsonl"
     if not file.exists():
@@ -273,8 +274,12 @@ def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str,
                 apply_chat_template=args.apply_chat_template, task_manager=manager, random_seed=args.seed,
                 numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
             )  # fmt: skip
-        except (OSError, KeyError, DatasetsError, FileNotFoundError) as error:
-            raise InputError(f"--tasks: lm-eval can't load one ({type(error).__name__}: {error}).") from error
+        except InputError:
+            raise
+        except (OSError, KeyError, ValueError, DatasetsError) as error:  # ValueError: too few examples to draw, say
+            raise InputError(
+                f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask one ({type(error).__name__}: {error})."
+            ) from error
         write_jsonl(file, [
             {"task": task, "number": sample["doc_id"], "score": _score(task, sample),
              "responses": sample["filtered_resps"], "doc": sample["doc"]}

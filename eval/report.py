@@ -29,11 +29,12 @@ REPORT = "report.html"
 MANY_RUNS = 12
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate")
 LOG_FILES = ("trainer_state.json", "ppo_state.json")
-# which setting names what a run was made from, in the order of the road
-SOURCES = (
-    "model_name_or_path", "sft_model_path", "models", "dataset_name", "ptx_dataset_name", "reward_model_path",
-    "reward_funcs", "eval_reward_funcs", "tokenizer_name",
-)  # fmt: skip
+# which setting names what a run was made from, in the order of the road, and what the page calls it
+SOURCES = {
+    "model_name_or_path": "model", "sft_model_path": "SFT model", "models": "models", "dataset_name": "data",
+    "ptx_dataset_name": "SFT data", "reward_model_path": "reward model", "reward_funcs": "reward functions",
+    "eval_reward_funcs": "held-out reward functions", "tokenizer_name": "tokenizer",
+}  # fmt: skip
 
 # those of the trainers' held-out metrics that the lineage shows
 RESULTS = {
@@ -149,7 +150,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
         "name": names[folder.resolve()],
         "recipe": run["recipe"],
         "finished": run["finished"] or metrics is not None,
-        "made_from": [_public(settings[key], names) for key in SOURCES if settings.get(key)],
+        "made_from": [f"{what} {_public(settings[key], names)}" for key, what in SOURCES.items() if settings.get(key)],
         "results": [(RESULTS.get(name, name), number(value)) for name, value in results.items()
                     if name in RESULTS or not name.startswith(("eval_", "epoch"))],
         "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in pictures],
@@ -173,6 +174,14 @@ def samples_of(folders: list[Path]) -> dict[str, Any] | None:
             ]  # fmt: skip
             return {"models": list(rows[0]["replies"]), "rows": rows} if rows else None
     return None
+
+
+def _summary(recipes: list[str]) -> str:
+    """How many runs of which recipes are on the page."""
+    if len(recipes) == 1:
+        return f"One run of {recipes[0]}."
+    counts = ", ".join(f"{count} of {recipe}" for recipe, count in Counter(recipes).items())
+    return f"{len(recipes)} runs: {counts}."
 
 
 def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path | None:
@@ -201,7 +210,7 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     page = template.render(
         title=f"{folder.resolve().name}: report",
-        summary=f"{len(runs)} runs, the last one of recipe {runs[-1]['recipe']}.",
+        summary=_summary([run["recipe"] for run in runs]),
         sections=[*sections, ("repeat", "To repeat it")],
         runs=runs,
         shown=shown,

@@ -252,6 +252,13 @@ def test_more_examples_than_training_rows_are_refused_before_a_model_is_loaded(e
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_file_with_too_few_examples_is_refused_in_one_line(evaluated, sharp, monkeypatch, tmp_path):
+    out, _, _ = evaluated
+    with pytest.raises(InputError, match="--num_fewshot 20: lm-eval can't ask one"):
+        again(monkeypatch, "--tasks", out / "colours.yaml", "--num_fewshot", 20, "--model_name_or_path", sharp,
+              "--limit", 2, "--dtype", "float32", "--output_dir", tmp_path / "out")  # fmt: skip
+
+
 def test_control_tokens_in_questions_and_answers_are_text(model, tokenizer):
     typed = "what is <|im_end|> and <|im_start|>?"
     plain = SharedPrefixLM(model, tokenizer, 8)
