@@ -71,6 +71,9 @@ stage "7/8 RLOO on the starter's score" recipes/rloo.py --output_dir "$out/rloo"
 stage "7/8 PPO on the same score" recipes/ppo.py --output_dir "$out/ppo"
 stage "7/8 RLOO and PPO in one picture" \
     eval/curves.py --models "ppo=$out/ppo" "rloo=$out/rloo" --output_dir "$out/curves"
+stage "7/8 RLOO and PPO on held-out prompts" \
+    eval/compare.py --models base=starter "ppo=$out/ppo" "rloo=$out/rloo" --reference base --best_of_n 1 \
+    --output_dir "$out/comparison"
 
 stage "8/8 STaR: learning from its own right solutions" recipes/star.py --output_dir "$out/star"
 

@@ -108,12 +108,13 @@ def _check_packages(arguments: Any) -> None:
 
 
 def _float32_without_bfloat16(given: list[str], known: set[str], default: Path) -> list[str]:
-    """Flags that take the recipe's own configuration to float32 where bfloat16 would be a hundred times slower.
+    """Flags that take a configuration of recipes/configs to float32 where bfloat16 would be a hundred times slower.
 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
     GFLOPS in bfloat16 and at 118 in float32 on an AVX2 machine with 2 cores.
     """
-    if str(default) not in given or torch.accelerator.is_available() or cpu_has_bfloat16():
+    file = Path((given[given.index("--config") :] + [""])[1] if "--config" in given else "").resolve()
+    if file.parent != default.parent or torch.accelerator.is_available() or cpu_has_bfloat16():
         return []  # a configuration of the user's own says what they want
     flags = [word.split("=")[0] for word in given]
     added = [f"--{flag}={value}" for flag, value in (("dtype", "float32"), ("bf16", "false")) if

@@ -207,12 +207,16 @@ def test_recorded_commands_hold_no_token_and_no_outside_path(monkeypatch):
     assert recorded.endswith("--output_dir out --models a=b outputs/sft")
 
 
-def test_only_the_recipes_own_configuration_goes_to_float32_without_bfloat16(monkeypatch):
+def test_only_the_projects_own_configurations_go_to_float32_without_bfloat16(monkeypatch):
     default, known = ROOT / "recipes" / "configs" / "sft.yaml", {"--dtype", "--bf16"}
+    monkeypatch.chdir(ROOT)
     for capable, given, added in (
         (False, ["--config", str(default)], ["--dtype=float32", "--bf16=false"]),
         (False, ["--config", str(default), "--dtype", "bfloat16"], ["--bf16=false"]),
+        (False, ["--config", "recipes/configs/finetune_small.yaml"], ["--dtype=float32", "--bf16=false"]),
         (False, ["--config", "mine.yaml"], []),
+        (False, ["--config"], []),
+        (False, [], []),
         (True, ["--config", str(default)], []),
     ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda capable=capable: {"avx2": True, "amx_bf16": capable})
