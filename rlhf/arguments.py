@@ -8,6 +8,7 @@ resumes what was interrupted, leaves alone what is finished, and never writes in
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -113,7 +114,7 @@ def _float32_without_bfloat16(given: list[str], known: set[str], default: Path) 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
     GFLOPS in bfloat16 and at 118 in float32 on an AVX2 machine with 2 cores.
     """
-    file = Path((given[given.index("--config") :] + [""])[1] if "--config" in given else "").resolve()
+    file = Path(dict(itertools.pairwise(given)).get("--config", "")).resolve()
     if file.parent != default.parent or torch.accelerator.is_available() or cpu_has_bfloat16():
         return []  # a configuration of the user's own says what they want
     flags = [word.split("=")[0] for word in given]
