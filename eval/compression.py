@@ -33,11 +33,11 @@ from eval.ngrams import KneserNey
 from eval.replies import loaded
 from eval.report import write_report
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import control_ids, load_splits, texts_of, write_json
+from rlhf.data import load_splits, texts_of, write_json
 from rlhf.errors import InputError, report_errors
 from rlhf.finetuning import is_decoder
 from rlhf.models import Source, context_length, load_tokenizer, resolve
-from rlhf.tokenization import END, encode_texts, tokens_and_bytes
+from rlhf.tokenization import boundary, encode_texts, tokens_and_bytes
 
 GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
 
@@ -59,12 +59,6 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dic
     """UTF-8 bytes per token over all texts together, with its interval over texts; a result of `interval`."""
     tokens, sizes = tokens_and_bytes(tokenizer, texts)
     return interval([float(size) for size in sizes], [float(count) for count in tokens])
-
-
-def boundary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that stands between texts in pretraining."""
-    number = tokenizer.convert_tokens_to_ids(END)
-    return number if number in control_ids(tokenizer) else tokenizer.eos_token_id
 
 
 @torch.no_grad()
@@ -234,7 +228,9 @@ def shown(cell: dict[str, Any], style: str) -> str:
 def main() -> None:
     script_args, args, model_args = parse(__file__, ScriptArguments, CompressionArguments, ModelConfig)
     need_one_process(__file__)
-    for flag, least in (("ngram_order", 1), ("max_texts", 2), ("max_length", 2)):
+    for flag, least in (
+        ("ngram_order", 1), ("max_texts", 2), ("max_length", 2), ("per_device_eval_batch_size", 1)
+    ):  # fmt: skip
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
     pairs = dict(word.partition("=")[::2] for word in args.models)

@@ -35,6 +35,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from eval.intervals import difference, interval
 from rlhf.data import write_jsonl
 from rlhf.errors import InputError
+from rlhf.generation import need_cache
 from rlhf.prefix import forward
 from rlhf.starter_tasks import TASKS
 
@@ -89,6 +90,7 @@ class SharedPrefixLM(HFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        need_cache(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         sharpen_head(model)
         self.chat = False

@@ -14,7 +14,7 @@ from rlhf.problems import final_answer, majority
 from rlhf.rounds import ROUNDS_FILE
 
 HELD_OUT_FILE = "held_out.jsonl"  # of a round: `prompt`, `reference`, `solution`, and of round 0 `samples`
-SOLUTIONS_FILE = "solutions.jsonl"  # of a round: what was kept; SFT holds a tenth of it out for its loss
+SOLUTIONS = "solutions"  # folder of a round: what was kept, as splits for SFT
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,8 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
     }
     rounds = [{"round": number, **_entry(cell, cells[0] if number else None)} for number, cell in enumerate(cells)]
     for entry in rounds[1:]:
-        kept = read_jsonl(folder / f"round-{entry['round']}" / SOLUTIONS_FILE)
+        files = sorted((folder / f"round-{entry['round']}" / SOLUTIONS).glob("*.jsonl"))
+        kept = [row for file in files for row in read_jsonl(file)]
         entry["solutions"] = len(kept)
         entry["problems"] = len({str(row["prompt"]) for row in kept})
         entry["rationalized"] = sum(row["kind"] == "rationalized" for row in kept)

@@ -75,8 +75,8 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
     return runs, SCORES.get(next(iter(kinds.values())), "accuracy")
 
 
-def read_scores(runs: dict[str, dict[int, Path]]) -> dict[str, np.ndarray]:
-    """The scores of each name: (seeds, rows), float64, seeds in order.
+def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The scores of each name: (seeds, rows), float64, seeds in order; and the weight of each row, its number of tags.
 
     Raises:
         InputError: if two runs were not evaluated on the same rows.
@@ -95,11 +95,14 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> dict[str, np.ndarray]:
                     f"--models {name}={path}: was evaluated on other rows than the first run. Take the same."
                 )
             scores[name].append([row["score"] for row in rows])
-    return {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+    weights = [float(len(row.get("tags", "1"))) for row in first or []]
+    return {name: np.asarray(values, dtype=float) for name, values in scores.items()}, np.asarray(weights)
 
 
-def over_rows_and_seeds(scores: np.ndarray, seed: int) -> dict[str, Any]:
+def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
     """Mean of scores (seeds, rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
+
+    Each row counts by its weight, as in the runs' own accuracy per word.
 
     This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap": it errs on the wide side, except that few
     seeds say little about how much seeds differ.
@@ -110,11 +113,11 @@ def over_rows_and_seeds(scores: np.ndarray, seed: int) -> dict[str, Any]:
     count, rows = scores.shape
     rng = np.random.default_rng(seed)
     seed_weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
-    means = ((seed_weights @ scores) * row_weights).sum(axis=1)
+    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) * weights
+    means = ((seed_weights @ scores) * row_weights).sum(axis=1) / row_weights.sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    by_seed = scores.mean(axis=1).tolist()
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": rows, "seeds": by_seed}
+    by_seed = (scores @ weights / weights.sum()).tolist()
+    return {"mean": float(np.mean(by_seed)), "low": float(low), "high": float(high), "n": rows, "seeds": by_seed}
 
 
 def main() -> None:
@@ -124,13 +127,13 @@ def main() -> None:
 
     # Data
     runs, score = read_runs(args.models, args.reference)
-    scores = read_scores(runs)
+    scores, weights = read_scores(runs)
     if not start_run(__file__, args.output_dir, args):
         return
 
     # Comparison
-    cells = {name: over_rows_and_seeds(values, args.seed) for name, values in scores.items()}
-    differences = {name: over_rows_and_seeds(values - scores[args.reference], args.seed)
+    cells = {name: over_rows_and_seeds(values, weights, args.seed) for name, values in scores.items()}
+    differences = {name: over_rows_and_seeds(values - scores[args.reference], weights, args.seed)
                    for name, values in scores.items() if name != args.reference}  # fmt: skip
     result = {"score": score, "reference": args.reference, "models": cells, "differences": differences}
     write_json(Path(args.output_dir) / TRANSFER_FILE, result)

@@ -55,8 +55,9 @@ def main() -> None:
     push = push_request(collect_args)
     check_labeler(labeler_args.labeler)
     for flag, least in (("num_generations", 2), ("max_prompts", 1), ("max_new_tokens", 1), ("temperature", 1e-3)):
-        if (getattr(collect_args, flag) or least) < least:
-            raise InputError(f"--{flag} {getattr(collect_args, flag)}: must be at least {least}.")
+        value = getattr(collect_args, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag} {value}: must be at least {least}.")
 
     # Data
     train, test = load_splits(script_args, "preference")

@@ -11,9 +11,9 @@ Without arguments it reads recipes/configs/star.yaml: the starter model and gene
 answer of what was not solved and keeps the solution if it gets there (Zelikman et al. 2022). --majority_vote takes the
 most common answer for the right one (Huang et al. 2022), as is done wherever a row has no `answer`.
 
-Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py, which holds a tenth of the
-kept solutions out for its loss. Output: round-<r>/{solutions.jsonl, model, held_out.jsonl}, rounds.json, rounds.png and
-report.html. The same command goes on after an interruption, also with more --rounds.
+Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py; the solutions of a tenth of
+the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
+and report.html. The same command goes on after an interruption, also with more --rounds.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from pathlib import Path
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from eval.solving import HELD_OUT_FILE, SOLUTIONS_FILE, print_solving, summarize
+from eval.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import load_splits, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.models import context_length, load_tokenizer, resolve
 from rlhf.rounds import run_stage
-from rlhf.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out
+from rlhf.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out, write_solutions
 
 
 @dataclass
@@ -85,11 +85,11 @@ def main() -> None:
         summary = summarize(args.output_dir, number)
         if number < args.rounds:
             following = folders[number + 1]
-            if not (following / SOLUTIONS_FILE).exists():
+            if not (following / SOLUTIONS / "train.jsonl").exists():
                 kept = gather_solutions(solver, problems, examples, args, args.seed + number)
-                write_jsonl(following / SOLUTIONS_FILE, kept)
+                write_solutions(following / SOLUTIONS, kept)
             flags = {"model_name_or_path": base.name, "model_revision": model_args.model_revision,
-                     "dataset_name": following / SOLUTIONS_FILE, "seed": args.seed + number,
+                     "dataset_name": following / SOLUTIONS, "seed": args.seed + number,
                      "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16",
                      "attn_implementation": model_args.attn_implementation}  # fmt: skip
             run_stage("recipes/sft.py", args.sft_config, following / "model", flags)

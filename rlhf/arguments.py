@@ -24,6 +24,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from rlhf.errors import InputError, at_failure
+from rlhf.starter import STARTER
 
 RUN_FILE = "run.json"
 DIGEST_FILE = "digests.json"  # of a PPO checkpoint
@@ -72,7 +73,10 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     known = {option for action in parser._actions for option in action.option_strings}
     if "--use_cpu" in known and not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)  # else the trainers refuse bf16 on a machine without an accelerator
-    given += _float32_without_bfloat16(given, known, default)
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in (sys.argv[1:] if args is None else args)}
+    ours = Path(dict(itertools.pairwise(given)).get("--config", "")).resolve().parent == default.parent
+    if ours:  # a configuration of the user's own says what they want
+        given += _float32_without_bfloat16(given, known)
     for word in given:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known | {"--config"}:
@@ -83,8 +87,11 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
         parsed = parser.parse_args_and_config(args=given)
     except (ValueError, TypeError) as error:
         raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
+    own_data = ours and "dataset_name" in typed and "dataset_config" not in typed
     for arguments in parsed:
         _check_packages(arguments)
+        if own_data and getattr(arguments, "dataset_name", STARTER) != STARTER:
+            arguments.dataset_config = None  # that in our file is one of the starter's
         if hasattr(arguments, "seed"):
             set_seed(arguments.seed)  # before any model: trainers seed later than a new adapter is drawn
     return parsed
@@ -108,15 +115,14 @@ def _check_packages(arguments: Any) -> None:
             raise InputError(f"--{flag}: needs the package bitsandbytes. Install it (pip install bitsandbytes).")
 
 
-def _float32_without_bfloat16(given: list[str], known: set[str], default: Path) -> list[str]:
+def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
     """Flags that take a configuration of recipes/configs to float32 where bfloat16 would be a hundred times slower.
 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
     GFLOPS in bfloat16 and at 118 in float32 on an AVX2 machine with 2 cores.
     """
-    file = Path(dict(itertools.pairwise(given)).get("--config", "")).resolve()
-    if file.parent != default.parent or torch.accelerator.is_available() or cpu_has_bfloat16():
-        return []  # a configuration of the user's own says what they want
+    if torch.accelerator.is_available() or cpu_has_bfloat16():
+        return []
     flags = [word.split("=")[0] for word in given]
     added = [f"--{flag}={value}" for flag, value in (("dtype", "float32"), ("bf16", "false")) if
              f"--{flag}" in known and f"--{flag}" not in flags]  # fmt: skip
@@ -284,7 +290,7 @@ def checkpoints(output_dir: str) -> list[Path]:
 def last_checkpoint(training_args: Any) -> str | None:
     """The checkpoint to resume from: the one `--resume_from_checkpoint` names, else the newest whole one of the run."""
     asked = training_args.resume_from_checkpoint
-    if asked in ("false", "False"):
+    if asked in (False, "false", "False"):  # in YAML it is a bool
         return None
     if asked and asked not in ("true", "True", True):
         if not Path(asked).is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from rlhf.tokenization import sentinel
 
@@ -72,6 +72,25 @@ class DataCollatorForSpanCorruption:
             "input_ids": torch.tensor([inputs + end for inputs, _ in pairs]),
             "labels": torch.tensor([targets + end for _, targets in pairs]),
         }
+
+
+class DataCollatorForMaskedTokens(DataCollatorForLanguageModeling):
+    """transformers' masks, and at least one in every row: the loss of a batch without any would be 0 / 0.
+
+    Source: `create_masked_lm_predictions` in https://github.com/google-research/bert/blob/master/create_pretraining_data.py
+    """
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        ids, labels = batch["input_ids"], batch["labels"]
+        special = torch.tensor(self.tokenizer.all_special_ids)
+        for row in (labels == -100).all(dim=1).nonzero().flatten().tolist():
+            places = torch.isin(ids[row], special, invert=True).nonzero().flatten()
+            if len(places):
+                place = places[torch.randint(len(places), (1,), generator=self.generator)]
+                labels[row, place] = ids[row, place]
+                ids[row, place] = self.tokenizer.mask_token_id
+        return batch
 
 
 class SeededCollator:

@@ -57,11 +57,8 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
     Raises:
         InputError: if the dataset can't be found or read, is empty, or lacks the split.
     """
-    name, train_split, test_split = (
-        script_args.dataset_name or STARTER,
-        script_args.dataset_train_split,
-        script_args.dataset_test_split,
-    )
+    name = script_args.dataset_name = script_args.dataset_name or STARTER  # cards and messages name it, too
+    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
     if script_args.dataset_streaming:
         raise InputError("--dataset_streaming: these recipes check every row before they start. Leave it off.")
     splits = _read(name, part, script_args.dataset_config)

@@ -9,6 +9,7 @@ in `generate`.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
+from rlhf.errors import InputError
+from rlhf.lstm import LSTMConfig
 from rlhf.prefix import forward
 
 
@@ -126,6 +129,19 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def need_cache(model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a model that keeps no key-value cache, on which sampling and ranking here rely.
+
+    Raises:
+        InputError: for the LSTMs of recipes/scaling.py.
+    """
+    if isinstance(model.config, LSTMConfig):
+        raise InputError(
+            f"--model_name_or_path {Path(model.name_or_path).name}: an LSTM keeps no key-value cache to sample with. "
+            "Give a Transformer; eval/compression.py can read an LSTM, and so can transformers' own generate."
+        )
+
+
 def generate(
     model: PreTrainedModel | PeftModel,
     batch: dict[str, torch.Tensor],
@@ -142,6 +158,7 @@ def generate(
             own decoding loop.
         uniforms: see `sample`.
     """
+    need_cache(model)
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     saved = [owner.generation_config for owner in owners]
     try:

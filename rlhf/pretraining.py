@@ -39,14 +39,15 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, count_spans
+from rlhf.collators import DataCollatorForMaskedTokens, DataCollatorForSpanCorruption, SeededCollator, count_spans
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
 from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.optimizers import MuonWithAdamW, layer_matrices
-from rlhf.tokenization import encode_texts, sentinel
+from rlhf.tokenization import boundary, encode_texts, sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
+AT_ONCE = 10_000  # texts to tokenize at once: as Python lists their ids take ten times the memory of an array
 PAIR_SEED = 20  # of the sentence pairs: which ones follow each other never changes
 # what families of configs call the width of the feed-forward layer, and their dropouts
 WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
@@ -183,6 +184,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, args: Pretrai
     Raises:
         InputError: naming the tokens.
     """
+    if not tokenizer.is_fast:
+        raise InputError(f"--tokenizer_name {name}: has no fast version (tokenizer.json), which is needed here.")
     vocabulary = tokenizer.get_vocab()
     kinds = ("mask", "cls", "sep", "pad") if args.objective in ("masked", "replaced") else ("eos", "pad")
     needed = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") is not None for kind in kinds}
@@ -203,7 +206,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, args: Pretrai
 def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, split: str) -> Dataset:
     """Rows of exactly `block_size` token ids: texts one behind the other, the end of each marked, cut into blocks.
 
-    A text ends with eos; in blocks for `masked` and `replaced` with sep, and those begin with cls and end with sep.
+    A text ends with the tokenizer's token between texts (`boundary`); in blocks for `masked` and `replaced` with sep,
+    and those begin with cls and end with sep.
     What does not fill a last block is left out.
 
     Returns:
@@ -213,8 +217,10 @@ def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: Pret
         InputError: if there are too few tokens for one block.
     """
     framed = args.objective in ("masked", "replaced")
-    end = tokenizer.sep_token_id if framed else tokenizer.eos_token_id
-    stream = np.fromiter((id_ for ids in encode_texts(tokenizer, texts) for id_ in (*ids, end)), dtype=np.int64)
+    end = tokenizer.sep_token_id if framed else boundary(tokenizer)
+    parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+    lists = (ids for part in parts for ids in encode_texts(tokenizer, part))
+    stream = np.fromiter((id_ for ids in lists for id_ in (*ids, end)), dtype=np.int64)
     size = args.block_size - 2 * framed
     blocks = stream[: len(stream) // size * size].reshape(-1, size)
     if not len(blocks):
@@ -223,11 +229,11 @@ def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: Pret
             "smaller block."
         )
     if not framed:
-        return Dataset.from_dict({"input_ids": blocks.tolist()})
+        return Dataset.from_dict({"input_ids": list(blocks)})
     edge = np.ones((len(blocks), 1), dtype=np.int64)
     blocks = np.hstack([edge * tokenizer.cls_token_id, blocks, edge * tokenizer.sep_token_id])
     special = np.isin(blocks, tokenizer.all_special_ids).astype(np.int64)
-    return Dataset.from_dict({"input_ids": blocks.tolist(), "special_tokens_mask": special.tolist()})
+    return Dataset.from_dict({"input_ids": list(blocks), "special_tokens_mask": list(special)})
 
 
 def sentence_pair_rows(
@@ -304,6 +310,7 @@ def new_config(
     default = check_objective(args, model_args)
     width = model_args.intermediate_size or 4 * model_args.hidden_size
     heads, positions = model_args.num_attention_heads, model_args.max_position_embeddings or args.block_size
+    positions += args.objective == "span"  # sentinels in place of single tokens, and eos
     if model_args.model_type in ROBERTA:
         positions += tokenizer.pad_token_id + 1
     settings: dict[str, Any] = {
@@ -315,7 +322,7 @@ def new_config(
         "tie_word_embeddings": model_args.tie_word_embeddings,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": boundary(tokenizer) if args.objective == "causal" else tokenizer.eos_token_id,
         **{name: width for name in WIDTHS if hasattr(default, name)},
         **{name: model_args.dropout for name in DROPOUTS if hasattr(default, name)},
     }
@@ -367,7 +374,7 @@ def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingCo
     # BERT: 80% [MASK], 10% another token (section 3.1). ELECTRA: 85% [MASK], the rest left (replace_with_mask_positions
     # in the reference's pretrain_helpers.py); with 100% neither half of a small pair learned anything in ten minutes
     shares = (0.85, 0.0) if args.objective == "replaced" else (0.8, 0.1)
-    masks = DataCollatorForLanguageModeling(
+    masks = DataCollatorForMaskedTokens(
         tokenizer, mlm_probability=args.mlm_probability, mask_replace_prob=shares[0], random_replace_prob=shares[1]
     )
     return SeededCollator(masks, args.seed)

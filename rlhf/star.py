@@ -4,13 +4,14 @@ https://arxiv.org/abs/2203.14465, algorithm 1).
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data import check_messages, encode_messages, need_columns
+from rlhf.data import check_messages, encode_messages, need_columns, write_jsonl
 from rlhf.errors import InputError
 from rlhf.feedback import Messages
 from rlhf.generation import sample_completions
@@ -191,6 +192,20 @@ def gather_solutions(solver: Solver, rows: list[Row], examples: list[Row], args:
             "(--num_fewshot), or --rationalize true."
         )
     return kept
+
+
+def write_solutions(folder: Path, kept: list[Row]) -> None:
+    """Write what was kept as a dataset whose split `test` has the solutions of every tenth problem.
+
+    Solutions of one problem stay together: beside its siblings in training, none would be held out.
+    """
+    problems = list(dict.fromkeys(str(row["prompt"]) for row in kept))
+    held_out = set(problems[::10])
+    test = [row for row in kept if str(row["prompt"]) in held_out]
+    train = [row for row in kept if str(row["prompt"]) not in held_out]
+    if train:
+        write_jsonl(folder / "test.jsonl", test)
+    write_jsonl(folder / "train.jsonl", train or test)  # of a single problem there is nothing to hold out
 
 
 def solve_held_out(solver: Solver, rows: list[Row], count: int, seed: int) -> list[Row]:

@@ -276,6 +276,9 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 }
 
 
+KEPT_OUT = 400  # test rows that training leaves alone, however few are asked for
+
+
 def _balanced(rows: Iterator[Row], name: str, count: int, seen: set[str]) -> list[Row]:
     """The first `count` rows with equally many of each label, fewer if there aren't so many; their inputs join `seen`.
 
@@ -332,6 +335,8 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
     for split, part, count in (("test", "held_out", max_test), ("train", "sft", max_train)):
         rng = random.Random(f"{seed} {name} {split}")
         rows = _balanced(task.make(starter_pairs(part), rng), name, count, seen)
+        if split == "test":  # what another call with more test rows would ask is kept out of training, too
+            _balanced(task.make(starter_pairs(part), random.Random(f"{seed} {name} {split}")), name, KEPT_OUT, seen)
         rng.shuffle(rows)
         splits[split] = Dataset.from_list(rows, features=features)
     return DatasetDict({"train": splits["train"], "test": splits["test"]})

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data import looks_local
+from rlhf.data import control_ids, looks_local
 from rlhf.errors import InputError
 from rlhf.models import PAD_CANDIDATES, resolve
 from rlhf.starter import STARTER
@@ -111,7 +111,9 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: if there is no such folder or repo.
     """
     folder = Path(name).expanduser()
-    if name != STARTER and not (folder / "tokenizer_config.json").exists():
+    if name != STARTER and (folder / "tokenizer_config.json").exists():
+        name = str(folder)
+    elif name != STARTER:
         if folder.exists() or looks_local(name):
             raise InputError(
                 f"--tokenizer_name {name}: no tokenizer there. Train one first (accelerate launch recipes/tokenizer.py "
@@ -130,6 +132,12 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of plain texts, without any special token: one written inside a text stays text."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def boundary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that stands between texts in pretraining; eos may be another one, which ends a turn."""
+    number = tokenizer.convert_tokens_to_ids(END)
+    return number if number in control_ids(tokenizer) else tokenizer.eos_token_id
 
 
 def tokens_and_bytes(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[int], list[int]]:

@@ -552,10 +552,16 @@ def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
+def test_long_rows_of_tags_weigh_more():
+    cell = over_rows_and_seeds(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([9.0, 1.0]), 0)
+    assert cell["seeds"] == pytest.approx([0.9, 0.45]) and cell["mean"] == pytest.approx(0.675)
+    assert cell["low"] >= 0 and cell["high"] <= 1
+
+
 def test_the_two_way_bootstrap_knows_rows_and_seeds():
     rng = np.random.default_rng(0)
     rows = rng.random((1, 400)) < 0.7
-    alike = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), 0)
+    alike = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
     width = 1.96 * (0.7 * 0.3 / 400) ** 0.5  # of one seed's mean: equal seeds add nothing
     assert alike["high"] - alike["mean"] == pytest.approx(width, rel=0.15)
     apart = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), 0)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline, set_seed
 
+from rlhf.errors import InputError
+from rlhf.generation import need_cache
 from rlhf.lstm import LSTMForCausalLM, lstm_parameters, matching_hidden_size
 
 
@@ -99,3 +101,8 @@ def test_it_generates_alone_and_in_a_padded_batch(tokenizer):
     alone = [generate(text, max_new_tokens=5, do_sample=False)[0]["generated_text"] for text in texts]
     together = generate(texts, max_new_tokens=5, do_sample=False, batch_size=2)
     assert [reply[0]["generated_text"] for reply in together] == alone
+
+
+def test_it_is_refused_where_a_cache_is_needed():
+    with pytest.raises(InputError, match="an LSTM keeps no key-value cache"):
+        need_cache(build())

@@ -21,10 +21,11 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ByT5Tokenizer,
     pipeline,
 )
 
-from eval.compression import boundary, by_groups, in_groups, text_logprobs, xz_bits
+from eval.compression import by_groups, in_groups, text_logprobs, xz_bits
 from eval.intervals import interval
 from eval.ngrams import KneserNey, discounts
 from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, corrupt_spans, count_spans, random_lengths
@@ -45,7 +46,7 @@ from rlhf.pretraining import (
     sentence_pair_rows,
 )
 from rlhf.starter import starter_dataset
-from rlhf.tokenization import encode_texts, train_tokenizer
+from rlhf.tokenization import boundary, encode_texts, train_tokenizer
 
 TEXTS = [
     "\n".join(f"Do you like {a}? I like {b} more than {a}." for a in line)
@@ -153,6 +154,32 @@ def test_masking_hides_80_changes_10_and_leaves_10_of_15_percent(own):
     given, true = (batch[name][batch["labels"] != -100] for name in ("input_ids", "labels"))
     assert (given == own.mask_token_id).float().mean().item() == pytest.approx(0.85, abs=0.015)
     assert ((given == own.mask_token_id) | (given == true)).all()  # none is replaced before the generator does it
+
+
+@pytest.mark.parametrize("objective", ["masked", "replaced"])
+def test_every_row_has_a_masked_token(objective, own):
+    rows = [{"input_ids": [own.cls_token_id, 60 + number % 200, own.sep_token_id]} for number in range(300)]
+    batch = pretraining_collator(own, settings_of(objective=objective))(rows)
+    assert (batch["labels"][:, 1] == torch.tensor([row["input_ids"][1] for row in rows])).all()
+    assert (batch["labels"][:, [0, 2]] == -100).all()
+    assert (batch["input_ids"][:, 1] == own.mask_token_id).float().mean() > 0.9
+
+
+def test_texts_end_with_the_token_that_bits_per_byte_counts(own):
+    """Where eos ends a turn, as in tokenizers of chat models, another token stands between texts."""
+    own = copy.deepcopy(own)
+    own.add_special_tokens({"eos_token": "<|im_end|>"})
+    args = settings_of(objective="causal", block_size=8)
+    ids = packed_rows(["tea", "bread"] * 9, own, args, "train")["input_ids"][0]
+    end = own.convert_tokens_to_ids("<|endoftext|>")
+    assert end != own.eos_token_id and boundary(own) == end
+    assert end in ids and own.eos_token_id not in ids
+    assert new_config(NewModelConfig(hidden_size=16, num_hidden_layers=1), args, own).eos_token_id == end
+
+
+def test_a_slow_tokenizer_is_refused():
+    with pytest.raises(InputError, match="has no fast version"):
+        check_tokenizer(ByT5Tokenizer(), "byt5", settings_of(objective="span"))
 
 
 def test_every_way_to_cut_is_equally_likely():

@@ -12,10 +12,12 @@ from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny,
 from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from trl import ModelConfig
+from trl import ModelConfig, ScriptArguments
 
-from rlhf.arguments import _float32_without_bfloat16, command, last_checkpoint, parse, write_digests
+from rlhf.arguments import command, last_checkpoint, parse, write_digests
+from rlhf.data import load_splits
 from rlhf.errors import InputError
+from rlhf.pretraining import NewModelConfig, PretrainingConfig
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -207,20 +209,48 @@ def test_recorded_commands_hold_no_token_and_no_outside_path(monkeypatch):
     assert recorded.endswith("--output_dir out --models a=b outputs/sft")
 
 
-def test_only_the_projects_own_configurations_go_to_float32_without_bfloat16(monkeypatch):
-    default, known = ROOT / "recipes" / "configs" / "sft.yaml", {"--dtype", "--bf16"}
+def test_only_the_projects_own_configurations_go_to_float32_without_bfloat16(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    for capable, given, added in (
-        (False, ["--config", str(default)], ["--dtype=float32", "--bf16=false"]),
-        (False, ["--config", str(default), "--dtype", "bfloat16"], ["--bf16=false"]),
-        (False, ["--config", "recipes/configs/finetune_small.yaml"], ["--dtype=float32", "--bf16=false"]),
-        (False, ["--config", "mine.yaml"], []),
-        (False, ["--config"], []),
-        (False, [], []),
-        (True, ["--config", str(default)], []),
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("bf16: true\n")
+    for capable, words, expected in (
+        (False, [], False),
+        (False, ["--config", "recipes/configs/pretrain_masked.yaml"], False),
+        (False, ["--bf16", "true"], True),
+        (False, ["--config", str(mine)], True),
+        (True, [], True),
     ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda capable=capable: {"avx2": True, "amx_bf16": capable})
-        assert _float32_without_bfloat16(given, known, default) == ([] if torch.accelerator.is_available() else added)
+        (training_args,) = parse("recipes/pretrain.py", PretrainingConfig, args=words)
+        assert training_args.bf16 is (expected or torch.accelerator.is_available())
+
+
+def test_a_dataset_of_ones_own_gets_no_part_of_the_starters():
+    recipe = str(ROOT / "recipes" / "pretrain.py")
+    for words, expected in (
+        ([], ("starter", "full")),
+        (["--dataset_name", "some/stories"], ("some/stories", None)),
+        (["--dataset-name=some/stories", "--dataset_config", "en"], ("some/stories", "en")),
+        (["--dataset_name", "starter"], ("starter", "full")),
+    ):
+        script_args, *_ = parse(recipe, ScriptArguments, PretrainingConfig, NewModelConfig, args=words)
+        assert (script_args.dataset_name, script_args.dataset_config) == expected
+
+
+def test_a_configuration_without_a_dataset_means_the_starter():
+    script_args = ScriptArguments(dataset_config="small")
+    load_splits(script_args, "sft")
+    assert script_args.dataset_name == "starter"  # which the model card names
+
+
+@pytest.mark.parametrize("asked", [False, "false"])
+def test_resuming_can_be_declined_in_yaml_and_on_the_command_line(asked, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    settings = types.SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=asked)
+    assert last_checkpoint(settings) is None
+    settings.resume_from_checkpoint = None
+    assert last_checkpoint(settings) == str(tmp_path / "checkpoint-2")
 
 
 def test_accelerate_launch_with_the_projects_config(tiny, files, tmp_path):
@@ -309,6 +339,8 @@ def bad(tmp_path, tiny, files):
         "no such checkpoint": (
             "sft", [*model, *out, "--dataset_name", sft, "--resume_from_checkpoint", "gone"], "gone: no such folder"
         ),
+        "no prompts": ("collect", [*model, *out, "--max_prompts", "0"], "--max_prompts 0: must be at least 1"),
+        "no replies": ("collect", [*model, *out, "--num_generations", "0"], "--num_generations 0: must be at least 2"),
         "unknown labeler": ("collect", ["--labeler", "oracle"], "--labeler oracle"),
         "not a reward model": ("ppo", [*model, *out, "--reward_model_path", tiny], "sequence classifier"),
     }  # fmt: skip
@@ -319,7 +351,7 @@ CASES = (
     "no such split,wrong roles,long prompts,pad is eos,adapter without base,occupied folder,"
     "offline Hub model,missing output,missing output data,missing tracker,offline Hub data,"
     "no token,no repo name,bad repo name,no such checkpoint,"
-    "unknown labeler,not a reward model"
+    "no prompts,no replies,unknown labeler,not a reward model"
 )
 
 

@@ -19,7 +19,7 @@ from eval.tables import tables_of
 from rlhf.data import encode_conversation, write_jsonl
 from rlhf.errors import InputError
 from rlhf.problems import KINDS, few_shot, final_answer, known_answer, majority, plain_answer, starter_problems
-from rlhf.star import gather_solutions, keep, problem_rows, solve_held_out
+from rlhf.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
 
 BOXES = ("red", "blue", "green", "white", "black", "brown", "grey", "pink", "gold", "silver", "amber", "olive")
 
@@ -186,6 +186,16 @@ def test_accuracy_of_one_of_the_majority_and_of_the_best():
     assert references_of([{"reference": None, "samples": ["1", "2", "2"]}])[0] == ["2"]
 
 
+def test_solutions_of_one_problem_stay_together(tmp_path):
+    kept = [{"prompt": user(f"p{number // 3}"), "answer": str(number)} for number in range(45)]
+    write_solutions(tmp_path / "many", kept)
+    train, test = (lines(tmp_path / "many" / f"{split}.jsonl") for split in ("train", "test"))
+    assert {row["prompt"][0]["content"] for row in test} == {"p0", "p10"} and len(train) == 39
+    assert sorted(train + test, key=lambda row: int(row["answer"])) == kept
+    write_solutions(tmp_path / "one", kept[:2])
+    assert lines(tmp_path / "one" / "train.jsonl") == kept[:2] and not (tmp_path / "one" / "test.jsonl").exists()
+
+
 def test_summary_table_and_picture(tmp_path):
     for number, right in enumerate((2, 4)):
         rows = [{"prompt": f"p{n}", "reference": "1", "solution": "1" if n < right else "0"} for n in range(8)]
@@ -197,7 +207,7 @@ def test_summary_table_and_picture(tmp_path):
         {"prompt": "a", "kind": "sampled"},
         {"prompt": "b", "kind": "rationalized"},
     ]
-    write_jsonl(tmp_path / "round-1" / "solutions.jsonl", kept)
+    write_solutions(tmp_path / "round-1" / "solutions", kept)
     summary = summarize(str(tmp_path), 1)
     assert json.loads((tmp_path / "rounds.json").read_text()) == summary
     first, second = summary["rounds"]
@@ -279,7 +289,9 @@ def test_two_rounds_each_from_the_base(rounds, guesser):
     assert (out / "round-1" / "model" / "adapter_model.safetensors").stat().st_mtime_ns == first  # not made again
     assert said.count("===") == 2
     for number in (1, 2):
-        kept = lines(out / f"round-{number}" / "solutions.jsonl")
+        train, test = (lines(out / f"round-{number}" / "solutions" / f"{split}.jsonl") for split in ("train", "test"))
+        assert not {str(row["prompt"]) for row in train} & {str(row["prompt"]) for row in test}
+        kept = train + test
         right = {json.dumps(user(row["prompt"])): row["answer"] for row in problems(10)}
         assert kept and all(row["answer"] == right[json.dumps(row["prompt"])] for row in kept)
         assert all(final_answer(row["completion"][0]["content"]) == row["answer"] for row in kept)

@@ -8,7 +8,7 @@ from datasets import ClassLabel
 from rlhf.errors import InputError
 from rlhf.instructions import FOLDER, read_templates
 from rlhf.starter import gold_scores, starter_pairs
-from rlhf.starter_tasks import CLUSTERS, TASKS, starter_task
+from rlhf.starter_tasks import CLUSTERS, KEPT_OUT, TASKS, starter_task
 
 SMALL = {"max_train": 24, "max_test": 24}
 
@@ -46,6 +46,16 @@ def test_no_test_input_is_trained_on_and_a_seed_gives_the_same_rows(name, tasks)
     again, other = starter_task(name, **SMALL), starter_task(name, **SMALL, seed=1)
     assert again["test"].to_list() == tasks[name]["test"].to_list()
     assert other["test"].to_list() != tasks[name]["test"].to_list()
+
+
+@pytest.mark.parametrize("name", ["addition", "subtraction", "reverse_words"])
+def test_training_leaves_alone_what_a_larger_test_would_ask(name):
+    train = starter_task(name, max_train=400, max_test=6)["train"]
+    test = starter_task(name, max_train=6, max_test=KEPT_OUT)["test"]
+    inputs = [{tuple(row[column] for column in TASKS[name].columns) for row in rows} for rows in (train, test)]
+    assert not inputs[0] & inputs[1]
+    first = starter_task(name, max_train=6, max_test=6)["test"].to_list()
+    assert all(row in test.to_list() for row in first)
 
 
 def test_texts_come_from_conversations_of_their_part(tasks):
