@@ -56,7 +56,10 @@ DROPOUTS = (
     "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout_rate",
 )  # fmt: skip
 # their positions begin behind that of the pad token
-ROBERTA = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod")
+ROBERTA = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
+    "ibert", "luke", "mpnet",
+)  # fmt: skip
 # causal heads whose bodies look ahead: they were trained by permutations or translation
 LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
 
@@ -312,7 +315,7 @@ def new_config(
     heads, positions = model_args.num_attention_heads, model_args.max_position_embeddings or args.block_size
     positions += args.objective == "span"  # sentinels in place of single tokens, and eos
     if model_args.model_type in ROBERTA:
-        positions += tokenizer.pad_token_id + 1
+        positions += max(tokenizer.pad_token_id, 1) + 1  # for MPNet pad is always 1
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": model_args.hidden_size,
@@ -340,7 +343,10 @@ def new_config(
             settings["d_kv"] = model_args.hidden_size // heads
     if model_args.attn_implementation:
         settings["attn_implementation"] = model_args.attn_implementation
-    config = AutoConfig.for_model(model_args.model_type, **settings)
+    try:
+        config = AutoConfig.for_model(model_args.model_type, **settings)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"--model_type {model_args.model_type}: can't be made of these sizes ({error}).") from error
     if model_args.config_overrides:
         try:
             config.update_from_string(model_args.config_overrides)
@@ -350,15 +356,23 @@ def new_config(
 
 
 def new_model(config: PreTrainedConfig, args: PretrainingConfig) -> PreTrainedModel:
-    """A model with random float32 weights and the head of the objective."""
+    """A model with random float32 weights and the head of the objective.
+
+    Raises:
+        InputError: if the architecture has demands of its own on its sizes, and these don't meet them.
+    """
     torch.manual_seed(args.seed)
-    if args.objective == "causal":
-        return AutoModelForCausalLM.from_config(config)
-    if args.objective == "span":
-        return AutoModelForSeq2SeqLM.from_config(config)
-    if args.objective == "replaced":
-        return ReplacedTokenModel(config, args.generator_hidden_size, args.disc_weight)
-    return (AutoModelForPreTraining if args.next_sentence_prediction else AutoModelForMaskedLM).from_config(config)
+    masked = AutoModelForPreTraining if args.next_sentence_prediction else AutoModelForMaskedLM
+    kinds = {"causal": AutoModelForCausalLM, "span": AutoModelForSeq2SeqLM, "masked": masked}
+    try:
+        if args.objective == "replaced":
+            return ReplacedTokenModel(config, args.generator_hidden_size, args.disc_weight)
+        return kinds[args.objective].from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"--model_type {config.model_type}: can't be made of these sizes ({error}). Change them, or set what it "
+            "asks for with --config_overrides."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- trainer

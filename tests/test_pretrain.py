@@ -287,6 +287,23 @@ def test_accumulated_batches_take_the_step_of_the_whole_batch(objective, model_t
     assert logged[1]["grad_norm"] < 2 * logged[0]["grad_norm"]
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet", "esm", "ibert", "roformer"])
+def test_a_whole_row_has_positions(model_type, own):
+    args = settings_of(objective="masked", block_size=32)
+    model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    model = new_model(new_config(model_args, args, own), args)
+    rows = packed_rows(["tea and bread on the table"] * 40, own, args, "train")
+    assert model(**pretraining_collator(own, args)([rows[0], rows[1]])).loss.isfinite()
+
+
+def test_an_architecture_with_demands_of_its_own_says_so_in_one_line(own):
+    args = settings_of(objective="masked", block_size=32)
+    for model_type, message in (("funnel", "num_hidden_layers"), ("reformer", "axial_pos_embds")):
+        model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+        with pytest.raises(InputError, match=rf"--model_type {model_type}: can't be made of these sizes .*{message}"):
+            new_model(new_config(model_args, args, own), args)
+
+
 def test_the_same_seed_gives_the_same_model(own):
     def weights(seed):
         args = settings_of(seed=seed)
