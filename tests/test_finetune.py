@@ -564,8 +564,8 @@ def test_the_two_way_bootstrap_knows_rows_and_seeds():
     alike = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
     width = 1.96 * (0.7 * 0.3 / 400) ** 0.5  # of one seed's mean: equal seeds add nothing
     assert alike["high"] - alike["mean"] == pytest.approx(width, rel=0.15)
-    apart = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), 0)
-    assert (apart["low"], apart["mean"], apart["high"]) == (0, 0.5, 1)
+    apart = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), np.ones(400), 0)
+    assert (apart["low"], apart["mean"], apart["high"]) == pytest.approx((0, 0.5, 1))
 
 
 BAD_FLAGS = {
