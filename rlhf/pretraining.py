@@ -44,10 +44,9 @@ from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
 from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.optimizers import MuonWithAdamW, layer_matrices
-from rlhf.tokenization import boundary, encode_texts, sentinel
+from rlhf.tokenization import AT_ONCE, boundary, encode_texts, sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
-AT_ONCE = 10_000  # texts to tokenize at once: as Python lists their ids take ten times the memory of an array
 PAIR_SEED = 20  # of the sentence pairs: which ones follow each other never changes
 # what families of configs call the width of the feed-forward layer, and their dropouts
 WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")

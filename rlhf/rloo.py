@@ -49,18 +49,20 @@ class RLOOConfig(TRLRLOOConfig):
         for name, least in (("max_completion_length", 1), ("temperature", 1e-6), ("beta", 0), ("num_iterations", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}.")
-        if self.save_strategy == "steps" and self.save_steps % self.updates_per_batch:
+        accumulated = self.gradient_accumulation_steps
+        apart = math.lcm(self.passes_per_batch, accumulated) // accumulated
+        if self.save_strategy == "steps" and self.save_steps % apart:
             raise InputError(
-                f"--save_steps {self.save_steps}: a run resumes only between batches of samples, which are "
-                f"{self.updates_per_batch} updates apart (steps_per_generation × num_iterations / "
-                f"gradient_accumulation_steps). Give a multiple of {self.updates_per_batch}."
+                f"--save_steps {self.save_steps}: a run resumes only between batches of samples, which are {apart} "
+                "updates apart (steps_per_generation × num_iterations / gradient_accumulation_steps). Give a multiple "
+                f"of {apart}."
             )
 
     @property
-    def updates_per_batch(self) -> int:
-        """How many optimizer steps are made with one batch of samples."""
+    def passes_per_batch(self) -> int:
+        """How many forward and backward passes are made with one batch of samples."""
         assert self.steps_per_generation is not None
-        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        return self.steps_per_generation * self.num_iterations
 
 
 def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
@@ -159,7 +161,8 @@ class RLOOTrainer(TRLRLOOTrainer):
             # TRL's mean over tokens times the mean length is the sum over a completion
             metrics["objective/kl"].append(metrics["kl"][-1] * metrics["completions/mean_length"][-1])
         if self.model.training:
-            batches = self.state.global_step // self.args.updates_per_batch + 1
+            passes = self.state.global_step * self.args.gradient_accumulation_steps
+            batches = passes // self.args.passes_per_batch + 1
             metrics["episode"] = [batches * self.args.generation_batch_size]
         return output
 

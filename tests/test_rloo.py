@@ -276,6 +276,11 @@ def test_bad_settings_are_refused(tmp_path):
         need_prompts(range(8), "d", config(tmp_path, per_device_train_batch_size=32))
     with pytest.raises(InputError, match=r"--save_steps 3.*multiple of 2"):
         config(tmp_path, num_iterations=2, save_strategy="steps", save_steps=3)
+    # 6 passes per batch, 4 per update: batch and update end together after 12
+    uneven = {"steps_per_generation": 6, "gradient_accumulation_steps": 4, "save_strategy": "steps"}
+    with pytest.raises(InputError, match=r"are 3 updates apart.*multiple of 3"):
+        config(tmp_path, **uneven, save_steps=1)
+    assert config(tmp_path, **uneven, save_steps=6).save_steps == 6
     with pytest.raises(InputError, match="--beta -1"):
         config(tmp_path, beta=-1)
 
