@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
@@ -91,7 +92,8 @@ def text_logprobs(
         padded = torch.tensor([ids + [mark] * (longest - len(ids)) for _, ids, _ in batch], device=device)
         seen = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids, _ in batch], device=device)
         logits = model(input_ids=padded, attention_mask=seen, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), padded[:, 1:], reduction="none")
+        following = padded[:, 1:]
+        losses = cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none").view_as(following)
         for (number, ids, context), row in zip(batch, losses, strict=True):
             sums[number] -= row[context - 1 : len(ids) - 1].double().sum().item()
     return sums
