@@ -6,13 +6,24 @@ https://github.com/google-research/electra/blob/master/run_pretraining.py
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPreTrainedModel
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
+    ElectraConfig,
+    ElectraForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
-GENERATOR, DISCRIMINATOR = "generator.electra.embeddings", "discriminator.electra.embeddings"
+# Their embeddings have a size of their own, so that a narrow generator can share the discriminator's. RoFormer is BERT
+# with rotary positions, which need far less text than learned ones.
+DETECTORS = ("electra", "roformer")
 
 
 @dataclass
@@ -26,7 +37,7 @@ class ReplacedTokenOutput(ModelOutput):
     discriminator_loss: torch.Tensor | None = None
 
 
-def generator_config(config: ElectraConfig, share: float) -> ElectraConfig:
+def generator_config(config: PreTrainedConfig, share: float) -> PreTrainedConfig:
     """The discriminator's config, narrower: `share` of its width and heads; the embeddings keep their size."""
     small = copy.deepcopy(config)
     small.num_attention_heads = max(1, round(config.num_attention_heads * share))
@@ -36,27 +47,38 @@ def generator_config(config: ElectraConfig, share: float) -> ElectraConfig:
     return small
 
 
-class ReplacedTokenModel(ElectraPreTrainedModel):
+class ReplacedTokenModel(PreTrainedModel):
     """A small masked language model fills in masked tokens; the discriminator tells which tokens are not the original.
 
     The two share their embeddings. No gradient goes through the sampled tokens. A sampled token that happens to be the
-    original counts as the original.
+    original counts as the original. The discriminator is ELECTRA's own class, or a token classifier with one logit.
     """
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        **{
-            f"{GENERATOR}.{kind}_embeddings.weight": f"{DISCRIMINATOR}.{kind}_embeddings.weight"
-            for kind in ("word", "position", "token_type")
-        },
-        "generator.generator_lm_head.weight": f"{DISCRIMINATOR}.word_embeddings.weight",
-    }
-
-    def __init__(self, config: ElectraConfig, generator_hidden_size: float = 0.25, disc_weight: float = 50.0):
+    def __init__(self, config: PreTrainedConfig, generator_hidden_size: float = 0.25, disc_weight: float = 50.0):
+        half = MODEL_FOR_MASKED_LM_MAPPING[type(config)]  # whose kinds of attention are the pair's
+        self._supports_sdpa, self._supports_flash_attn = half._supports_sdpa, half._supports_flash_attn
         super().__init__(config)
         self.disc_weight = disc_weight
-        self.generator = ElectraForMaskedLM(generator_config(config, generator_hidden_size))
-        self.discriminator = ElectraForPreTraining(config)
+        self.generator = AutoModelForMaskedLM.from_config(generator_config(config, generator_hidden_size))
+        if isinstance(config, ElectraConfig):
+            self.discriminator = ElectraForPreTraining(config)
+        else:
+            judge = copy.deepcopy(config)
+            judge.num_labels = 1
+            self.discriminator = AutoModelForTokenClassification.from_config(judge)
+        self._tied_weights_keys = self._shared_embeddings()
         self.post_init()
+
+    def _shared_embeddings(self) -> dict[str, str]:
+        """Names of the generator's embeddings and output matrix, and of the discriminator's in their place."""
+        body = f"{self.generator.base_model_prefix}.embeddings."
+        learned = {name: p for name, p in self.discriminator.named_parameters() if "_embeddings.weight" in name}
+        shared = {f"generator.{name}": f"discriminator.{name}" for name, p in learned.items() if p.requires_grad}
+        head = self.generator.get_output_embeddings().weight
+        for name, parameter in self.generator.named_parameters(remove_duplicate=False):
+            if parameter is head and not name.startswith(body):
+                shared[f"generator.{name}"] = f"discriminator.{body}word_embeddings.weight"
+        return shared
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> ReplacedTokenOutput:
         """Both losses of a masked batch.
@@ -73,11 +95,12 @@ class ReplacedTokenModel(ElectraPreTrainedModel):
             choices = torch.multinomial(filled.logits[masked].float().softmax(-1), 1, generator=draw).squeeze(-1)
             corrupted = input_ids.masked_scatter(masked, choices)
             replaced = (masked & (corrupted != labels)).long()
-        judged = self.discriminator(input_ids=corrupted, labels=replaced)
+        logits = self.discriminator(input_ids=corrupted).logits.reshape(replaced.shape)
+        judged = binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
         return ReplacedTokenOutput(
-            loss=filled.loss + self.disc_weight * judged.loss,
-            detected=(judged.logits > 0).long(),
+            loss=filled.loss + self.disc_weight * judged,
+            detected=(logits > 0).long(),
             replaced=replaced,
             generator_loss=filled.loss.detach().reshape(1),
-            discriminator_loss=judged.loss.detach().reshape(1),
+            discriminator_loss=judged.detach().reshape(1),
         )

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.collators import DataCollatorForMaskedTokens, DataCollatorForSpanCorruption, SeededCollator, count_spans
-from rlhf.electra import ReplacedTokenModel
+from rlhf.electra import DETECTORS, ReplacedTokenModel
 from rlhf.errors import InputError
 from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.optimizers import MuonWithAdamW, layer_matrices
@@ -67,7 +67,9 @@ LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
 class NewModelConfig:
     """The model to make. Names are those of transformers' run_clm.py and of its configs."""
 
-    model_type: str = field(default="llama", metadata={"help": "Architecture: gpt2, llama, bert, electra, t5, ..."})
+    model_type: str = field(
+        default="llama", metadata={"help": "Architecture: gpt2, llama, bert, roformer, electra, t5, ..."}
+    )
     tokenizer_name: str = field(
         default="starter", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
     )
@@ -135,7 +137,7 @@ def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreT
     able, example = {
         "causal": (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in LOOK_AHEAD, "gpt2 or llama"),
         "masked": (type(config) in MODEL_FOR_MASKED_LM_MAPPING, "bert"),
-        "replaced": (kind == "electra", "electra"),
+        "replaced": (kind in DETECTORS, "electra or roformer"),
         "span": (type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "t5"),
     }[objective]
     if not able:

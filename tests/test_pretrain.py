@@ -266,7 +266,9 @@ def test_other_architectures_have_the_sizes_too(objective, model_type, own):
     assert layers == (6 if objective == "span" else 3)
 
 
-@pytest.mark.parametrize("objective, model_type", [("masked", "bert"), ("replaced", "electra"), ("span", "t5")])
+@pytest.mark.parametrize(
+    "objective, model_type", [("masked", "bert"), ("replaced", "electra"), ("replaced", "roformer"), ("span", "t5")]
+)
 def test_accumulated_batches_take_the_step_of_the_whole_batch(objective, model_type, own, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     logged = []
@@ -344,23 +346,29 @@ def test_electras_loss_is_the_generators_plus_50_times_the_discriminators(own, e
     assert torch.equal(output.replaced, masked.long())
 
 
-def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(own, electra, tmp_path):
+@pytest.mark.parametrize("model_type", ["electra", "roformer"])
+def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(model_type, own, tmp_path):
+    model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    args = settings_of(objective="replaced", block_size=16)
+    electra = new_model(new_config(model_args, args, own), args)
     assert isinstance(electra, ReplacedTokenModel)
-    generator, discriminator = electra.generator.electra.embeddings, electra.discriminator.electra.embeddings
-    assert generator.word_embeddings.weight is discriminator.word_embeddings.weight
-    assert electra.generator.generator_lm_head.weight is discriminator.word_embeddings.weight
+    generator, discriminator = (half.base_model.embeddings for half in (electra.generator, electra.discriminator))
+    for kind in ("word_embeddings", "token_type_embeddings"):
+        assert getattr(generator, kind).weight is getattr(discriminator, kind).weight
+    if model_type == "electra":  # RoFormer's positions aren't learned
+        assert generator.position_embeddings.weight is discriminator.position_embeddings.weight
+    assert electra.generator.get_output_embeddings().weight is discriminator.word_embeddings.weight
     assert electra.generator.config.hidden_size == 8 and electra.discriminator.config.hidden_size == 32
     ids = torch.randint(50, 300, (2, 16))
     output = electra.train()(input_ids=ids, labels=ids)
     (output.loss - electra.generator(input_ids=ids, labels=ids).loss).backward()
     body = [p.grad for name, p in electra.generator.named_parameters() if "encoder" in name]
     assert all(grad is None or grad.abs().max() < 1e-5 for grad in body)
-    assert all(p.grad is not None for name, p in electra.discriminator.named_parameters() if "encoder" in name)
+    layers = [p for name, p in electra.discriminator.named_parameters() if "encoder.layer" in name]
+    assert len(layers) > 10 and all(p.grad is not None for p in layers)
     electra.save_pretrained(tmp_path)
-    again = ReplacedTokenModel.from_pretrained(tmp_path, generator_hidden_size=0.25)
-    assert again.generator.electra.embeddings.word_embeddings.weight is (
-        again.discriminator.electra.embeddings.word_embeddings.weight
-    )
+    again = ReplacedTokenModel.from_pretrained(tmp_path, config=electra.config, generator_hidden_size=0.25)
+    assert again.generator.get_output_embeddings().weight is again.discriminator.get_input_embeddings().weight
     state = electra.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
@@ -371,7 +379,7 @@ def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(
     ("causal", "t5", {}, "--objective causal: t5 has no head for it. Give --model_type gpt2 or llama"),
     ("causal", "xlm", {}, "--objective causal: xlm has no head for it. Give --model_type gpt2 or llama"),
     ("masked", "gpt2", {}, "--objective masked: gpt2 has no head for it. Give --model_type bert"),
-    ("replaced", "bert", {}, "--objective replaced: bert has no head for it. Give --model_type electra"),
+    ("replaced", "bert", {}, "--objective replaced: bert has no head for it. Give --model_type electra or roformer"),
     ("span", "llama", {}, "--objective span: llama has no head for it. Give --model_type t5"),
     ("masked", "electra", {"next_sentence_prediction": True}, "electra has no head for it. Give --model_type bert"),
     ("causal", "bert", {"next_sentence_prediction": True}, "goes with --objective masked, not with causal"),
