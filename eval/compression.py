@@ -118,15 +118,15 @@ def xz_bits(texts: list[str], before: list[str], groups: int) -> list[float]:
     """
     compressor = lzma.LZMACompressor(preset=9)
     written = len(compressor.compress(b"".join(text.encode() + b"\0" for text in before)))
-    data, sizes = b"", [written + rest_of(compressor, b"") if before else 0]
+    sizes = [written + rest_of(compressor) if before else 0]
     for group in in_groups(texts, groups):
-        data += b"".join(text.encode() + b"\0" for text in group)
-        sizes.append(written + rest_of(compressor, data))
+        written += len(compressor.compress(b"".join(text.encode() + b"\0" for text in group)))
+        sizes.append(written + rest_of(compressor))
     return [8.0 * (after - earlier) for earlier, after in itertools.pairwise(sizes)]
 
 
-def rest_of(compressor: lzma.LZMACompressor, data: bytes) -> int:
-    """How many bytes a compressor would still write if `data` came and then the end; it stays as it is.
+def rest_of(compressor: lzma.LZMACompressor) -> int:
+    """How many bytes a compressor would still write if the text ended here; it stays as it is.
 
     A compressor can't be copied, so a fork of this process finds out: going through 11 MB of text again for every
     question would take 15 s each.
@@ -135,7 +135,7 @@ def rest_of(compressor: lzma.LZMACompressor, data: bytes) -> int:
     child = os.fork()
     if child == 0:
         try:
-            os.write(writer, str(len(compressor.compress(data)) + len(compressor.flush())).encode())
+            os.write(writer, str(len(compressor.flush())).encode())
         finally:
             os._exit(0)
     os.close(writer)
