@@ -264,7 +264,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
 
 def _release(folder: Path) -> None:
     """Give up the claim of a run that failed before it made anything, so that other settings can have the folder."""
-    if [path.name for path in folder.iterdir()] == [RUN_FILE]:
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_FILE]:
         (folder / RUN_FILE).unlink()
 
 
