@@ -31,7 +31,7 @@ def tables_of(folders: list[Path]) -> list[ReportTable]:
         if "bits_per_byte" in results:
             tables.append(_compression(results))
         if "num_fewshot" in results:
-            tables.append(_in_context(results))
+            tables.append(_in_context(results, folder.name))
         if over := read_json(folder / "overoptimization.json"):
             tables.append(_overoptimization(over))
         if transfer := read_json(folder / "transfer.json"):
@@ -80,16 +80,19 @@ def _compression(results: dict[str, Any]) -> ReportTable:
     return ReportTable("Compression", note, ["", "bits per byte", "low", "high"], rows)
 
 
-def _in_context(results: dict[str, Any]) -> ReportTable:
+def _in_context(results: dict[str, Any], name: str) -> ReportTable:
     numbers = [str(count) for count in results["num_fewshot"]]
     rows = [
         [task, *(with_interval(cells[count]) for count in numbers), with_interval(results["differences"].get(task))]
         for task, cells in results["tasks"].items()
     ]
-    for name, cells in results.get("against_baseline", {}).get("cluster", {}).items():
-        rows.append([f"{name}, against {results['baseline']}", *(with_interval(cells[n]) for n in numbers), ""])
+    for cluster, cells in results.get("against_baseline", {}).get("cluster", {}).items():
+        rows.append([f"{cluster}, against {results['baseline']}", *(with_interval(cells[n]) for n in numbers), ""])
     heading = ["task", *(f"{count} examples" for count in numbers), f"{numbers[-1]} − {numbers[0]}"]
-    return ReportTable("Accuracy in context", "95% bootstrap intervals; differences are paired.", heading, rows)
+    if len(numbers) == 1:  # nothing to take a difference of
+        heading, rows = heading[:-1], [row[:-1] for row in rows]
+    note = "95% bootstrap intervals; differences are paired."
+    return ReportTable(f"Accuracy in context: {name}", note, heading, rows)
 
 
 def _overoptimization(over: dict[str, Any]) -> ReportTable:

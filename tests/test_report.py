@@ -1,6 +1,7 @@
 """The report of a run in a real browser: complete, self-contained, readable on a phone, nothing executed."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, run
@@ -89,11 +90,15 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
         reward = make_run(tmp_path / f"round-{number}" / "reward", "reward", model_name_or_path="starter")
         make_run(tmp_path / f"round-{number}" / "ppo", "ppo", reward_model_path=str(reward))
     make_run(tmp_path / "sft", "sft")
+    make_run(tmp_path / "base", "pretrain", dataset_name="starter", tokenizer_name="starter", hub_token="hf_secret")
     page = write_report(str(tmp_path)).read_text()
     lineage = page[page.index("<tbody>") : page.index("</tbody>")]
     for number in (1, 2):
-        assert f"<td>round-{number}/ppo</td><td>ppo</td><td>round-{number}/reward</td>" in lineage
+        assert f"<td>round-{number}/ppo</td><td>ppo</td><td>reward model round-{number}/reward</td>" in lineage
     assert "<td>sft</td><td>sft</td>" in lineage
+    assert "<td>base</td><td>pretrain</td><td>data starter, tokenizer starter</td>" in lineage
+    assert "hf_secret" not in page
+    assert re.search(r"6 runs: .*2 of reward, 2 of ppo", page)
 
 
 def test_of_many_runs_the_training_curves_are_folded_up(runs):
