@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     ByT5Tokenizer,
     pipeline,
@@ -496,7 +497,7 @@ def test_a_finished_run_is_skipped_and_another_tokenizer_is_another_run(data, ca
 @pytest.mark.parametrize("objective,loads,metric", [
     ("causal", AutoModelForCausalLM, None),
     ("masked", AutoModelForPreTraining, "eval_next_sentence_accuracy"),
-    ("replaced", AutoModelForPreTraining, "eval_detection_accuracy"),
+    ("replaced", AutoModelForTokenClassification, "eval_detection_accuracy"),
     ("span", AutoModelForSeq2SeqLM, "eval_token_accuracy"),
 ])  # fmt: skip
 def test_every_objective_trains_and_resumes_as_if_nothing_had_happened(objective, loads, metric, data, tmp_path):

@@ -221,7 +221,9 @@ def test_only_the_projects_own_configurations_go_to_float32_without_bfloat16(mon
         (True, [], True),
     ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda capable=capable: {"avx2": True, "amx_bf16": capable})
-        (training_args,) = parse("recipes/pretrain.py", PretrainingConfig, args=words)
+        _, training_args, _ = parse(
+            "recipes/pretrain.py", ScriptArguments, PretrainingConfig, NewModelConfig, args=words
+        )
         assert training_args.bf16 is (expected or torch.accelerator.is_available())
 
 
