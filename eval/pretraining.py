@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from eval.compression import bits_per_byte
@@ -30,11 +31,14 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
             }
         if args.objective == "masked":
             return {"masked_accuracy": of_tokens(given, prediction.label_ids)}
-        detected, replaced, generator_loss, discriminator_loss = given
+        scores, replaced, generator_loss, discriminator_loss = given
+        detected = scores > 0
         return {
             "replaced_share": float(replaced.mean()),
+            # how often a replaced token has a higher score than an original one: 0.5 is guessing, whatever their share
+            "detection_auc": float(roc_auc_score(replaced.ravel(), scores.ravel())) if 0 < replaced.mean() < 1 else 0.5,
             "detection_accuracy": float((detected == replaced).mean()),
-            "detection_precision": float(replaced[detected == 1].mean()) if detected.any() else 0.0,
+            "detection_precision": float(replaced[detected].mean()) if detected.any() else 0.0,
             "detection_recall": float(detected[replaced == 1].mean()) if replaced.any() else 0.0,
             "generator_loss": float(generator_loss.mean()),
             "discriminator_loss": float(discriminator_loss.mean()),

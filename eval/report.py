@@ -41,6 +41,7 @@ RESULTS = {
     "eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_margin": "held-out margin",
     "eval_masked_accuracy": "held-out accuracy on masked tokens", "eval_token_accuracy": "held-out token accuracy",
     "eval_next_sentence_accuracy": "held-out next-sentence accuracy",
+    "eval_detection_auc": "held-out area under the ROC curve on replaced tokens",
     "eval_detection_precision": "held-out precision on replaced tokens",
     "eval_detection_recall": "held-out recall on replaced tokens", "eval_generator_loss": "held-out generator loss",
 }  # fmt: skip

@@ -25,9 +25,9 @@ from rlhf.pretraining import (
     NewModelConfig,
     PretrainingConfig,
     PretrainingTrainer,
-    argmax_of,
     check_settings,
     check_tokenizer,
+    choices_of,
     new_config,
     new_model,
     pretraining_collator,
@@ -69,7 +69,7 @@ def main() -> None:
         data_collator=pretraining_collator(tokenizer, training_args),
         processing_class=tokenizer,
         compute_metrics=metrics_of_choices(training_args),
-        preprocess_logits_for_metrics=argmax_of,
+        preprocess_logits_for_metrics=choices_of(training_args),
     )
 
     # Train

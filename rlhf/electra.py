@@ -31,7 +31,7 @@ class ReplacedTokenOutput(ModelOutput):
     """Of a batch (B, L). Losses are means in nats: over masked tokens, over all tokens."""
 
     loss: torch.Tensor | None = None  # generator_loss + disc_weight · discriminator_loss
-    detected: torch.Tensor | None = None  # (B, L) int64: 1 where the discriminator says "replaced"
+    scores: torch.Tensor | None = None  # (B, L) float32: log-odds of "replaced", the discriminator's
     replaced: torch.Tensor | None = None  # (B, L) int64: 1 where the token is not the original
     generator_loss: torch.Tensor | None = None
     discriminator_loss: torch.Tensor | None = None
@@ -99,7 +99,7 @@ class ReplacedTokenModel(PreTrainedModel):
         judged = binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
         return ReplacedTokenOutput(
             loss=filled.loss + self.disc_weight * judged,
-            detected=(logits > 0).long(),
+            scores=logits.float(),
             replaced=replaced,
             generator_loss=filled.loss.detach().reshape(1),
             discriminator_loss=judged.detach().reshape(1),

@@ -12,6 +12,7 @@ import ctypes
 import difflib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -442,11 +443,18 @@ class PretrainingTrainer(Trainer):
             self.processing_class.save_pretrained(self.args.output_dir)
 
 
-def argmax_of(logits: Any, _labels: torch.Tensor) -> Any:
-    """What is kept of the logits of held-out text: the choices, (batch, length) int64, in place of the scores."""
-    if not isinstance(logits, tuple):
-        return logits.argmax(dim=-1)
-    return tuple(part.argmax(dim=-1) if part.dim() > 1 and part.is_floating_point() else part for part in logits)
+def choices_of(args: PretrainingConfig) -> Callable[[Any, torch.Tensor], Any] | None:
+    """The trainer's `preprocess_logits_for_metrics`: keeps choices, (batch, length) int64, in place of all logits.
+
+    None for `replaced`, whose output has one score for each token, not one for each word of the vocabulary.
+    """
+
+    def choose(logits: Any, _labels: torch.Tensor) -> Any:
+        if not isinstance(logits, tuple):
+            return logits.argmax(dim=-1)
+        return tuple(part.argmax(dim=-1) if part.dim() > 1 and part.is_floating_point() else part for part in logits)
+
+    return None if args.objective == "replaced" else choose
 
 
 def pretraining_metrics(trainer: PretrainingTrainer, trained: TrainOutput) -> dict[str, Any]:

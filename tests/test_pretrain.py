@@ -23,12 +23,14 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     ByT5Tokenizer,
+    EvalPrediction,
     pipeline,
 )
 
 from eval.compression import by_groups, in_groups, text_logprobs, xz_bits
 from eval.intervals import interval
 from eval.ngrams import KneserNey, discounts
+from eval.pretraining import metrics_of_choices
 from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, corrupt_spans, count_spans, random_lengths
 from rlhf.electra import ReplacedTokenModel
 from rlhf.errors import InputError
@@ -347,6 +349,18 @@ def test_electras_loss_is_the_generators_plus_50_times_the_discriminators(own, e
     assert torch.equal(output.replaced, masked.long())
 
 
+def test_detection_is_measured_by_order_and_at_even_odds():
+    scores = np.array([[2.0, -1.0], [0.5, -0.5]])  # replaced ones 2 and -0.5: above the others in three of four pairs
+    replaced = np.array([[1, 0], [0, 1]])
+    compute = metrics_of_choices(settings_of(objective="replaced"))
+    found = compute(EvalPrediction((scores, replaced, np.array([3.0, 5.0]), np.array([0.1, 0.3])), replaced))
+    assert found["detection_auc"] == 0.75 and found["replaced_share"] == 0.5
+    assert found["detection_accuracy"] == found["detection_precision"] == found["detection_recall"] == 0.5
+    assert found["generator_loss"] == 4 and found["discriminator_loss"] == pytest.approx(0.2)
+    nothing = compute(EvalPrediction((scores, 0 * replaced, np.ones(1), np.ones(1)), replaced))
+    assert nothing["detection_auc"] == 0.5 and nothing["detection_recall"] == 0
+
+
 @pytest.mark.parametrize("model_type", ["electra", "roformer"])
 def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(model_type, own, tmp_path):
     model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
@@ -497,7 +511,7 @@ def test_a_finished_run_is_skipped_and_another_tokenizer_is_another_run(data, ca
 @pytest.mark.parametrize("objective,loads,metric", [
     ("causal", AutoModelForCausalLM, None),
     ("masked", AutoModelForPreTraining, "eval_next_sentence_accuracy"),
-    ("replaced", AutoModelForTokenClassification, "eval_detection_accuracy"),
+    ("replaced", AutoModelForTokenClassification, "eval_detection_auc"),
     ("span", AutoModelForSeq2SeqLM, "eval_token_accuracy"),
 ])  # fmt: skip
 def test_every_objective_trains_and_resumes_as_if_nothing_had_happened(objective, loads, metric, data, tmp_path):
