@@ -21,6 +21,7 @@ from typing import Any
 
 import jinja2
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from sklearn.model_selection import GroupShuffleSplit
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, is_conversational
 from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
@@ -48,8 +49,9 @@ def looks_local(name: str) -> bool:
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
     """The (train, test) splits of `--dataset_name`.
 
-    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows). Which rows that are
-    never changes, so that no stage trains on what another one, with another seed, evaluates on.
+    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows, or prompts where several
+    rows share one). Which those are never changes, so that no stage trains on what another one, with another seed,
+    evaluates on.
 
     Args:
         part: which part of the starter to take (see rlhf/starter.py); ignored for everything else.
@@ -69,16 +71,38 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
     if test_split == "test" and "test" not in splits and "validation" in splits:
         splits = {**splits, "test": splits["validation"]}
     if test_split not in splits:
-        whole = splits[train_split]
-        if len(whole) > 1:
-            halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=SPLIT_SEED)
-            splits = {train_split: halves["train"], test_split: halves["test"]}
-        else:
-            splits[test_split] = whole
+        if test_split != "test":
+            raise InputError(f"--dataset_test_split {test_split}: {name} has no such split; found {sorted(splits)}.")
+        splits[train_split], splits["test"] = _halves(splits[train_split])
     for split in (train_split, test_split):
         if split in splits and len(splits[split]) == 0:
             raise InputError(f"--dataset_name {name}: split {split!r} is empty. Give a dataset with at least one row.")
     return splits.get(train_split), splits[test_split]
+
+
+def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
+    """Nine tenths and a tenth. Rows with the same prompt (comparisons of four replies, say) stay together."""
+    if len(whole) < 2:
+        return whole, whole
+    known = [column for column in ("prompt", "chosen") if column in whole.column_names]
+    prompts = [
+        json.dumps(_prompt_of(row, number), default=str) for number, row in enumerate(whole.select_columns(known))
+    ]
+    count = len(set(prompts))
+    if count in (0, 1, len(whole)):
+        halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=SPLIT_SEED)
+        return halves["train"], halves["test"]
+    by_prompt = GroupShuffleSplit(n_splits=1, test_size=min(500, max(1, count // 10)), random_state=SPLIT_SEED)
+    train, test = next(by_prompt.split(prompts, groups=prompts))
+    return whole.select(train), whole.select(test)
+
+
+def _prompt_of(row: dict[str, Any], number: int) -> Any:
+    """What a row's reply or replies follow; of a row without a prompt its number."""
+    if row.get("prompt"):
+        return row["prompt"]
+    chosen = row.get("chosen")
+    return chosen[:-1] if isinstance(chosen, list) and len(chosen) > 1 else number
 
 
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
@@ -164,11 +188,12 @@ def encode_messages(
 ) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template.
 
-    A control token inside a message is encoded as the ordinary characters it is written with. Without a generation
-    prompt, what the template puts behind the last control token (a newline, mostly) is left out.
+    A control token (a token that the tokenizer calls special) inside a message is encoded as the ordinary characters it
+    is written with. Other added tokens, such as `</think>`, are left to the template, which may look for them. Without
+    a generation prompt, what the template puts behind the last control token (a newline, mostly) is left out.
     """
-    controls = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()), key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(control) for control in controls) or "(?!)")
+    controls = sorted(tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))), key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(control) for control in [*controls, "\U000f0000", "\U000f0001"]))
     hidden: list[str] = []
 
     def hide(match: re.Match[str]) -> str:
@@ -183,11 +208,12 @@ def encode_messages(
         roles = " → ".join(message["role"] for message in messages)
         raise InputError(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
     ids: list[int] = []
-    for number, control in enumerate(hidden):
-        before, _, text = text.partition(f"\U000f0000{number}\U000f0001")
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += tokenizer(control, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    # a template may leave messages out or move them, so each stand-in is looked for where it is
+    for place, part in enumerate(re.split("\U000f0000([0-9]+)\U000f0001", text)):
+        if place % 2:
+            ids += tokenizer(hidden[int(part)], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        else:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     return ids if add_generation_prompt else _end_at_control_token(tokenizer, ids)
 
 

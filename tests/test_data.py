@@ -1,5 +1,6 @@
 """Datasets in, token ids out, and what bad ones are answered."""
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from trl import ScriptArguments
 
 from rlhf.data import (
     check_messages,
+    control_ids,
     encode_conversation,
     encode_messages,
     encode_prompt,
@@ -18,6 +20,7 @@ from rlhf.data import (
     prompt_rows,
     read_tasks,
     sft_rows,
+    write_jsonl,
     write_tasks,
 )
 from rlhf.errors import InputError
@@ -41,6 +44,35 @@ def test_control_tokens_in_a_message_stay_text(tokenizer):
     for control in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         assert ids.count(control) == plain.count(control)
     assert attack in tokenizer.decode(ids)
+
+
+def test_control_tokens_are_found_wherever_the_template_puts_them(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be <|im_end|> brief"},
+        *user("one<|im_start|> \U000f00000\U000f0001 two"),
+    ]
+    own = tokenizer.chat_template
+    plain = "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}"
+    try:
+        for template, kept in (
+            (plain.replace("messages", "messages[1:]"), ["one<|im_start|> \U000f00000\U000f0001 two|"]),
+            (plain.replace("messages", "messages[::-1]"), ["one<|im_start|>", "two|Be <|im_end|> brief|"]),
+            ("{{ messages[0]['content'] * 2 }}", ["Be <|im_end|> briefBe <|im_end|> brief"]),
+        ):
+            tokenizer.chat_template = template
+            ids = encode_messages(tokenizer, messages, add_generation_prompt=True)
+            text = tokenizer.decode(ids)
+            assert all(part in text for part in kept) and not set(ids) & control_ids(tokenizer)
+            assert ("Be" in text) == ("Be" in "".join(kept))
+    finally:
+        tokenizer.chat_template = own
+
+
+def test_a_template_can_look_for_added_tokens_that_control_nothing(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_tokens(["</think>"])
+    thinking.chat_template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}{% endfor %}"
+    assert thinking.decode(encode_messages(thinking, assistant("hmm</think>4"), add_generation_prompt=True)) == "4"
 
 
 def test_a_conversation_ends_with_the_token_that_ends_the_reply(tokenizer):
@@ -201,3 +233,30 @@ def test_a_validation_split_is_held_out_where_there_is_no_test(tmp_path):
     assert train["text"][:] == rows["train"]["text"][:] and test["text"][:] == rows["validation"]["text"][:]
     DatasetDict({**rows, "test": rows["train"].select([3])}).save_to_disk(str(tmp_path / "three"))
     assert load_splits(ScriptArguments(str(tmp_path / "three")), "sft")[1]["text"][:] == ["train 3"]
+    with pytest.raises(InputError, match=r"--dataset_test_split validaton: .* has no such split; found \['test'"):
+        load_splits(ScriptArguments(str(tmp_path / "three"), dataset_test_split="validaton"), "sft")
+
+
+@pytest.mark.parametrize("with_prompt", [True, False])
+def test_rows_with_one_prompt_are_never_on_both_sides(with_prompt, tmp_path):
+    rows = []
+    for number in range(120):
+        prompt, pair = user(f"prompt {number % 30}"), {}
+        for column in ("chosen", "rejected"):
+            reply = assistant(f"{column} {number}")
+            pair[column] = reply if with_prompt else prompt + reply
+        rows.append({"prompt": prompt, **pair} if with_prompt else pair)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train, test = load_splits(ScriptArguments(str(tmp_path / "pairs.jsonl")), "preference_pairs")
+    prompts = [{str(row["prompt"] if with_prompt else row["chosen"][:-1]) for row in half} for half in (train, test)]
+    assert not prompts[0] & prompts[1] and len(prompts[0]) == 27 and len(train) + len(test) == 120
+    again = load_splits(ScriptArguments(str(tmp_path / "pairs.jsonl")), "preference_pairs")[1]
+    assert again["chosen"][:] == test["chosen"][:]
+
+
+def test_rows_without_prompts_or_with_one_for_all_are_split_by_row(tmp_path):
+    for columns in ({"text": "a"}, {"prompt": "Tell a joke.", "completion": "a"}):
+        rows = [{**columns, list(columns)[-1]: f"joke {number}"} for number in range(30)]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        train, test = load_splits(ScriptArguments(str(tmp_path / "rows.jsonl")), "sft")
+        assert (len(train), len(test)) == (27, 3)
