@@ -530,7 +530,10 @@ class PPOTrainer(TRLPPOTrainer):
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _note_best(self, metrics: dict[str, float]) -> None:
-        """Remember the step with the best `args.metric_for_best_model`, for `load_best_model_at_end`."""
+        """Remember the step with the best `args.metric_for_best_model`, and save it if it may be asked for later.
+
+        An evaluation before the first update (`eval_on_start`) has no checkpoint to go back to, and doesn't count.
+        """
         name = self.args.metric_for_best_model
         if name is None:
             return
@@ -540,7 +543,10 @@ class PPOTrainer(TRLPPOTrainer):
         if key not in metrics:
             raise InputError(f"--metric_for_best_model {name}: not among {sorted(metrics)}.")
         sign = -1.0 if self.args.greater_is_better is False and key != "eval_score" else 1.0
+        if self.state.global_step == 0:
+            return
         if self.state.best_metric is None or sign * metrics[key] > sign * self.state.best_metric:
+            self.control.should_save |= self.args.load_best_model_at_end or self.args.save_strategy == "best"
             self.state.best_metric, self.state.best_global_step = metrics[key], self.state.global_step
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             self.state.best_model_checkpoint = str(folder)
