@@ -23,7 +23,7 @@ from eval.tables import number, tables_of
 from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
 from rlhf.data import read_json
 from rlhf.errors import InputError, report_errors
-from rlhf.hub import is_local, public_base
+from rlhf.hub import public_value
 
 REPORT = "report.html"
 MANY_RUNS = 12
@@ -52,19 +52,6 @@ class ReportArguments:
     """What is reported on."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of a run, or a folder of runs."})
-
-
-def _public(value: Any, names: dict[Path, str] | None = None) -> str:
-    """A setting without this machine's paths; runs on the page have their `names` there, by folder."""
-    words = value if isinstance(value, list) else [value]
-    return ", ".join(_public_word(word, names or {}) if isinstance(word, str) else f"{word}" for word in words)
-
-
-def _public_word(word: str, names: dict[Path, str]) -> str:
-    name, equals, path = word.rpartition("=")
-    if not is_local(path):
-        return word
-    return name + equals + (names.get(Path(path).expanduser().resolve()) or public_base(path))
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -151,13 +138,14 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
         "name": names[folder.resolve()],
         "recipe": run["recipe"],
         "finished": run["finished"] or metrics is not None,
-        "made_from": [f"{what} {_public(settings[key], names)}" for key, what in SOURCES.items() if settings.get(key)],
+        "made_from": [f"{what} {public_value(settings[key], names)}" for key, what in SOURCES.items()
+                      if settings.get(key)],
         "results": [(RESULTS.get(name, name), number(value)) for name, value in results.items()
                     if name in RESULTS or not name.startswith(("eval_", "epoch"))],
         "pictures": [{"data": data_uri(file), "caption": caption} for file, caption in pictures],
         "training_only": {file.name for file, _ in pictures} == {"training.png"},
         "remarks": [entry for entry in read_log(folder) if "remark" in entry],
-        "settings": sorted((key, _public(value)) for key, value in settings.items() if " " not in key),
+        "settings": sorted((key, public_value(value)) for key, value in settings.items() if " " not in key),
     }  # fmt: skip
 
 

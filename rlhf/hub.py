@@ -42,6 +42,7 @@ class PushRequest(NamedTuple):
     repo_id: str
     token: str
     private: bool | None
+    branch: str | None = None  # None: main
 
 
 def push_request(args: Any) -> PushRequest | None:
@@ -62,7 +63,8 @@ def push_request(args: Any) -> PushRequest | None:
         raise InputError(f"--hub_model_id {args.hub_model_id}: no name for a Hub repo ({error}).") from error
     if not token:
         raise InputError("--push_to_hub: no Hub token found. Log in with `hf auth login`, or set HF_TOKEN.")
-    return PushRequest(args.hub_model_id, token, args.hub_private_repo)
+    branch = getattr(args, "hub_revision", None)
+    return PushRequest(args.hub_model_id, token, args.hub_private_repo, None if branch == "main" else branch)
 
 
 # ---------------------------------------------------------------------------------------------- lineage
@@ -79,6 +81,23 @@ def public_base(base: str) -> str:
         return base
     name = Path(base).name
     return HUB_MODEL_ID if name.startswith("starter-") else name
+
+
+def public_value(value: Any, names: dict[Path, str] | None = None) -> str:
+    """A setting's value without this machine's paths, also where they are in a list or behind a `name=`.
+
+    Args:
+        names: what to call some folders, by their resolved path; others go by their last name.
+    """
+
+    def public(word: str) -> str:
+        name, equals, path = word.rpartition("=")
+        if not is_local(path):
+            return word
+        return name + equals + ((names or {}).get(Path(path).expanduser().resolve()) or public_base(path))
+
+    words = value if isinstance(value, list) else [value]
+    return ", ".join(public(word) if isinstance(word, str) else f"{word}" for word in words)
 
 
 def origin(
@@ -191,14 +210,10 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _public_settings(arguments: list[Any]) -> dict[str, Any]:
+def _public_settings(arguments: list[Any]) -> dict[str, str]:
     """Settings that differ from the libraries' defaults, with paths reduced to their last name."""
     settings = settings_of(*arguments)
-    return {
-        name: Path(value).name if isinstance(value, str) and is_local(value) else value
-        for name, value in settings.items()
-        if "token" not in name
-    }
+    return {name: public_value(value) for name, value in settings.items() if not name.endswith("hub_token")}
 
 
 def _auto_class(output_dir: str, stage: str) -> str:
@@ -233,9 +248,14 @@ def _usage(title: str, base: str | None, auto: str, is_adapter: bool, options: d
 
 
 def already_pushed(output_dir: str, request: PushRequest) -> bool:
-    """Whether run.json says that this run is in this repo."""
+    """Whether run.json says that this run is in this repo, on this branch."""
     run = json.loads((Path(output_dir) / RUN_FILE).read_text(encoding="utf-8"))
-    return run.get("hub", {}).get("name") == request.repo_id
+    pushed = run.get("hub", {})
+    return (pushed.get("name"), pushed.get("branch")) == (request.repo_id, request.branch)
+
+
+def _note_push(output_dir: str, request: PushRequest, commit: str) -> None:
+    note_in_run(output_dir, "hub", {"name": request.repo_id, "revision": commit, "branch": request.branch})
 
 
 def push_model(output_dir: str, request: PushRequest | None) -> None:
@@ -256,7 +276,7 @@ def push_model(output_dir: str, request: PushRequest | None) -> None:
         received = hf_hub_download(request.repo_id, weights.name, revision=commit, token=request.token)
         if digest(received) != digest(str(weights)):
             raise OSError(f"{request.repo_id}: {weights.name} came back from the Hub with other content than was sent.")
-    note_in_run(output_dir, "hub", {"name": request.repo_id, "revision": commit})
+    _note_push(output_dir, request, commit)
     print(f"Pushed to {request.repo_id} at {commit}.")
 
 
@@ -276,7 +296,7 @@ def push_dataset(output_dir: str, recipe: str, request: PushRequest | None, sour
             encoding="utf-8",
         )
         commit = _upload(staging, request, "dataset")
-    note_in_run(output_dir, "hub", {"name": request.repo_id, "revision": commit})
+    _note_push(output_dir, request, commit)
     print(f"Pushed to the dataset {request.repo_id} at {commit}.")
 
 
@@ -298,9 +318,12 @@ def _upload(folder: str, request: PushRequest, repo_type: str) -> str:
         if repo_type == "model":
             ModelCard.load(Path(folder) / "README.md").validate()
         message = "Push with rlhf-recipes"
+        if request.branch:
+            api.create_branch(request.repo_id, branch=request.branch, repo_type=repo_type, exist_ok=True)
         info = api.upload_folder(
-            repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message
-        )
+            repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message,
+            revision=request.branch,
+        )  # fmt: skip
     except Exception as error:  # refusals and network faults have many classes; what was trained is safe on disk
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise InputError(

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos = {}  # "models/you/x" -> {file: bytes}
-        self.commits = {}  # "models/you/x" -> commit id
+        self.repos = {}  # "models/you/x", or "models/you/x@branch" -> {file: bytes}
+        self.commits = {}  # the same -> commit id
         self.uploads = {}  # sha256 -> bytes
         self.tokens = set()
 
@@ -77,8 +77,16 @@ class Handler(BaseHTTPRequestHandler):
                 for o in json.loads(body)["objects"]
             ]
             return self.answer({"transfer": "basic", "objects": objects})
+        if "branch" in parts:
+            main, key = self.key(parts), f"{self.key(parts)}@{parts[-1]}"
+            if key in self.server.repos:
+                return self.answer({"error": "exists"}, 409)
+            self.server.repos[key], self.server.commits[key] = dict(self.server.repos[main]), "1" * 40
+            return self.answer({})
         if "commit" in parts:
-            key = self.key(parts)
+            key = self.key(parts) + ("" if parts[-1] == "main" else f"@{parts[-1]}")
+            if key not in self.server.repos:
+                return self.answer({"error": "no such revision"}, 404, X_Error_Code="RevisionNotFound")
             for line in body.decode().splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
@@ -101,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         key = self.key(parts)
+        branches = [name for name in self.server.repos if name.startswith(f"{key}@")]
+        key = next((name for name in branches if {name.partition("@")[2], self.server.commits[name]} & set(parts)), key)
         files = self.server.repos.get(key)
         if files is None:
             return self.answer(b"", 404, X_Error_Code="RepoNotFound")

@@ -11,6 +11,8 @@ from hub_server import local_hub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rlhf.hub import public_value
+
 LOAD = """
 import sys, torch
 from peft import PeftModel
@@ -38,13 +40,14 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
             "--output_dir", tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, *push("pairs"),
             environment=environment)  # fmt: skip
         run("recipes/reward.py", "--model_name_or_path", sft, "--dataset_name", files / "pairs.jsonl", "--output_dir",
-            reward, *TINY_TRAINING, *push("reward"), environment=environment)  # fmt: skip
+            reward, *TINY_TRAINING, *push("reward"), "--hub_revision", "trial", environment=environment)  # fmt: skip
         # PPO takes both adapters from the Hub
         run("recipes/ppo.py", "--model_name_or_path", sft, "--reward_model_path", reward, "--dataset_name",
             files / "prompts.jsonl", "--output_dir", ppo, *TINY_PPO, *push("ppo"), environment=environment)  # fmt: skip
 
         pushed = hub.repos
-        assert set(pushed) == {"models/you/sft", "datasets/you/pairs", "models/you/reward", "models/you/ppo"}
+        assert pushed.pop("models/you/reward") == {}  # --hub_revision leaves main alone
+        assert set(pushed) == {"models/you/sft", "datasets/you/pairs", "models/you/reward@trial", "models/you/ppo"}
         assert hub.tokens - {None} == {"Bearer hf_secret"}  # validating a card needs none
         for repo, content in pushed.items():
             assert "README.md" in content
@@ -60,9 +63,9 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
 
         card = pushed["models/you/ppo"]["README.md"].decode()
         assert f"| started from | you/sft | {hub.commits['models/you/sft']} |" in card
-        assert f"| trained against the reward model | you/reward | {hub.commits['models/you/reward']} |" in card
+        assert f"| trained against the reward model | you/reward | {hub.commits['models/you/reward@trial']} |" in card
         assert "learning_rate" in card and "objective/raw_scores" in card and "base_model: tiny0" in card
-        assert json.loads(pushed["models/you/reward"]["adapter_config.json"])["task_type"] == "SEQ_CLS"
+        assert json.loads(pushed["models/you/reward@trial"]["adapter_config.json"])["task_type"] == "SEQ_CLS"
 
         logits = tmp_path / "logits.pt"
         subprocess.run(
@@ -70,3 +73,10 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
         )
     local = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(ppo))
     assert torch.equal(torch.load(logits, weights_only=True), local(torch.tensor([[5, 6, 7]])).logits)
+
+
+def test_no_path_of_this_machine_is_public_wherever_a_setting_has_it(tmp_path):
+    secret = str(tmp_path / "secret" / "reward")
+    assert public_value([secret, "starter", 0.5]) == "reward, starter, 0.5"
+    assert public_value(f"sft={secret}") == "sft=reward" and public_value("you/model") == "you/model"
+    assert public_value([secret], {(tmp_path / "secret" / "reward").resolve(): "round-1/reward"}) == "round-1/reward"
