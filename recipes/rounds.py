@@ -18,7 +18,7 @@ from eval.report import write_report
 from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.errors import InputError, report_errors
 from rlhf.models import resolve
-from rlhf.rounds import ROUNDS_FILE, gather_comparisons, run_stage, summarize, verdicts
+from rlhf.rounds import ROUNDS_FILE, check_start, gather_comparisons, run_stage, summarize, verdicts
 
 
 @dataclass
@@ -69,7 +69,7 @@ def main() -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: no such file.")
 
     # Model
-    resolve(args.model_name_or_path)
+    check_start(resolve(args.model_name_or_path), args.ppo_config, args.rounds)
     more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
     if not start_run(__file__, args.output_dir, args, more=more):
         return

@@ -373,15 +373,15 @@ def resolve_start(model_name_or_path: str | None, source: Source) -> Source:
     """What PPO's policy starts from: an adapter that differs from the SFT model `source`, or else the SFT model itself.
 
     Raises:
-        InputError: if the two adapters have different bases.
+        InputError: if the adapter's base is not that of the SFT model.
     """
     start = resolve(model_name_or_path)
     if start.adapter is None or start.adapter == source.adapter:
         return source
-    if source.adapter is None or start.base != source.base:
+    if start.base != source.base:
         raise InputError(
             f"--model_name_or_path {start.name}: the policy goes on from this adapter, so --sft_model_path "
-            f"{source.name} has to be an adapter of the same base ({start.base})."
+            f"{source.name} has to be its base ({start.base}), or another adapter of that."
         )
     return start
 

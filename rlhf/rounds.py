@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf.arguments import RUN_FILE
 from rlhf.data import write_json, write_jsonl
 from rlhf.errors import InputError
+from rlhf.models import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS_FILE = "rounds.json"
@@ -33,10 +36,28 @@ def run_stage(script: str, config: str, output_dir: Path, flags: dict[str, Any])
         if value is not None:
             words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     print(f"\n=== {output_dir}: {script}", flush=True)
-    code = subprocess.run(words).returncode
+    with subprocess.Popen(words) as stage:
+        try:
+            code = stage.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the stage too, and where people vote it writes what there is
+            code = stage.wait()
     if code:
         raise InputError(f"{output_dir}: {script} ended with exit code {code}. Mend it; the same command goes on.")
     return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["finished"]
+
+
+def check_start(sft: Source, ppo_config: str, rounds: int) -> None:
+    """Refuse, before anything runs, what could not go on in round 2: PPO goes on from adapter to adapter.
+
+    Raises:
+        InputError: if the SFT model is a full one and PPO would train it whole.
+    """
+    settings = yaml.safe_load(Path(ppo_config).read_text(encoding="utf-8")) or {}
+    if rounds > 1 and sft.adapter is None and not settings.get("use_peft"):
+        raise InputError(
+            f"--ppo_config {ppo_config}: trains {sft.name} whole (use_peft is not true), and round 2 goes on from an "
+            "adapter only. Set use_peft: true there, or give an SFT adapter as --model_name_or_path."
+        )
 
 
 def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:

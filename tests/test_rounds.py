@@ -1,17 +1,22 @@
 """The closed loop: collect, reward model, PPO, evaluation, again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import yaml
-from conftest import TINY_PPO, TINY_TRAINING, run, user
+from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from trl import ModelConfig
 
 from rlhf.data import write_jsonl
 from rlhf.errors import InputError
 from rlhf.models import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
-from rlhf.rounds import gather_comparisons, run_stage, verdicts
+from rlhf.rounds import check_start, gather_comparisons, run_stage, verdicts
 
 LORA = ModelConfig(dtype="float32", use_peft=True)
 
@@ -90,7 +95,24 @@ def test_the_policy_goes_on_while_the_reference_stays(settings, tmp_path, tokeni
             assert parameter.requires_grad == (".default." in name)
     assert resolve_start(str(folder / "sft"), source) == source
     with pytest.raises(InputError, match="--sft_model_path"):
-        resolve_start(str(tmp_path / "newest"), resolve(source.base))
+        resolve_start(str(tmp_path / "newest"), resolve(save_tiny(tmp_path / "other", tokenizer, seed=1)))
+    # from a full model as the SFT model, the reference is the model without the adapter
+    full = resolve(source.base)
+    start = resolve_start(str(tmp_path / "newest"), full)
+    names = dict(load_policy(full, LORA, load_tokenizer(full), start=start).named_parameters())
+    assert start.adapter == str(tmp_path / "newest") and not any(f".{REFERENCE}." in name for name in names)
+    assert all(torch.equal(names[name], trained[name]) for name in names if ".default." in name)
+
+
+def test_rounds_from_a_full_model_need_an_adapter_to_go_on_from(settings, tmp_path):
+    folder, _ = settings
+    whole = config(tmp_path / "whole.yaml", [], use_peft=False)
+    sft = resolve(str(folder / "sft"))
+    check_start(sft, str(whole), 3)
+    check_start(resolve(sft.base), str(whole), 1)
+    check_start(resolve(sft.base), str(config(tmp_path / "lora.yaml", [], use_peft=True)), 3)
+    with pytest.raises(InputError, match=r"--ppo_config .*whole\.yaml: trains .* whole"):
+        check_start(resolve(sft.base), str(whole), 2)
 
 
 def test_held_out_prompts_stay_held_out(tmp_path):
@@ -131,3 +153,28 @@ def test_a_stage_that_fails_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: ./nowhere\n")
     with pytest.raises(InputError, match=r"recipes/sft\.py ended with exit code 2"):
         run_stage("recipes/sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
+
+
+STAGE = """
+import json, pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+signal.signal(signal.SIGINT, lambda *_: None)
+(out / "ready").touch()
+signal.pause()
+time.sleep(1)  # longer than subprocess.run leaves a child after Ctrl-C
+(out / "run.json").write_text(json.dumps({"finished": False}))
+"""
+
+
+def test_ctrl_c_lets_a_stage_write_what_there_is(tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    call = f"run_stage({str(tmp_path / 'stage.py')!r}, 'c.yaml', Path({str(tmp_path)!r}), {{}})"
+    code = f"from pathlib import Path; from rlhf.rounds import run_stage; print('finished:', {call})"
+    loop = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "ready").exists():
+        assert loop.poll() is None
+        time.sleep(0.1)
+    os.killpg(loop.pid, signal.SIGINT)  # as a terminal does
+    assert loop.communicate()[0].endswith("finished: False\n") and loop.returncode == 0
