@@ -37,7 +37,7 @@ from rlhf.data import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback import Labeler
 from rlhf.labelers import LabelerSettings
-from rlhf.models import context_length, load_tokenizer, resolve
+from rlhf.models import context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.rewards import resolve_reward
 from rlhf.starter import STARTER
 
@@ -122,6 +122,7 @@ def main() -> None:
     for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3), ("max_prompts", 1)):
         if getattr(arguments, flag) < least:
             raise InputError(f"--{flag} {getattr(arguments, flag)}: must be at least {least}.")
+    refuse_single_model(model_args)
     models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     _, test = load_splits(script_args, "held_out")

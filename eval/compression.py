@@ -37,7 +37,7 @@ from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.data import load_splits, texts_of, write_json
 from rlhf.errors import InputError, report_errors
 from rlhf.finetuning import is_decoder
-from rlhf.models import Source, context_length, load_tokenizer, resolve
+from rlhf.models import Source, context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.tokenization import boundary, encode_texts, tokens_and_bytes
 
 GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
@@ -95,7 +95,7 @@ def text_logprobs(
         following = padded[:, 1:]
         losses = cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none").view_as(following)
         for (number, ids, context), row in zip(batch, losses, strict=True):
-            sums[number] -= row[context - 1 : len(ids) - 1].double().sum().item()
+            sums[number] -= row[context - 1 : len(ids) - 1].cpu().double().sum().item()
     return sums
 
 
@@ -235,6 +235,7 @@ def main() -> None:
     ):  # fmt: skip
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    refuse_single_model(model_args)
     pairs = dict(word.partition("=")[::2] for word in args.models)
     if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):
         raise InputError(f"--models {' '.join(args.models)}: give names, as in: mine=outputs/pretrain starter=starter")

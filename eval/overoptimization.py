@@ -13,6 +13,7 @@ checkpoints with --save_total_limit when training. What is not given here is tak
 
 import json
 import math
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class Scorer:
         completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies["texts"], strict=True)]
         columns = call_rewards(self.functions, prompts, completions, replies["ids"])
         sums = [[math.fsum(s) if isinstance(s, list) else s or 0.0 for s in column] for column in columns]
-        proxy = [sum(map(float.__mul__, self.weights, row)) for row in zip(*sums[1:], strict=True)]
+        proxy = [sum(map(operator.mul, self.weights, row)) for row in zip(*sums[1:], strict=True)]
         return sums[0], proxy
 
 
@@ -177,7 +178,7 @@ def main() -> None:
     run = read_run(folder)
     fill_in(arguments, script_args, run)
     start = run.get("sft_model_path") or run.get("model_name_or_path")
-    sources = {"start": resolve(start, "the run's --model_name_or_path")}
+    sources = {"start": resolve(start, "the run's --model_name_or_path", run.get("model_revision"))}
     sources |= {path.name: resolve(str(path)) for path in checkpoints(folder)}
     proxies, _ = resolve_rewards(arguments)
     truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs")

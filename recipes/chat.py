@@ -21,7 +21,7 @@ from trl import ModelConfig
 from rlhf.arguments import need_one_process, parse
 from rlhf.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
 from rlhf.errors import InputError, report_errors
-from rlhf.models import load_tokenizer
+from rlhf.models import load_tokenizer, refuse_single_model
 
 
 @dataclass
@@ -50,6 +50,7 @@ def main() -> None:
     for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3)):
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    refuse_single_model(model_args)
     sources = chosen_models(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
     if args.page:

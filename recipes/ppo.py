@@ -34,8 +34,9 @@ def main() -> None:
     train, held_out = load_splits(script_args, "ppo")
 
     # Tokenizer
-    source = resolve(training_args.sft_model_path or model_args.model_name_or_path, revision=model_args.model_revision)
-    start = resolve_start(model_args.model_name_or_path, source) if training_args.sft_model_path else source
+    name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
+    source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
+    start = resolve_start(name, source, revision) if sft else source
     reward_sources, held_out_sources = resolve_rewards(training_args, base=source.base)
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))

@@ -368,7 +368,9 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file, or of a folder's weights and data files, or else its tokenizer; for others the name."""
+    """Short SHA-256 of a file; of a folder's weights and data files, or else its tokenizer, or else all in it but
+    hidden files and cards; of anything else the name.
+    """
     target = Path(path)
     if not target.exists():
         return path
@@ -376,6 +378,8 @@ def digest(path: str) -> str:
     if target.is_dir():
         kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
         files = sorted(file for kind in kinds for file in target.glob(kind)) or sorted(target.glob("tokenizer.json"))
+        files = files or [file for file in sorted(target.rglob("*")) if file.is_file() and file.suffix != ".md"
+                          and not any(part.startswith(".") for part in file.relative_to(target).parts)]  # fmt: skip
     sha = hashlib.sha256()
     for file in files:
         sha.update(file.read_bytes())

@@ -46,7 +46,7 @@ from rlhf.arguments import main_process
 from rlhf.attention import group_attention
 from rlhf.data import need_columns
 from rlhf.errors import InputError
-from rlhf.models import Source, base_revision, set_pad_token
+from rlhf.models import Source, base_revision, set_pad_token, usable_context
 
 PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
 STRIDE = 64  # tokens that two windows of a long context share
@@ -268,7 +268,7 @@ def check_arguments(
             "--from_scratch true: --lm_coef needs a model whose input and output embeddings are one; in "
             f"{source.name} they differ. Leave --lm_coef 0."
         )
-    rows, context = len(task.train), getattr(text, "max_position_embeddings", None)
+    rows, context = len(task.train), usable_context(text)
     if args.max_train_samples is not None and not 1 <= args.max_train_samples <= rows:
         raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Take 1 to that.")
     if not 8 <= args.max_length <= (context or args.max_length):

@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,6 +49,11 @@ PAD_CANDIDATES = (
     "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>", "[UNK]",
     "<|padding|>", "<|fim_pad|>", "<|vision_pad|>", "<|image_pad|>", "<|endoftext|>", "<|endofprompt|>",
     "<empty_output>",
+)  # fmt: skip
+# their positions begin behind that of the pad token
+ROBERTA = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
+    "ibert", "luke", "mpnet",
 )  # fmt: skip
 # For base models without a chat template: plain words, so that no token has to be learned from nothing.
 PLAIN_TEMPLATE = (
@@ -142,12 +148,39 @@ def base_revision(source: Source) -> str | None:
     return source.revision if source.peft_config is None else source.peft_config.revision
 
 
+def refuse_single_model(model_args: ModelConfig) -> None:
+    """Refuse the flags for one model where --models names them all, as they would reach none.
+
+    Raises:
+        InputError: if --model_name_or_path or --model_revision is given.
+    """
+    if model_args.model_name_or_path is not None:
+        raise InputError(f"--model_name_or_path {model_args.model_name_or_path}: models are given with --models here.")
+    if model_args.model_revision not in (None, "main"):
+        raise InputError(
+            f"--model_revision {model_args.model_revision}: would reach none of --models. Download that revision (hf "
+            "download <id> --revision <revision> --local-dir <folder>) and give its folder."
+        )
+
+
 def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
-    """The base's `max_position_embeddings`, or None where the config has none."""
+    """How many tokens the base takes at once, or None where its config sets no limit."""
     config = AutoConfig.from_pretrained(
         source.base, revision=base_revision(source), trust_remote_code=trust_remote_code
     )
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return usable_context(config)
+
+
+def first_position(model_type: str, pad_token_id: int | None) -> int:
+    """Where a model's positions begin: for RoBERTa's kind behind that of the pad token, for MPNet always at 2."""
+    return max(pad_token_id or 0, 1) + 1 if model_type in ROBERTA else 0
+
+
+def usable_context(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model takes at once, or None where its config sets no limit."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions and positions - first_position(config.model_type, config.pad_token_id)
 
 
 def load_tokenizer(
@@ -369,14 +402,22 @@ def load_reward_model(
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 
 
-def resolve_start(model_name_or_path: str | None, source: Source) -> Source:
+def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:
     """What PPO's policy starts from: an adapter that differs from the SFT model `source`, or else the SFT model itself.
 
+    Args:
+        revision: of `model_name_or_path`.
+
     Raises:
-        InputError: if the adapter's base is not that of the SFT model.
+        InputError: if the adapter's base is not that of the SFT model, or the revision would reach nothing.
     """
-    start = resolve(model_name_or_path)
+    start = resolve(model_name_or_path, revision=revision)
     if start.adapter is None or start.adapter == source.adapter:
+        if revision not in (None, "main"):
+            raise InputError(
+                f"--model_revision {revision}: belongs to --model_name_or_path, and the policy starts from "
+                f"--sft_model_path {source.name} instead. Leave --sft_model_path out."
+            )
         return source
     if start.base != source.base:
         raise InputError(

@@ -44,6 +44,7 @@ from rlhf.collators import DataCollatorForMaskedTokens, DataCollatorForSpanCorru
 from rlhf.electra import DETECTORS, ReplacedTokenModel
 from rlhf.errors import InputError
 from rlhf.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
+from rlhf.models import first_position
 from rlhf.optimizers import MuonWithAdamW, layer_matrices
 from rlhf.tokenization import AT_ONCE, boundary, encode_texts, sentinel
 
@@ -54,11 +55,6 @@ WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "enco
 DROPOUTS = (
     "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "hidden_dropout_prob",
     "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout_rate",
-)  # fmt: skip
-# their positions begin behind that of the pad token
-ROBERTA = (
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
-    "ibert", "luke", "mpnet",
 )  # fmt: skip
 # causal heads whose bodies look ahead: they were trained by permutations or translation
 LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
@@ -316,8 +312,7 @@ def new_config(
     width = model_args.intermediate_size or 4 * model_args.hidden_size
     heads, positions = model_args.num_attention_heads, model_args.max_position_embeddings or args.block_size
     positions += args.objective == "span"  # sentinels in place of single tokens, and eos
-    if model_args.model_type in ROBERTA:
-        positions += max(tokenizer.pad_token_id, 1) + 1  # for MPNet pad is always 1
+    positions += first_position(model_args.model_type, tokenizer.pad_token_id)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": model_args.hidden_size,

@@ -36,6 +36,7 @@ from rlhf.models import (
     place,
     resolve,
     trunk,
+    usable_context,
 )
 from rlhf.prefix import forward
 from rlhf.starter import STARTER, gold_scores
@@ -63,7 +64,8 @@ class RewardModel:
     """A trained reward model as a reward function, with its own tokenizer and chat template.
 
     It scores texts, so the policy's tokenizer doesn't matter. A completion is scored as a finished reply: what was
-    sampled behind the stop token is not seen.
+    sampled behind the stop token is not seen. Of what is longer than its context, the beginning of the prompt is left
+    out, and that is printed once.
 
     Args:
         model: a sequence classifier with one output; or the policy, together with `adapter` and `head`: the reward
@@ -83,14 +85,23 @@ class RewardModel:
     ) -> None:
         self.model, self.tokenizer, self.batch_size, self.__name__ = model, tokenizer, batch_size, name
         self.adapter, self.head = adapter, head
+        self.longest, self._cut_something = usable_context(model.config), False
         if adapter is None:
             model.eval().requires_grad_(False)
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """Token ids of a prompt and a completion, ending with the token at which the score is read."""
         if isinstance(prompt, str):
-            return encode_text_with_end(self.tokenizer, prompt + completion)
-        return encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])
+            ids = encode_text_with_end(self.tokenizer, prompt + completion)
+        else:
+            ids = encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])
+        if self.longest is None or len(ids) <= self.longest:
+            return ids
+        if not self._cut_something:
+            print(f"{self.__name__}: {len(ids)} tokens of prompt and reply are more than the reward model's context of "
+                  f"{self.longest}: it sees the end of such prompts only.")  # fmt: skip
+            self._cut_something = True
+        return [ids[0], *ids[len(ids) - self.longest + 1 :]]  # the first token is where an encoder reads its score
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: list[Any]) -> list[float]:

@@ -266,8 +266,10 @@ class Assignment:
         return old[0] if old else None
 
     def everybody_is_done(self) -> bool:
-        """Whether somebody voted, and nobody who did has anything left."""
+        """Whether somebody voted, nobody who did has anything left, and nobody is looking at a task."""
         labelers = {vote.labeler for vote in self.file.votes if vote.task in self.tasks}
+        if any(until > time.monotonic() for _, until in self._held.values()):
+            return False
         return not self.tasks or (
             bool(labelers) and all(self.next(labeler, hold=False) is None for labeler in labelers)
         )

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import ModelConfig, ScriptArguments
 
-from rlhf.arguments import command, last_checkpoint, parse, write_digests
+from rlhf.arguments import command, digest, last_checkpoint, parse, write_digests
 from rlhf.data import load_splits
 from rlhf.errors import InputError
 from rlhf.pretraining import NewModelConfig, PretrainingConfig
@@ -397,3 +397,17 @@ def test_recipes_read_alike(recipe):
 def test_a_ppo_run_killed_at_a_random_moment_ends_as_if_nothing_had_happened(sft, files, tmp_path):
     moments = kill_and_compare(sft, str(files / "prompts.jsonl"), tmp_path, kills=1)
     assert len(moments) == 1
+
+
+def test_whatever_layout_a_dataset_has_its_content_tells_it_from_others(tmp_path):
+    for number, name in enumerate(("data/train.parquet", "train.json", "rows.jsonl", "en/dev.csv.gz")):
+        folder = tmp_path / str(number)
+        file = folder / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"one")
+        before = digest(str(folder))
+        (folder / "README.md").write_text("a card")
+        (folder / ".cache").touch()
+        assert digest(str(folder)) == before
+        file.write_bytes(b"two")
+        assert digest(str(folder)) != before

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from conftest import count_a, logged, ppo_config, ppo_trainer, user
+from conftest import assistant, count_a, logged, ppo_config, ppo_trainer, user
+from transformers import LlamaConfig, RobertaConfig, RobertaForSequenceClassification
 
 from rlhf.errors import InputError
+from rlhf.models import usable_context
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.scoring import RewardScale, shape_scores
 from rlhf.ppo.types import Rewards
-from rlhf.rewards import RewardError, call_rewards, completion_text, resolve_reward, resolve_rewards
+from rlhf.rewards import RewardError, RewardModel, call_rewards, completion_text, resolve_reward, resolve_rewards
 
 PROMPTS, TEXTS, TOKENS = ["p", "q", "r"], ["a", "bb", "boom"], [[1], [1, 2], [1, 2, 3]]
 
@@ -172,3 +174,21 @@ def test_conversational_completions_look_as_in_trl(sft, tokenizer, prompts, tmp_
     assert ppo.rewards(ppo.rollout(next(ppo.prompts()))).scores.tolist() == [0.0] * 8
     assert think_format_reward([[{"role": "assistant", "content": "<think>x</think>y"}]]) == [1.0]
     assert user("x")[0]["role"] == "user"
+
+
+def test_a_reward_model_sees_the_end_of_what_is_longer_than_its_context(tokenizer, capsys):
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=34, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    assert usable_context(config) == 32 and usable_context(LlamaConfig(max_position_embeddings=34)) == 34
+    torch.manual_seed(0)
+    reward = RewardModel(RobertaForSequenceClassification(config), tokenizer, name="judge")
+    prompts = [user("word " * 60 + "What is it?"), user("Hi"), user("Then what? " * 30)]
+    scores = reward(prompts, [assistant("A cat.")] * 3)
+    ids = tokenizer.apply_chat_template(prompts[0] + assistant("A cat."), return_dict=True)["input_ids"]
+    seen = [ids[0], *ids[-31:]]
+    assert reward.encode(prompts[0], "A cat.") == seen
+    assert scores[0] == pytest.approx(reward.model(input_ids=torch.tensor([seen])).logits.item(), abs=1e-5)
+    said = capsys.readouterr().out
+    assert said.count("judge:") == 1 and "context of 32" in said

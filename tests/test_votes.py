@@ -93,6 +93,15 @@ def label_all(assignment, labelers):
     return seen
 
 
+def test_nobody_is_done_while_somebody_looks_at_a_task(tmp_path):
+    assignment = Assignment(tasks(5), VoteFile(tmp_path / "v.jsonl"), overlap=0.0, repeats=0.0)
+    shown = assignment.next("ben")
+    label_all(assignment, ["ada"])
+    assert not assignment.everybody_is_done()  # ben's task isn't answered, and ada doesn't get it
+    assignment.answer(vote(shown.task.id, "ben"))
+    assert assignment.everybody_is_done()
+
+
 def test_labelers_share_the_work_with_the_set_overlap(tmp_path):
     assignment = Assignment(tasks(40), VoteFile(tmp_path / "v.jsonl"), overlap=0.25, repeats=0.0)
     seen = label_all(assignment, ["ada", "ben", "cleo"])
