@@ -36,12 +36,13 @@ def main() -> None:
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
     tokenizer = load_tokenizer(
         source,
+        eos_token=training_args.eos_token,
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
         trust_remote_code=training_args.trust_remote_code,
     )
-    train = preference_rows(train, script_args.dataset_name, tokenizer, training_args.max_length)
-    test = preference_rows(test, script_args.dataset_name, tokenizer, training_args.max_length)
+    sizes = (training_args.max_length, training_args.dataset_num_proc)
+    train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 

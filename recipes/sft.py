@@ -31,13 +31,12 @@ def main() -> None:
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
     tokenizer = load_tokenizer(
         source,
+        eos_token=training_args.eos_token,
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
         trust_remote_code=training_args.trust_remote_code,
     )
-    replies_only = training_args.completion_only_loss is not False
-    train = sft_rows(train, script_args.dataset_name, tokenizer, replies_only)
-    test = sft_rows(test, script_args.dataset_name, tokenizer, replies_only)
+    train, test = (sft_rows(split, script_args.dataset_name, tokenizer, training_args) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 
@@ -45,6 +44,7 @@ def main() -> None:
     model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
 
     # Trainer
+    training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # the rows are so already
     trainer = SFTTrainer(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
     )

@@ -23,7 +23,7 @@ import jinja2
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sklearn.model_selection import GroupShuffleSplit
 from transformers import PreTrainedTokenizerBase
-from trl import ScriptArguments, is_conversational
+from trl import ScriptArguments, SFTConfig, is_conversational
 from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
 from rlhf.errors import InputError
@@ -273,22 +273,37 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
 # ---------------------------------------------------------------------------------------------- what trainers take
 
 
-def _map(dataset: Dataset, function: Callable[[dict[str, Any]], dict[str, Any]], keep: set[str], what: str) -> Dataset:
+def _map(
+    dataset: Dataset,
+    function: Callable[[dict[str, Any]], dict[str, Any]],
+    keep: set[str],
+    what: str,
+    num_proc: int | None = None,
+) -> Dataset:
     columns = [column for column in dataset.column_names if column not in keep]
-    return dataset.map(function, remove_columns=columns, desc=what)
+    return dataset.map(function, remove_columns=columns, desc=what, num_proc=num_proc)
 
 
-def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, replies_only: bool = True) -> Dataset:
-    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text as TRL takes it.
+def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig | None = None) -> Dataset:
+    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text, in column `text`, as TRL takes it.
 
     Args:
-        replies_only: take the loss on the assistant's messages (for `prompt` + `completion`: those of the completion).
+        args: without it, or unless its `completion_only_loss` is False and `assistant_only_loss` too, the loss is taken
+            on the assistant's messages (for `prompt` + `completion`: those of the completion).
+
+    Raises:
+        InputError: if columns are missing, a conversation has no reply, or `assistant_only_loss` meets plain text.
     """
-    columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {"text"}])
+    replies_only = args is None or args.assistant_only_loss or args.completion_only_loss is not False
+    field = args.dataset_text_field if args else "text"
+    columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {field}])
     check_messages(dataset, name, columns)
     dataset = dataset.select_columns(sorted(columns))
     if not is_conversational(dataset[0]):
-        return dataset  # TRL adds the end-of-text token and takes the loss on the completion
+        if args and args.assistant_only_loss:
+            raise InputError(f"--assistant_only_loss: {name} has plain text, and no assistant in it. Leave it off.")
+        # TRL adds the end-of-text token and takes the loss on the completion
+        return dataset.rename_column(field, "text") if columns == {field} != {"text"} else dataset
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
@@ -299,7 +314,7 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, re
         encoded = encode_conversation(tokenizer, prompt + completion, first=len(prompt))
         return encoded if replies_only else {**encoded, "labels": list(encoded["input_ids"])}
 
-    return _map(dataset, encode, set(), "Tokenizing conversations")
+    return _map(dataset, encode, set(), "Tokenizing conversations", args and args.dataset_num_proc)
 
 
 def texts_of(dataset: Dataset, name: str) -> list[str]:
@@ -338,7 +353,13 @@ def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, co
     return _map(rows, encode, set(), "Tokenizing texts")
 
 
-def preference_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+def preference_rows(
+    dataset: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    num_proc: int | None = None,
+) -> Dataset:
     """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Longer pairs than `max_length` are left out and counted.
 
     Raises:
@@ -362,7 +383,8 @@ def preference_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerB
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:
         return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}
 
-    encoded = _map(dataset.select_columns(sorted(columns)), encode, set(), "Tokenizing preference pairs")
+    chosen_columns = dataset.select_columns(sorted(columns))
+    encoded = _map(chosen_columns, encode, set(), "Tokenizing preference pairs", num_proc)
     if max_length is None:
         return encoded
     longest = [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]

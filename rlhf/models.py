@@ -186,6 +186,7 @@ def usable_context(config: PreTrainedConfig) -> int | None:
 def load_tokenizer(
     source: Source,
     *,
+    eos_token: str | None = None,
     pad_token: str | None = None,
     chat_template_path: str | None = None,
     trust_remote_code: bool = False,
@@ -200,11 +201,16 @@ def load_tokenizer(
         chat_template_path: a .jinja file, or a model whose template is taken.
 
     Raises:
-        InputError: if `pad_token` is eos or not in the vocabulary, or none can be found.
+        InputError: if `pad_token` is eos, one of the two isn't in the vocabulary or can't be found, or the chat
+            template ends replies with another token than `eos_token`.
     """
     folder = source.adapter if source.adapter and _has_tokenizer(source.adapter, source.revision) else source.base
     revision = source.revision if folder == source.adapter else base_revision(source)
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise InputError(f"--eos_token {eos_token!r}: not in the vocabulary of {source.name}.")
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
     set_pad_token(tokenizer, source, pad_token)
@@ -221,6 +227,11 @@ def load_tokenizer(
         )
         tokenizer.chat_template = PLAIN_TEMPLATE
     _end_turns_with_eos(tokenizer, source)
+    if eos_token not in (None, tokenizer.eos_token):
+        raise InputError(
+            f"--eos_token {eos_token!r}: the chat template ends a reply with {tokenizer.eos_token!r}. Leave it off, or "
+            "give a template that agrees with --chat_template_path."
+        )
     return tokenizer
 
 

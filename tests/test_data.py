@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import assistant, user
 from datasets import Dataset, DatasetDict
-from trl import ScriptArguments
+from trl import ScriptArguments, SFTConfig
 
 from rlhf.data import (
     check_messages,
@@ -115,10 +115,17 @@ def test_sft_rows_of_all_three_formats(tokenizer):
     row = sft_rows(pairs, "d", tokenizer)[0]
     assert set(row) == {"input_ids", "labels"}
     assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "Hello!<|im_end|>"
-    everything = sft_rows(pairs, "d", tokenizer, replies_only=False)[0]
+    args = SFTConfig(completion_only_loss=False, dataset_text_field="body", report_to="none", use_cpu=True)
+    everything = sft_rows(pairs, "d", tokenizer, args)[0]
     assert everything["labels"] == everything["input_ids"]
     assert set(sft_rows(Dataset.from_list([{"messages": CHAT}]), "d", tokenizer)[0]) == {"input_ids", "labels"}
     assert sft_rows(Dataset.from_list([{"text": "abc", "id": 3}]), "d", tokenizer)[0] == {"text": "abc"}
+    body = Dataset.from_list([{"body": "abc", "text": "not this"}])
+    assert sft_rows(body, "d", tokenizer, args)[0] == {"text": "abc"}
+    args.assistant_only_loss = True
+    assert sft_rows(pairs, "d", tokenizer, args)[0] == row
+    with pytest.raises(InputError, match="--assistant_only_loss: d has plain text"):
+        sft_rows(body, "d", tokenizer, args)
 
 
 def test_preference_rows_read_the_score_where_the_reply_ends(tokenizer):

@@ -54,6 +54,11 @@ def test_pad_gets_its_own_token_or_a_clear_refusal(tiny, tmp_path):
         load_tokenizer(resolve(tiny), pad_token="<|im_end|>")
     with pytest.raises(InputError, match="not in the vocabulary"):
         load_tokenizer(resolve(tiny), pad_token="<nothing>")
+    assert load_tokenizer(resolve(tiny), eos_token="<|im_end|>").eos_token == "<|im_end|>"
+    with pytest.raises(InputError, match="--eos_token '<nothing>': not in the vocabulary"):
+        load_tokenizer(resolve(tiny), eos_token="<nothing>")
+    with pytest.raises(InputError, match=r"ends a reply with '<\|im_end\|>'"):
+        load_tokenizer(resolve(tiny), eos_token="<|endoftext|>")
 
 
 def test_replies_end_where_the_chat_template_ends_them(tiny, tokenizer, tmp_path):

@@ -28,7 +28,8 @@ def road(tiny, files, tmp_path_factory):
     out = tmp_path_factory.mktemp("road")
     logs = {}
     sft = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", out / "sft"]
-    logs["sft"] = run("recipes/sft.py", *sft, *TINY_TRAINING)
+    flags = ["--assistant_only_loss", "true", "--eos_token", "<|im_end|>", "--dataset_num_proc", 2]
+    logs["sft"] = run("recipes/sft.py", *sft, *TINY_TRAINING, *flags)
     logs["collect"] = run(
         "recipes/collect.py", "--model_name_or_path", out / "sft", "--dataset_name", files / "prompts.jsonl",
         "--output_dir", out / "preferences", "--dtype", "float32", "--max_new_tokens", 6, "--num_generations", 3,
