@@ -66,12 +66,8 @@ def compare(
         scores[reference] = [row[0] for row in by_prompt]
         accuracy = agreement_with_gold(candidates, by_prompt) if is_starter else {}
         if count > 1:
-            name, best = f"best_of_{count}", [max(range(count), key=row.__getitem__) for row in by_prompt]
-            replies[name] = Replies(
-                [row[n] for row, n in zip(split(candidates.ids, prompts), best, strict=True)],
-                [row[n] for row, n in zip(split(candidates.texts, prompts), best, strict=True)],
-            )
-            scores[name] = [max(row) for row in by_prompt]
+            replies[f"best_of_{count}"] = _best_of(candidates, by_prompt)
+            scores[f"best_of_{count}"] = [max(row) for row in by_prompt]
     under_base, under_reference = _under(sources, rows, replies, own, model_args, arguments)
     texts = {name: reply.texts for name, reply in replies.items()}
     judged = {judge: ask(labeler, prompts, texts, reference) for judge, labeler in judges.items()}
@@ -94,6 +90,13 @@ def compare(
             **(_of_human_replies(human[name], rows) if name in human else {}),
         }
     return Comparison(prompts, texts, metrics, accuracy)
+
+
+def _best_of(candidates: Replies, by_prompt: list[list[float]]) -> Replies:
+    """Of each prompt's candidates the one with the highest score; the first, if several have it."""
+    best = [max(range(len(row)), key=row.__getitem__) for row in by_prompt]
+    numbers = [first * len(row) + n for first, (row, n) in enumerate(zip(by_prompt, best, strict=True))]
+    return Replies([candidates.ids[n] for n in numbers], [candidates.texts[n] for n in numbers])
 
 
 def split(flat: list[Any], prompts: list[Prompt]) -> list[list[Any]]:

@@ -131,7 +131,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
         metrics: its results, if run.json hasn't got them yet.
     """
     run = read_json(folder / RUN_FILE)
-    settings = {key: value for key, value in run["settings"].items() if not key.endswith("_token")}
+    settings = {key: value for key, value in run["settings"].items() if not key.endswith("hub_token")}
     results = metrics or run.get("metrics") or {}
     pictures = draw(folder)
     return {

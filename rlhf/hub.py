@@ -156,18 +156,7 @@ def write_card(
     title = repo_id or Path(output_dir).resolve().name
     base = public_base(source.base) if source else None
     is_adapter = (Path(output_dir) / "adapter_config.json").exists()
-    lineage = [("started from", origin(source.name, source.adapter, source.revision))] if source else []
-    lineage += [("tokenizer", origin(tokenizer_name))] if tokenizer_name else []
-    for reward in rewards:
-        if reward.model is None:
-            lineage.append(("trained against the reward function", {"name": reward.name}))
-        else:
-            model = reward.model
-            lineage.append(("trained against the reward model", origin(model.name, model.adapter, model.revision)))
-    lineage += [
-        ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
-        for d in datasets
-    ]
+    lineage = _lineage(source, tokenizer_name, rewards, datasets)
     auto = auto_class or _auto_class(output_dir, stage)
     data = ModelCardData(
         base_model=base,
@@ -195,6 +184,24 @@ def write_card(
         ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "torch")),
     ]
     (Path(output_dir) / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
+
+
+def _lineage(
+    source: Source | None, tokenizer_name: str | None, rewards: Sequence[RewardSource], datasets: list[str]
+) -> list[tuple[str, dict[str, str]]]:
+    """What a run was made from: the role of each and what `origin` says of it."""
+    lineage = [("started from", origin(source.name, source.adapter, source.revision))] if source else []
+    lineage += [("tokenizer", origin(tokenizer_name))] if tokenizer_name else []
+    for reward in rewards:
+        if reward.model is None:
+            lineage.append(("trained against the reward function", {"name": reward.name}))
+        else:
+            model = reward.model
+            lineage.append(("trained against the reward model", origin(model.name, model.adapter, model.revision)))
+    return lineage + [
+        ("dataset", {"name": "starter (PyPI chitchat-dataset)"} if d == STARTER else origin(d, repo_type="dataset"))
+        for d in datasets
+    ]
 
 
 def _table(heading: list[str], rows: list[tuple[Any, ...]]) -> str:
