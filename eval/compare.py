@@ -28,18 +28,18 @@ from rich.markup import escape
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
-from eval.judges import make_judges
-from eval.measure import Comparison, compare, differences_of
+from eval.measuring.comparison import Comparison, compare, differences_of
+from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
-from rlhf.arguments import finish_run, history_of, need_one_process, parse, start_run
-from rlhf.data import load_splits, prompt_rows, write_jsonl
+from rlhf.comparisons import Labeler
+from rlhf.data.datasets import load_splits, prompt_rows, write_jsonl
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback import Labeler
-from rlhf.labelers import LabelerSettings
-from rlhf.models import context_length, load_tokenizer, refuse_single_model, resolve
+from rlhf.feedback.labelers import LabelerSettings
+from rlhf.models.loading import context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.rewards import resolve_reward
-from rlhf.starter import STARTER
+from rlhf.run.arguments import finish_run, history_of, need_one_process, parse, start_run
+from rlhf.starter.conversations import STARTER
 
 
 @dataclass

@@ -27,18 +27,18 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
-from eval.figures import compression_figure, save_figure
-from eval.intervals import difference, interval
+from eval.drawing.figures import compression_figure, save_figure
+from eval.measuring.replies import loaded
 from eval.metrics import metric
-from eval.ngrams import KneserNey
-from eval.replies import loaded
 from eval.report import write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, texts_of, write_json
+from eval.stats.intervals import difference, interval
+from eval.stats.ngrams import KneserNey
+from rlhf.data.datasets import load_splits, texts_of, write_json
 from rlhf.errors import InputError, report_errors
-from rlhf.finetuning import is_decoder
-from rlhf.models import Source, context_length, load_tokenizer, refuse_single_model, resolve
-from rlhf.tokenization import boundary, encode_texts, tokens_and_bytes
+from rlhf.models.loading import Source, context_length, load_tokenizer, refuse_single_model, resolve
+from rlhf.pretraining.tokenization import boundary, encode_texts, tokens_and_bytes
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.tasks.finetuning import is_decoder
 
 GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
 

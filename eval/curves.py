@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.report import read_log, read_run, write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import write_json
+from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
 
 # what each recipe calls the raw reward; all of them log `episode` and `objective/kl`, in nats per completion
 REWARDS = {"ppo": "objective/raw_scores", "rloo": "reward"}

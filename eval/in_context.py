@@ -35,21 +35,21 @@ from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.arguments import command, finish_run, need_one_process, parse, start_run
-from rlhf.data import write_json
+from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
-from rlhf.instructions import TaskArguments, load_tasks, worded
-from rlhf.models import load_causal_lm, load_tokenizer, resolve
-from rlhf.starter import STARTER
-from rlhf.starter_tasks import TASKS
+from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
+from rlhf.run.arguments import command, finish_run, need_one_process, parse, start_run
+from rlhf.starter.conversations import STARTER
+from rlhf.starter.tasks import TASKS
+from rlhf.tasks.instructions import TaskArguments, load_tasks, worded
 
 POOL = 200  # training rows per task that examples are drawn from
 
 
 @dataclass
 class InContextArguments:
-    """What is asked, and with how many examples. Which tasks: rlhf.instructions.TaskArguments."""
+    """What is asked, and with how many examples. Which tasks: rlhf.tasks.instructions.TaskArguments."""
 
     output_dir: str = field(default="outputs/in-context", metadata={"help": "Folder for results.json and answers."})
     num_fewshot: list[int] = field(default_factory=lambda: [0, 1, 4, 8], metadata={"help": "Numbers of examples."})
@@ -157,7 +157,7 @@ def main() -> None:
     )
     need_one_process(__file__)
     check(args)
-    from eval import harness  # takes seconds, so mistakes above answer first
+    from eval.measuring import harness  # takes seconds, so mistakes above answer first
 
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
     names = task_args.tasks

@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 from trl import ModelConfig, ScriptArguments
 
-from eval.figures import overoptimization_figure, save_figure
-from eval.fits import Kind, best_of_n, best_of_n_kl, fit, to_keep
-from eval.intervals import interval
-from eval.measure import sample_replies, split
-from eval.replies import loaded, reply_logprobs
+from eval.drawing.figures import overoptimization_figure, save_figure
+from eval.measuring.comparison import sample_replies, split
+from eval.measuring.replies import loaded, reply_logprobs
 from eval.report import write_report
-from rlhf.arguments import RUN_FILE, checkpoints, finish_run, need_one_process, parse, start_run
-from rlhf.data import encode_prompt, load_splits, prompt_rows, write_json, write_jsonl
+from eval.stats.fits import Kind, best_of_n, best_of_n_kl, fit, to_keep
+from eval.stats.intervals import interval
+from rlhf.comparisons import as_message
+from rlhf.data.datasets import encode_prompt, load_splits, prompt_rows, write_json, write_jsonl
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback import as_message
-from rlhf.models import Source, context_length, load_tokenizer, resolve
+from rlhf.models.loading import Source, context_length, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
-from rlhf.starter import STARTER
+from rlhf.run.arguments import RUN_FILE, checkpoints, finish_run, need_one_process, parse, start_run
+from rlhf.starter.conversations import STARTER
 
 PUBLIC = ("mean", "low", "high", "n")
 

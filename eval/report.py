@@ -17,13 +17,13 @@ from typing import Any
 
 import jinja2
 
-from eval.figures import data_uri, save_figure, training_figure
-from eval.pictures import draw_pictures
-from eval.tables import number, tables_of
-from rlhf.arguments import RUN_FILE, checkpoints, main_process, parse
-from rlhf.data import read_json
+from eval.drawing.figures import data_uri, save_figure, training_figure
+from eval.drawing.pictures import draw_pictures
+from eval.drawing.tables import number, tables_of
+from rlhf.data.datasets import read_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
+from rlhf.run.arguments import RUN_FILE, checkpoints, main_process, parse
 
 REPORT = "report.html"
 MANY_RUNS = 12
@@ -196,7 +196,7 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
     sections += [("training", "Training curves")] if folded else []
     sections += [("replies", "Replies")] if samples else []
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    template = environment.from_string((Path(__file__).parent / "drawing" / "report.html").read_text(encoding="utf-8"))
     page = template.render(
         title=f"{folder.resolve().name}: report",
         summary=_summary([run["recipe"] for run in runs]),

@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.intervals import RESAMPLES
+from eval.drawing.tables import transfer_rows
 from eval.report import write_report
-from eval.tables import transfer_rows
-from rlhf.arguments import RUN_FILE, finish_run, need_one_process, parse, start_run
-from rlhf.data import write_json
+from eval.stats.intervals import RESAMPLES
+from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
+from rlhf.run.arguments import RUN_FILE, finish_run, need_one_process, parse, start_run
 
 TRANSFER_FILE = "transfer.json"
 SCORES = {"spans": "F1", "tags": "accuracy per word"}

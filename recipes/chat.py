@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from rlhf.arguments import need_one_process, parse
-from rlhf.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
 from rlhf.errors import InputError, report_errors
-from rlhf.models import load_tokenizer, refuse_single_model
+from rlhf.feedback.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
+from rlhf.models.loading import load_tokenizer, refuse_single_model
+from rlhf.run.arguments import need_one_process, parse
 
 
 @dataclass
@@ -54,7 +54,7 @@ def main() -> None:
     sources = chosen_models(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
     if args.page:
-        from rlhf.pages.chat import chat_on_page, need_free_port  # Gradio takes seconds to import
+        from rlhf.feedback.chat_page import chat_on_page, need_free_port  # Gradio takes seconds to import
 
         need_free_port(args.server_name, args.server_port)
 

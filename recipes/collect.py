@@ -19,18 +19,18 @@ from pathlib import Path
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
+from rlhf.comparisons import preference_pairs
+from rlhf.data.datasets import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback import preference_pairs
+from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler, sample_tasks
 from rlhf.hub import push_dataset, push_request
-from rlhf.labelers import LabelerArguments, check_labeler, make_labeler, sample_tasks
-from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
 
 
 @dataclass
 class CollectArguments:
-    """What is sampled. Who compares: rlhf.labelers.LabelerArguments."""
+    """What is sampled. Who compares: rlhf.feedback.labelers.LabelerArguments."""
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})

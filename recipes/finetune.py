@@ -8,7 +8,7 @@
         --use_peft false --learning_rate 5e-5 --output_dir outputs/finetune-tags
 
 Without arguments it reads recipes/configs/finetune.yaml: the starter model, LoRA, and which of two replies follows a
-message. The kind of task is read off the columns (rlhf/finetuning.py has the table). LoRA is the default; --use_peft
+message. The kind of task is read off the columns (table: rlhf/tasks/finetuning.py). LoRA is the default; --use_peft
 false trains the whole model, --freeze_body true the head alone, and --from_scratch true the same network from random
 weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
 """
@@ -16,12 +16,14 @@ weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArgum
 from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
-from eval.held_out import evaluate_finetuned
+from eval.measuring.held_out import evaluate_finetuned
 from eval.report import write_report
-from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import load_splits
+from rlhf.data.datasets import load_splits
 from rlhf.errors import report_errors
-from rlhf.finetuning import (
+from rlhf.hub import push_model, push_request, write_card
+from rlhf.models.loading import resolve
+from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.tasks.finetuning import (
     KINDS,
     FinetuneArguments,
     FinetuningTrainer,
@@ -36,8 +38,6 @@ from rlhf.finetuning import (
     read_task,
     share_right,
 )
-from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import resolve
 
 
 def main() -> None:

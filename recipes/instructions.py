@@ -5,10 +5,10 @@
     accelerate launch recipes/sft.py --dataset_name outputs/without-copying --output_dir outputs/sft-without-copying
     accelerate launch recipes/instructions.py --dataset_name my.jsonl --templates my.yaml --tasks starter
 
-Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter_tasks.py, ten templates
-each (rlhf/templates/). Your own task is a dataset with a column `label` and a YAML file of templates
-(rlhf/instructions.py says how). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to
-the number of examples, with a cap. Clusters of tasks named by --held_out_clusters are left out of training, so that
+Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter/tasks.py, ten templates
+each (rlhf/tasks/templates/). Your own task is a dataset with a column `label` and a YAML file of templates
+(rlhf/tasks/instructions.py says how). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in
+proportion to the number of examples, capped. Clusters named by --held_out_clusters are left out of training, so that
 eval/in_context.py can ask what a model does on a kind of task it has never seen. No model is needed.
 
 Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `task`, `cluster` and `template`; the rows
@@ -23,15 +23,15 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from eval.report import write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import write_jsonl
+from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError, report_errors
-from rlhf.instructions import TaskArguments, as_conversation, hold_out, load_tasks, worded
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, load_tasks, worded
 
 
 @dataclass
 class InstructionArguments:
-    """How tasks are mixed. Which ones: rlhf.instructions.TaskArguments."""
+    """How tasks are mixed. Which ones: rlhf.tasks.instructions.TaskArguments."""
 
     output_dir: str = field(default="outputs/instructions", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters left out of training."})

@@ -16,13 +16,13 @@ ModelConfig works.
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import language_model_rows, load_splits, prompt_rows
+from rlhf.data.datasets import language_model_rows, load_splits, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start
+from rlhf.models.loading import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_rewards
+from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments wo
 
 from trl import ScriptArguments
 
-from eval.pretraining import held_out_metrics, metrics_of_choices
+from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
-from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import load_splits, texts_of
+from rlhf.data.datasets import load_splits, texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.pretraining import (
+from rlhf.pretraining.tokenization import frame, resolve_tokenizer
+from rlhf.pretraining.trainer import (
     NewModelConfig,
     PretrainingConfig,
     PretrainingTrainer,
@@ -34,7 +34,7 @@ from rlhf.pretraining import (
     pretraining_metrics,
     pretraining_rows,
 )
-from rlhf.tokenization import frame, resolve_tokenizer
+from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ the score head is trained and saved. Every flag of TRL's RewardConfig and ModelC
 
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
-from eval.held_out import evaluate_reward_model
+from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
-from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import load_splits, preference_rows
+from rlhf.data.datasets import load_splits, preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import load_reward_model, load_tokenizer, resolve
+from rlhf.models.loading import load_reward_model, load_tokenizer, resolve
+from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
 
 MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibration_error"}
 

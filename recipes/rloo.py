@@ -15,13 +15,13 @@ as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's R
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.arguments import finish_run, last_checkpoint, parse, start_run
-from rlhf.data import load_splits, prompt_rows
+from rlhf.data.datasets import load_splits, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
+from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
 
 MEASURED = {
     "eval_reward": "reward",

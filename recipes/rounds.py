@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.report import write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
 from rlhf.errors import InputError, report_errors
-from rlhf.models import resolve
-from rlhf.rounds import ROUNDS_FILE, check_start, gather_comparisons, run_stage, summarize, verdicts
+from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, run_stage, summarize, verdicts
+from rlhf.models.loading import resolve
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
 
 
 @dataclass

@@ -18,13 +18,12 @@ from pathlib import Path
 
 from trl import ScriptArguments
 
-from eval.loss_by_position import compare_positions, packed_blocks
+from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
-from eval.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, texts_of, write_json
+from eval.stats.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
+from rlhf.data.datasets import load_splits, texts_of, write_json
 from rlhf.errors import report_errors
-from rlhf.scaling import (
+from rlhf.pretraining.scaling import (
     ScalingArguments,
     block_size_of,
     check_sweep,
@@ -37,7 +36,8 @@ from rlhf.scaling import (
     transformer_parameters,
     write_texts,
 )
-from rlhf.tokenization import resolve_tokenizer
+from rlhf.pretraining.tokenization import resolve_tokenizer
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
 
 
 def main() -> None:

@@ -21,14 +21,14 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
 
+from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize
 from eval.report import write_report
-from eval.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, write_jsonl
+from rlhf.data.datasets import load_splits, write_jsonl
 from rlhf.errors import InputError, report_errors
-from rlhf.models import context_length, load_tokenizer, resolve
-from rlhf.rounds import run_stage
-from rlhf.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out, write_solutions
+from rlhf.feedback.rounds import run_stage
+from rlhf.models.loading import context_length, load_tokenizer, resolve
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.tasks.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out, write_solutions
 
 
 @dataclass

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from trl import ScriptArguments
 
 from eval.compression import bytes_per_token
-from eval.intervals import difference
 from eval.report import write_report
-from rlhf.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.data import load_splits, texts_of
+from eval.stats.intervals import difference
+from rlhf.data.datasets import load_splits, texts_of
 from rlhf.errors import report_errors
-from rlhf.starter import STARTER
-from rlhf.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
+from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
+from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.starter.conversations import STARTER
 
 ENDS = {"": "mean", "_low": "low", "_high": "high"}
 

@@ -16,11 +16,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_d
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rlhf.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
 from rlhf.errors import InputError
-from rlhf.models import Source
+from rlhf.models.loading import Source
 from rlhf.rewards import RewardSource
-from rlhf.starter import HUB_MODEL_ID, STARTER
+from rlhf.run.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
+from rlhf.starter.conversations import HUB_MODEL_ID, STARTER
 
 PIPELINE_TAGS = {
     "AutoModelForSequenceClassification": "text-classification",

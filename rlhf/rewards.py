@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.data import encode_messages, encode_text_with_end
+from rlhf.comparisons import Messages, Prompt, as_message
+from rlhf.data.datasets import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
-from rlhf.feedback import Messages, Prompt, as_message
-from rlhf.models import (
+from rlhf.models.loading import (
     REWARD,
     Source,
     active_adapter,
@@ -38,8 +38,8 @@ from rlhf.models import (
     trunk,
     usable_context,
 )
-from rlhf.prefix import forward
-from rlhf.starter import STARTER, gold_scores
+from rlhf.models.prefix import forward
+from rlhf.starter.conversations import STARTER, gold_scores
 
 Completion = str | Messages
 Score = float | list[float] | None

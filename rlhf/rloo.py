@@ -16,10 +16,10 @@ from peft.helpers import disable_input_dtype_casting
 from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
-from rlhf.data import encode_prompt
+from rlhf.data.datasets import encode_prompt
 from rlhf.errors import InputError
-from rlhf.generation import generate, left_pad
-from rlhf.prefix import positions_of
+from rlhf.models.generation import generate, left_pad
+from rlhf.models.prefix import positions_of
 from rlhf.rewards import call_rewards
 
 
@@ -105,7 +105,7 @@ class RLOOTrainer(TRLRLOOTrainer):
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
-        """Sample with the loop of rlhf/generation.py, without dropout; what it can't do is left to TRL."""
+        """Sample with the loop of rlhf/models/generation.py, without dropout; what it can't do is left to TRL."""
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching
         if elsewhere or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)

@@ -31,10 +31,10 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     """The trainer, ready to run; `seconds` is filled with the time per phase of the last update."""
     from trl import ModelConfig
 
-    from rlhf.arguments import cpu_has_bfloat16
-    from rlhf.data import prompt_rows
-    from rlhf.models import load_causal_lm, load_reward_model, load_tokenizer, resolve
-    from rlhf.starter import starter_dataset
+    from rlhf.data.datasets import prompt_rows
+    from rlhf.models.loading import load_causal_lm, load_reward_model, load_tokenizer, resolve
+    from rlhf.run.arguments import cpu_has_bfloat16
+    from rlhf.starter.conversations import starter_dataset
 
     has_bf16 = cpu_has_bfloat16()
     lora = ModelConfig(
@@ -49,7 +49,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     settings = {**SETTINGS, "output_dir": folder, "bf16": has_bf16, "total_episodes": 32 * updates}
     policy = load_causal_lm(source, lora, tokenizer)
     if which == "ours":
-        from rlhf.models import REWARD
+        from rlhf.models.loading import REWARD
         from rlhf.ppo import PPOConfig, PPOTrainer
         from rlhf.rewards import load_reward, resolve_reward
 

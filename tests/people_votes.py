@@ -21,9 +21,9 @@ from playwright.sync_api import sync_playwright
 from test_pages import answered, launch, shown_replies
 from test_people import Page
 
-from rlhf.feedback import bradley_terry
-from rlhf.labelers import LabelerArguments
-from rlhf.starter import gold_scores, starter_dataset
+from rlhf.comparisons import bradley_terry
+from rlhf.feedback.labelers import LabelerArguments
+from rlhf.starter.conversations import gold_scores, starter_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 PEOPLE = ("ada", "ben", "cleo")

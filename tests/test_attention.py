@@ -1,10 +1,10 @@
-"""rlhf/attention.py against torch's own attention."""
+"""rlhf/models/attention.py against torch's own attention."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.attention import LARGEST, NAME, group_attention, grouped_attention
+from rlhf.models.attention import LARGEST, NAME, group_attention, grouped_attention
 
 
 @pytest.mark.parametrize("queries", [1, 5, 9])

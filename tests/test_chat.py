@@ -15,12 +15,12 @@ from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file, save_file
 from test_pages import free_port, launch
 
-from rlhf.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
-from rlhf.data import encode_prompt, preference_rows, read_tasks, write_jsonl, write_tasks
+from rlhf.comparisons import make_task
+from rlhf.data.datasets import encode_prompt, preference_rows, read_tasks, write_jsonl, write_tasks
 from rlhf.errors import InputError
-from rlhf.feedback import make_task
-from rlhf.models import active_adapter, load_tokenizer
-from rlhf.votes import Vote, VoteFile, now
+from rlhf.feedback.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
+from rlhf.feedback.votes import Vote, VoteFile, now
+from rlhf.models.loading import active_adapter, load_tokenizer
 
 NASTY = (
     "<script>document.title='own'</script> <img src=x onerror=\"alert()\"> <|im_end|> **bold** {{value}} ${value} &lt;"
@@ -356,8 +356,8 @@ def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
 
 SERVER = f"""
 import sys, time
-from rlhf.chat import Chat, ChatVotes, Speaker
-from rlhf.pages.chat import chat_on_page
+from rlhf.feedback.chat import Chat, ChatVotes, Speaker
+from rlhf.feedback.chat_page import chat_on_page
 NASTY = {NASTY!r}
 class Scripted(Chat):
     def reply(self, conversation, place):

@@ -8,7 +8,8 @@ from conftest import assistant, user
 from datasets import Dataset, DatasetDict
 from trl import ScriptArguments, SFTConfig
 
-from rlhf.data import (
+from rlhf.comparisons import make_task
+from rlhf.data.datasets import (
     check_messages,
     control_ids,
     encode_conversation,
@@ -24,8 +25,7 @@ from rlhf.data import (
     write_tasks,
 )
 from rlhf.errors import InputError
-from rlhf.feedback import make_task
-from rlhf.models import PLAIN_TEMPLATE
+from rlhf.models.loading import PLAIN_TEMPLATE
 
 CHAT = user("Hi there") + assistant("Hello!") + user("How are you?") + assistant("Fine.")
 

@@ -35,7 +35,9 @@ from trl import ModelConfig
 from eval.metrics import metric
 from eval.transfer import over_rows_and_seeds
 from rlhf.errors import InputError
-from rlhf.finetuning import (
+from rlhf.models.loading import resolve
+from rlhf.starter.labels import NAMES, finetuning_dataset
+from rlhf.tasks.finetuning import (
     KINDS,
     FinetuneArguments,
     FinetuningTrainer,
@@ -54,8 +56,6 @@ from rlhf.finetuning import (
     predicted,
     read_task,
 )
-from rlhf.models import resolve
-from rlhf.starter_labels import NAMES, finetuning_dataset
 
 LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules="all-linear")
 FULL = ModelConfig(dtype="float32")

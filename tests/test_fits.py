@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import TINY_PPO, run
 
-from eval.fits import best_of_n, best_of_n_kl, curve, fit, to_keep
-from eval.intervals import interval
+from eval.stats.fits import best_of_n, best_of_n_kl, curve, fit, to_keep
+from eval.stats.intervals import interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.generation import draw, generate, left_pad, sample_completions
-from rlhf.prefix import positions_of
+from rlhf.models.generation import draw, generate, left_pad, sample_completions
+from rlhf.models.prefix import positions_of
 
 
 def test_draw_follows_the_distribution():

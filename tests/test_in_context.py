@@ -13,10 +13,18 @@ from lm_eval.tasks import TaskManager
 from trl import ModelConfig
 
 import eval.in_context as script
-from eval.harness import SharedExamples, SharedPrefixLM, against, find_tasks, sharpen_head, summarize, write_task
-from rlhf.data import encode_messages
+from eval.measuring.harness import (
+    SharedExamples,
+    SharedPrefixLM,
+    against,
+    find_tasks,
+    sharpen_head,
+    summarize,
+    write_task,
+)
+from rlhf.data.datasets import encode_messages
 from rlhf.errors import InputError
-from rlhf.models import load_causal_lm, resolve
+from rlhf.models.loading import load_causal_lm, resolve
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def evaluated(sharp, tmp_path_factory):
         lines = [json.dumps({"prompt": f"{split} {n}?", "choices": ["red", "blue"], "label": n % 2}) for n in range(14)]
         (out / f"{split}.jsonl").write_text("\n".join(lines))
     (out / "colours.yaml").write_text(
-        (ROOT / "eval" / "tasks" / "multiple_choice.yaml").read_text()
+        (ROOT / "eval" / "measuring" / "multiple_choice.yaml").read_text()
         + f"task: colours\ndataset_kwargs: {{data_files: {{train: {out}/train.jsonl, test: {out}/test.jsonl}}}}\n"
     )
     arguments = ["--tasks", "question", "addition", out / "colours.yaml", "--dataset_name", out / "my.jsonl",
@@ -283,6 +291,6 @@ def test_control_tokens_in_questions_and_answers_are_text(model, tokenizer):
 
 
 def test_names_of_lm_eval_are_known():
-    assert find_tasks(["arc_easy", str(ROOT / "eval" / "tasks" / "multiple_choice.yaml")])
+    assert find_tasks(["arc_easy", str(ROOT / "eval" / "measuring" / "multiple_choice.yaml")])
     with pytest.raises(InputError, match="Did you mean arc_easy"):
         find_tasks(["arc_eazy"])

@@ -9,7 +9,8 @@ from conftest import ROOT, run
 from trl import ScriptArguments
 
 from rlhf.errors import InputError
-from rlhf.instructions import (
+from rlhf.starter.tasks import CLUSTERS, TASKS, starter_task
+from rlhf.tasks.instructions import (
     FOLDER,
     InstructionTask,
     TaskArguments,
@@ -22,7 +23,6 @@ from rlhf.instructions import (
     render,
     worded,
 )
-from rlhf.starter_tasks import CLUSTERS, TASKS, starter_task
 
 MINE = """
 task: mine

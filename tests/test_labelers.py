@@ -4,10 +4,10 @@ import pytest
 import torch
 from trl import ModelConfig
 
-import rlhf.labelers
+import rlhf.feedback.labelers
+from rlhf.comparisons import make_task
 from rlhf.errors import InputError
-from rlhf.feedback import make_task
-from rlhf.labelers import JudgeLabeler, LabelerArguments, ScoreLabeler, make_labeler
+from rlhf.feedback.labelers import JudgeLabeler, LabelerArguments, ScoreLabeler, make_labeler
 
 MODEL_ARGS = ModelConfig(dtype="float32")
 
@@ -52,8 +52,8 @@ class OneSided(torch.nn.Module):
 
 
 def judge(monkeypatch, tokenizer, share, tiny):
-    monkeypatch.setattr(rlhf.labelers, "load_tokenizer", lambda source: tokenizer)
-    monkeypatch.setattr(rlhf.labelers, "load_causal_lm", lambda *_, **__: OneSided(tokenizer, share))
+    monkeypatch.setattr(rlhf.feedback.labelers, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(rlhf.feedback.labelers, "load_causal_lm", lambda *_, **__: OneSided(tokenizer, share))
     return JudgeLabeler(str(tiny), "Choose the shorter reply.", MODEL_ARGS)
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline, set_seed
 
 from rlhf.errors import InputError
-from rlhf.generation import need_cache
-from rlhf.lstm import LSTMForCausalLM, lstm_parameters, matching_hidden_size
+from rlhf.models.generation import need_cache
+from rlhf.models.lstm import LSTMForCausalLM, lstm_parameters, matching_hidden_size
 
 
 def build(seed=0, **changes):

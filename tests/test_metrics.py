@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from eval.intervals import difference, interval
-from eval.judges import ask, win_rates
-from eval.measure import agreement_with_gold, differences_of
+from eval.measuring.comparison import agreement_with_gold, differences_of
+from eval.measuring.judges import ask, win_rates
+from eval.measuring.replies import Replies, reply_logprobs
 from eval.metrics import table_rows
-from eval.replies import Replies, reply_logprobs
-from rlhf.feedback import Comparison, SimulatedLabeler
+from eval.stats.intervals import difference, interval
+from rlhf.comparisons import Comparison, SimulatedLabeler
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,14 @@ def in_root(monkeypatch):
     ],
 )
 def test_modules_load_from_their_folder_and_compute(name, inputs, expected):
-    result = evaluate.load(f"eval/{name}").compute(**inputs)
+    result = evaluate.load(f"eval/metrics/{name}").compute(**inputs)
     assert math.isclose(result["mean"], expected, rel_tol=1e-4)
     assert result["low"] <= result["mean"] <= result["high"]
 
 
 def test_modules_load_offline():
-    code = "import evaluate; print(evaluate.load('eval/win_rate').compute(predictions=[1.], references=[0.])['mean'])"
+    code = "from evaluate import load; "
+    code += "print(load('eval/metrics/win_rate').compute(predictions=[1.], references=[0.])['mean'])"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -99,7 +100,7 @@ def test_reward_accuracy_counts_pairs_that_gold_tells_apart():
 def test_calibration_of_a_model_that_is_as_sure_as_it_is_right():
     # says 73% (margin 1) on four pairs and is right on three; says 95% (margin 3) on two and is right on one
     margins = [1.0, 1.0, 1.0, -1.0, 3.0, -3.0]
-    result = evaluate.load("eval/reward_accuracy").compute(predictions=margins, references=[0.0] * 6)
+    result = evaluate.load("eval/metrics/reward_accuracy").compute(predictions=margins, references=[0.0] * 6)
     low, high = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))
     assert [bin["n"] for bin in result["reliability"]] == [4, 2]
     assert math.isclose(result["calibration_error"], (4 * abs(low - 0.75) + 2 * abs(high - 0.5)) / 6)
@@ -108,7 +109,7 @@ def test_calibration_of_a_model_that_is_as_sure_as_it_is_right():
 
 def test_accuracy_by_length_difference_finds_a_taste_for_length():
     length = np.arange(-20, 20)
-    result = evaluate.load("eval/reward_accuracy").compute(
+    result = evaluate.load("eval/metrics/reward_accuracy").compute(
         predictions=length.astype(float).tolist(), references=[0.0] * 40, length_differences=length.tolist()
     )
     quarters = result["by_length_difference"]
@@ -123,8 +124,8 @@ def test_length_control_ranks_a_padded_model_right_where_the_plain_win_rate_does
     judged = better + 0.15 * longer  # a judge who also likes length
     inputs = {"predictions": judged.tolist(), "references": [0.0] * 400}
     lengths = {"prediction_lengths": (10 + longer).tolist(), "reference_lengths": [10] * 400}
-    plain = evaluate.load("eval/win_rate").compute(**inputs)
-    controlled = evaluate.load("eval/length_controlled_win_rate").compute(**inputs, **lengths)
+    plain = evaluate.load("eval/metrics/win_rate").compute(**inputs)
+    controlled = evaluate.load("eval/metrics/length_controlled_win_rate").compute(**inputs, **lengths)
     assert plain["low"] > 0.5 > controlled["high"]
 
 
@@ -132,10 +133,10 @@ def test_length_control_changes_nothing_where_length_does_not_matter():
     generator = np.random.default_rng(1)
     inputs = {"predictions": generator.normal(0.3, 1, 500).tolist(), "references": [0.0] * 500}
     lengths = {"prediction_lengths": generator.integers(5, 30, 500).tolist(), "reference_lengths": [15] * 500}
-    plain = evaluate.load("eval/win_rate").compute(**inputs)["mean"]
-    controlled = evaluate.load("eval/length_controlled_win_rate").compute(**inputs, **lengths)
+    plain = evaluate.load("eval/metrics/win_rate").compute(**inputs)["mean"]
+    controlled = evaluate.load("eval/metrics/length_controlled_win_rate").compute(**inputs, **lengths)
     assert abs(controlled["mean"] - plain) < 0.02
-    same = evaluate.load("eval/length_controlled_win_rate").compute(
+    same = evaluate.load("eval/metrics/length_controlled_win_rate").compute(
         predictions=[1.0, 0.0, 1.0], references=[0.0, 1.0, 1.0], prediction_lengths=[3] * 3, reference_lengths=[3] * 3
     )
     assert same["mean"] == 0.5
@@ -174,7 +175,9 @@ def test_the_table_has_one_row_per_metric_and_judge():
     assert rows[0][1:] == ["50.0% [40.0%, 60.0%]", ""]
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent for path in (ROOT / "eval").glob("*/__init__.py")), ids=str)
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in (ROOT / "eval" / "metrics").glob("*/__init__.py")), ids=str
+)
 def test_every_metric_has_a_card_whose_example_runs(folder):
     card = (folder / "README.md").read_text()
     for section in ("## Use", "## Returns", "## Limits"):

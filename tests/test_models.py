@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from rlhf.errors import InputError
-from rlhf.models import REFERENCE, load_causal_lm, load_policy, load_reward_model, load_tokenizer, resolve
+from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, load_reward_model, load_tokenizer, resolve
 from rlhf.rewards import resolve_reward
 
 ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
@@ -90,7 +90,7 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     shutil.copytree(tiny, snapshot)
     (tmp_path / "hub" / "models--you--tiny" / "refs").mkdir()
     (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
-    code = "from rlhf.models import *; s = resolve('you/tiny'); print(s.base, len(load_tokenizer(s)))"
+    code = "from rlhf.models.loading import *; s = resolve('you/tiny'); print(s.base, len(load_tokenizer(s)))"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from rlhf.data import write_tasks
-from rlhf.feedback import make_task
+from rlhf.comparisons import make_task
+from rlhf.data.datasets import write_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -23,9 +23,9 @@ FLAGS = [
 ]  # fmt: skip
 SERVER = """
 import sys
-from rlhf.data import read_tasks
-from rlhf.pages.vote import VotePage, serve, wait
-from rlhf.votes import Assignment, VoteFile
+from rlhf.data.datasets import read_tasks
+from rlhf.feedback.vote_page import VotePage, serve, wait
+from rlhf.feedback.votes import Assignment, VoteFile
 folder, port, ratings, overlap = sys.argv[1:]
 assignment = Assignment(read_tasks(folder), VoteFile(folder + "/votes.jsonl"), overlap=float(overlap), repeats=0.0)
 print(serve(VotePage(assignment, ratings == "True").blocks(), "127.0.0.1", int(port)), flush=True)

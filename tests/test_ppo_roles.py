@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import InputError
-from rlhf.models import (
+from rlhf.models.loading import (
     REFERENCE,
     REWARD,
     VALUE,

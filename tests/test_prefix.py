@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rlhf import prefix
-from rlhf.prefix import forward, positions_of, shared_length
+from rlhf.models import prefix
+from rlhf.models.prefix import forward, positions_of, shared_length
 
 SYSTEM = list(range(100, 130))
 ROWS = [[*SYSTEM, 5, 6, 7, 8, 9], [*SYSTEM, 40], [*SYSTEM, 5, 6, 41, 42], [*SYSTEM[:29], 50, 51, 52]]

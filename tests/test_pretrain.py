@@ -28,14 +28,21 @@ from transformers import (
 )
 
 from eval.compression import by_groups, in_groups, text_logprobs, xz_bits
-from eval.intervals import interval
-from eval.ngrams import KneserNey, discounts
-from eval.pretraining import metrics_of_choices
-from rlhf.collators import DataCollatorForSpanCorruption, SeededCollator, corrupt_spans, count_spans, random_lengths
-from rlhf.electra import ReplacedTokenModel
+from eval.measuring.pretraining import metrics_of_choices
+from eval.stats.intervals import interval
+from eval.stats.ngrams import KneserNey, discounts
 from rlhf.errors import InputError
-from rlhf.optimizers import MuonWithAdamW, layer_matrices
-from rlhf.pretraining import (
+from rlhf.pretraining.collators import (
+    DataCollatorForSpanCorruption,
+    SeededCollator,
+    corrupt_spans,
+    count_spans,
+    random_lengths,
+)
+from rlhf.pretraining.electra import ReplacedTokenModel
+from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
+from rlhf.pretraining.tokenization import boundary, encode_texts, train_tokenizer
+from rlhf.pretraining.trainer import (
     NewModelConfig,
     PretrainingConfig,
     PretrainingTrainer,
@@ -48,8 +55,7 @@ from rlhf.pretraining import (
     pretraining_rows,
     sentence_pair_rows,
 )
-from rlhf.starter import starter_dataset
-from rlhf.tokenization import boundary, encode_texts, train_tokenizer
+from rlhf.starter.conversations import starter_dataset
 
 TEXTS = [
     "\n".join(f"Do you like {a}? I like {b} more than {a}." for a in line)

@@ -14,10 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import ModelConfig, ScriptArguments
 
-from rlhf.arguments import command, digest, last_checkpoint, parse, write_digests
-from rlhf.data import load_splits
+from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError
-from rlhf.pretraining import NewModelConfig, PretrainingConfig
+from rlhf.pretraining.trainer import NewModelConfig, PretrainingConfig
+from rlhf.run.arguments import command, digest, last_checkpoint, parse, write_digests
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -145,7 +145,7 @@ def test_a_run_that_fails_before_it_made_anything_gives_its_folder_back(tiny, fi
 
 
 def test_quantized_weights_need_their_package(monkeypatch):
-    monkeypatch.setattr("rlhf.arguments.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("rlhf.run.arguments.is_bitsandbytes_available", lambda: False)
     with pytest.raises(InputError, match="--load_in_4bit: needs the package bitsandbytes"):
         parse("nowhere/recipe.py", ModelConfig, args=["--load_in_4bit"])
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, pipeline
 from trl import RLOOTrainer as TRLRLOOTrainer
 
 from eval.curves import read_curves
-from eval.figures import curves_figure, training_figure
-from rlhf.data import encode_prompt
+from eval.drawing.figures import curves_figure, training_figure
+from rlhf.data.datasets import encode_prompt
 from rlhf.errors import InputError
-from rlhf.models import REWARD, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import REWARD, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import RewardError, load_reward, resolve_reward
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
 

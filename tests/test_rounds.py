@@ -13,10 +13,10 @@ import yaml
 from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from trl import ModelConfig
 
-from rlhf.data import write_jsonl
+from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
-from rlhf.models import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
-from rlhf.rounds import check_start, gather_comparisons, run_stage, verdicts
+from rlhf.feedback.rounds import check_start, gather_comparisons, run_stage, verdicts
+from rlhf.models.loading import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
 
 LORA = ModelConfig(dtype="float32", use_peft=True)
 
@@ -169,7 +169,7 @@ time.sleep(1)  # longer than subprocess.run leaves a child after Ctrl-C
 def test_ctrl_c_lets_a_stage_write_what_there_is(tmp_path):
     (tmp_path / "stage.py").write_text(STAGE)
     call = f"run_stage({str(tmp_path / 'stage.py')!r}, 'c.yaml', Path({str(tmp_path)!r}), {{}})"
-    code = f"from pathlib import Path; from rlhf.rounds import run_stage; print('finished:', {call})"
+    code = f"from pathlib import Path; from rlhf.feedback.rounds import run_stage; print('finished:', {call})"
     loop = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -11,13 +11,12 @@ from conftest import run
 from scipy.stats import linregress, t
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from eval.loss_by_position import compare_positions, position_bins, position_losses
-from eval.scaling_laws import fit_form, fit_law, fit_sweep, forecast, frontier, predict
-from rlhf.arguments import start_run
-from rlhf.data import write_jsonl
+from eval.measuring.loss_by_position import compare_positions, position_bins, position_losses
+from eval.stats.scaling_laws import fit_form, fit_law, fit_sweep, forecast, frontier, predict
+from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
-from rlhf.lstm import lstm_parameters
-from rlhf.scaling import (
+from rlhf.models.lstm import lstm_parameters
+from rlhf.pretraining.scaling import (
     ScalingArguments,
     check_sweep,
     cut_texts,
@@ -29,7 +28,8 @@ from rlhf.scaling import (
     transformer_parameters,
     write_texts,
 )
-from rlhf.tokenization import train_tokenizer
+from rlhf.pretraining.tokenization import train_tokenizer
+from rlhf.run.arguments import start_run
 
 SIZES = np.asarray([2e4, 5e4, 1e5, 2e5, 4e5, 8e5])
 NOISE = np.random.default_rng(0).normal(0, 0.003, len(SIZES))
@@ -306,7 +306,7 @@ def test_a_point_that_fails_stops_the_sweep(tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(f"""
 from pathlib import Path
-from rlhf.workers import run_all
+from rlhf.run.stages import run_all
 
 if __name__ == "__main__":
     runs = {{Path({str(tmp_path)!r}) / name: {{"model_type": "nothing"}} for name in ("first", "second")}}

@@ -13,13 +13,13 @@ from conftest import ROOT, TINY_TRAINING, save_tiny, user
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
-from eval.figures import rounds_figure
-from eval.solving import accuracy, references_of, solving_rows, summarize
-from eval.tables import tables_of
-from rlhf.data import encode_conversation, write_jsonl
+from eval.drawing.figures import rounds_figure
+from eval.drawing.tables import tables_of
+from eval.measuring.solving import accuracy, references_of, solving_rows, summarize
+from rlhf.data.datasets import encode_conversation, write_jsonl
 from rlhf.errors import InputError
-from rlhf.problems import KINDS, few_shot, final_answer, known_answer, majority, plain_answer, starter_problems
-from rlhf.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
+from rlhf.tasks.problems import KINDS, few_shot, final_answer, known_answer, majority, plain_answer, starter_problems
+from rlhf.tasks.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
 
 BOXES = ("red", "blue", "green", "white", "black", "brown", "grey", "pink", "gold", "silver", "amber", "olive")
 

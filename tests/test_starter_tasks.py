@@ -6,9 +6,9 @@ import pytest
 from datasets import ClassLabel
 
 from rlhf.errors import InputError
-from rlhf.instructions import FOLDER, read_templates
-from rlhf.starter import gold_scores, starter_pairs
-from rlhf.starter_tasks import CLUSTERS, KEPT_OUT, TASKS, starter_task
+from rlhf.starter.conversations import gold_scores, starter_pairs
+from rlhf.starter.tasks import CLUSTERS, KEPT_OUT, TASKS, starter_task
+from rlhf.tasks.instructions import FOLDER, read_templates
 
 SMALL = {"max_train": 24, "max_test": 24}
 
@@ -107,7 +107,7 @@ def test_generated_answers_are_right(name, tasks):
 
 
 def test_word_order_is_that_of_a_message_or_another_one(tasks):
-    from rlhf.starter_tasks import _words
+    from rlhf.starter.tasks import _words
 
     natural = {" ".join(_words(message)) for part in ("sft", "held_out") for message, _ in starter_pairs(part)}
     for row in rows_of(tasks, "word_order"):

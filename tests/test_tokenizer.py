@@ -11,10 +11,17 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval.compression import bytes_per_token
-from rlhf.data import control_ids, encode_conversation, encode_messages
+from rlhf.data.datasets import control_ids, encode_conversation, encode_messages
 from rlhf.errors import InputError
-from rlhf.models import load_tokenizer, resolve
-from rlhf.tokenization import check_vocab_size, encode_texts, frame, resolve_tokenizer, special_tokens, train_tokenizer
+from rlhf.models.loading import load_tokenizer, resolve
+from rlhf.pretraining.tokenization import (
+    check_vocab_size,
+    encode_texts,
+    frame,
+    resolve_tokenizer,
+    special_tokens,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "don't panic: 42 is the answer!"] * 20
 

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
+from rlhf.comparisons import make_task
 from rlhf.errors import InputError
-from rlhf.feedback import make_task
-from rlhf.votes import Assignment, Vote, VoteFile, agreement, check_labeler
+from rlhf.feedback.votes import Assignment, Vote, VoteFile, agreement, check_labeler
 
 
 def tasks(count, replies=2):

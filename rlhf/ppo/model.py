@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models import active_adapter, trunk
-from rlhf.prefix import forward
+from rlhf.models.loading import active_adapter, trunk
+from rlhf.models.prefix import forward
 
 
 class TokenOutputs(NamedTuple):

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from rlhf.generation import generate, left_pad
+from rlhf.models.generation import generate, left_pad
 from rlhf.ppo.types import Rollout
 
 

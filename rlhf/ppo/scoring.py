@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from rlhf.feedback import as_message
+from rlhf.comparisons import as_message
 from rlhf.ppo.metrics import exact
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.types import Rewards, Rollout

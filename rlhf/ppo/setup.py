@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
-from rlhf.models import recompute_with_same_adapter
+from rlhf.models.loading import recompute_with_same_adapter
 from rlhf.ppo.config import PPOConfig
 
 
@@ -39,7 +39,7 @@ def check_prompts(dataset: Dataset | None, name: str, response_length: int, mode
     if "input_ids" not in dataset.column_names:
         raise InputError(
             f"{name}: needs a column input_ids with the prompts' tokens; found {sorted(dataset.column_names)}. "
-            "rlhf.data.prompt_rows makes it from text or messages."
+            "rlhf.data.datasets.prompt_rows makes it from text or messages."
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(ids) for ids in dataset["input_ids"])

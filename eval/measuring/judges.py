@@ -1,0 +1,98 @@
+"""Who says which of two replies is better: labelers (rlhf/feedback/labelers.py), asked about one reply per model."""
+
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from eval.metrics import metric
+from rlhf.comparisons import Comparison, Labeler, Prompt, SimulatedLabeler, Task, make_task
+from rlhf.errors import InputError
+from rlhf.feedback.labelers import LabelerSettings, make_labeler
+
+JUDGES = ("gold", "reward", "judge", "human")
+
+
+class Verdicts(NamedTuple):
+    """How many judgements each of N prompts' two replies won; a tie is half a win for both."""
+
+    prompts: list[int]  # numbers of the prompts that were judged
+    model: list[float]
+    reference: list[float]
+
+
+def make_judges(
+    names: list[str],
+    settings: LabelerSettings,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str,
+    seed: int,
+) -> dict[str, Labeler]:
+    """The judges that `--judges` names; their models are found now and loaded when they are first asked.
+
+    Raises:
+        InputError: for an unknown name, model or function.
+    """
+    unknown = [name for name in names if name not in JUDGES]
+    if unknown:
+        raise InputError(f"--judges {unknown[0]}: unknown. Judges are {', '.join(JUDGES)}.")
+    return {
+        name: SimulatedLabeler(temperature=0.0, name="gold")
+        if name == "gold"
+        else make_labeler(name, settings, model_args, tokenizer, output_dir, seed)
+        for name in dict.fromkeys(names)
+    }
+
+
+def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], reference: str) -> dict[str, Verdicts]:
+    """Let one judge compare every model with the reference, on every prompt. It isn't told which is which.
+
+    Two equal replies are a tie, and nobody is asked.
+
+    Args:
+        texts: one reply per prompt, by model.
+    """
+    tasks: dict[tuple[str, int], Task] = {}
+    for name in texts:
+        for number, prompt in enumerate(prompts):
+            pair = [texts[name][number], texts[reference][number]]
+            if pair[0] != pair[1]:
+                tasks[name, number] = make_task("test", prompt, pair, [name, reference])
+    answers = dict(zip(tasks, judge.compare(list(tasks.values())), strict=True))
+    verdicts = {}
+    for name in texts:
+        judged: dict[int, tuple[float, float]] = {}
+        for number in range(len(prompts)):
+            if (name, number) not in tasks:
+                judged[number] = (0.5, 0.5)
+            elif answers[name, number]:
+                wins = [_wins(answer) for answer in answers[name, number]]
+                judged[number] = (sum(wins), len(wins) - sum(wins))
+        verdicts[name] = Verdicts(list(judged), [pair[0] for pair in judged.values()], [p[1] for p in judged.values()])
+    return verdicts
+
+
+def _wins(answer: Comparison) -> float:
+    """What one answer gives to the model, which is the first of the two: 1, or half for a tie."""
+    return 0.5 if answer.preferred == "tie" else float(answer.preferred == "first")
+
+
+def win_rates(verdicts: Verdicts, lengths: list[int], reference_lengths: list[int]) -> dict[str, dict[str, Any]]:
+    """`win_rate` and `length_controlled_win_rate` of one model; empty if nothing was judged.
+
+    Args:
+        lengths, reference_lengths: tokens of every reply, in the order of the prompts.
+    """
+    if not verdicts.prompts:
+        return {}
+    sides = {"predictions": verdicts.model, "references": verdicts.reference}
+    return {
+        "win_rate": metric("win_rate", **sides),
+        "length_controlled_win_rate": metric(
+            "length_controlled_win_rate",
+            **sides,
+            prediction_lengths=[lengths[number] for number in verdicts.prompts],
+            reference_lengths=[reference_lengths[number] for number in verdicts.prompts],
+        ),
+    }

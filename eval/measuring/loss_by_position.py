@@ -1,0 +1,77 @@
+"""Loss by position in the context: how much a model gains from what it has read so far.
+
+A Transformer keeps gaining where an LSTM of equal size has forgotten: Kaplan et al. 2020, figure 7
+(https://arxiv.org/abs/2001.08361).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.stats.intervals import difference, interval
+from rlhf.pretraining.trainer import PretrainingConfig, packed_rows
+
+
+def packed_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
+    """(blocks, block_size) int64: texts as recipes/pretrain.py packs them."""
+    args = PretrainingConfig(output_dir="unused", block_size=block_size, report_to="none", use_cpu=True)
+    return torch.tensor(packed_rows(texts, tokenizer, args, "test")["input_ids"][:])
+
+
+@torch.no_grad()
+def position_losses(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 32) -> np.ndarray:
+    """Loss of each token given those before it in its block.
+
+    Args:
+        blocks: (blocks, length) int64, packed text.
+
+    Returns:
+        (blocks, length - 1) float64, nats; column c is the token with c + 1 tokens of context.
+    """
+    model.eval()
+    losses = []
+    for part in blocks.split(batch_size):
+        logits = model(input_ids=part).logits[:, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none"))
+    return torch.cat(losses).double().numpy()
+
+
+def position_bins(length: int) -> list[tuple[int, int]]:
+    """Ranges [first, last] of the number of context tokens, each twice as wide as the one before; `length` is the most.
+
+    What would be a short last range belongs to the one before it.
+    """
+    firsts = [1]
+    while 2 * firsts[-1] + firsts[-1] // 2 <= length:
+        firsts.append(2 * firsts[-1])
+    return list(zip(firsts, [*(first - 1 for first in firsts[1:]), length], strict=True))
+
+
+def compare_positions(folders: dict[str, Path], blocks: torch.Tensor, seed: int = 0) -> dict[str, Any]:
+    """Loss by position of several models on the same text, with 95% bootstrap intervals over blocks.
+
+    Args:
+        folders: of the models, by name; the first is what the others are compared with.
+        blocks: (blocks, length) int64, packed held-out text.
+
+    Returns:
+        `bins`, a list with `first` and `last` (tokens of context) and the cells {mean, low, high} of each model's loss,
+        nats per token; for the others `<name>_minus_<first>`, paired by block.
+    """
+    losses = {
+        name: position_losses(AutoModelForCausalLM.from_pretrained(folder), blocks) for name, folder in folders.items()
+    }
+    base = next(iter(losses))
+    bins = []
+    for first, last in position_bins(blocks.shape[1] - 1):
+        cells = {name: interval(of.T[first - 1 : last].mean(0).tolist(), seed=seed) for name, of in losses.items()}
+        entry: dict[str, Any] = {"first": first, "last": last}
+        for name, cell in cells.items():
+            entry[name] = {key: cell[key] for key in ("mean", "low", "high")}
+            if name != base:
+                entry[f"{name}_minus_{base}"] = difference(cell, cells[base], seed=seed)
+        bins.append(entry)
+    return {"models": list(folders), "blocks": len(blocks), "bins": bins}

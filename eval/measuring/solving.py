@@ -1,0 +1,123 @@
+"""How many held-out problems a model solves, round by round, beside voting and choosing among the base's samples."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.stats.intervals import difference, interval
+from rlhf.data.datasets import write_json
+from rlhf.feedback.rounds import ROUNDS_FILE
+from rlhf.tasks.problems import final_answer, majority
+
+HELD_OUT_FILE = "held_out.jsonl"  # of a round: `prompt`, `reference`, `solution`, and of round 0 `samples`
+SOLUTIONS = "solutions"  # folder of a round: what was kept, as splits for SFT
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def references_of(rows: list[dict[str, Any]]) -> tuple[list[str | None], str]:
+    """The answers that held-out solutions are compared with, and what being equal to them is called.
+
+    Args:
+        rows: of round 0. Where no answer is known, the majority of the base's samples stands in for it.
+    """
+    known = [row["reference"] for row in rows]
+    if any(answer is not None for answer in known):
+        return known, "held-out accuracy"
+    voted = [majority([final_answer(text) for text in row["samples"]]) for row in rows]
+    return voted, "agreement with the base's majority"
+
+
+def accuracy(solutions: list[list[str]], references: list[str | None], how: str = "mean") -> dict[str, Any]:
+    """Share of problems solved, with its interval over problems; problems without a reference are left out.
+
+    Args:
+        solutions: of each problem.
+        how: `mean` over the solutions; `majority`, their most common answer (self-consistency, Wang et al. 2022,
+            https://arxiv.org/abs/2203.11171); or `best`, whether any is right, which is best-of-n by a perfect judge.
+    """
+    values = []
+    for texts, reference in zip(solutions, references, strict=True):
+        if reference is None:
+            continue
+        answers = [final_answer(text) for text in texts]
+        right = [float(answer == reference) for answer in answers]
+        voted = float(majority(answers) == reference)
+        values.append({"mean": sum(right) / len(right), "majority": voted, "best": max(right)}[how])
+    return interval(values)
+
+
+def summarize(output_dir: str, count: int) -> dict[str, Any]:
+    """What rounds 0 to `count` solve of the held-out problems; written to rounds.json.
+
+    Returns:
+        `rounds`: for each the cell {mean, low, high, n} `truth`, and from round 1 on `difference` to round 0, paired by
+        problem, `solutions`, how many were kept, and `problems`, of how many problems those are; `baselines`: the same
+        cells of the base's samples; `truth_name`.
+    """
+    folder = Path(output_dir)
+    rows = [read_jsonl(folder / f"round-{number}" / HELD_OUT_FILE) for number in range(count + 1)]
+    references, name = references_of(rows[0])
+    samples = [row["samples"] for row in rows[0]]
+    cells = [accuracy([[row["solution"]] for row in found], references) for found in rows]
+    size = len(samples[0])
+    others = {
+        "base, one sample": accuracy(samples, references),
+        f"base, majority of {size}": accuracy(samples, references, "majority"),
+        f"base, best of {size} (any right)": accuracy(samples, references, "best"),
+    }
+    rounds = [{"round": number, **_entry(cell, cells[0] if number else None)} for number, cell in enumerate(cells)]
+    for entry in rounds[1:]:
+        files = sorted((folder / f"round-{entry['round']}" / SOLUTIONS).glob("*.jsonl"))
+        kept = [row for file in files for row in read_jsonl(file)]
+        entry["solutions"] = len(kept)
+        entry["problems"] = len({str(row["prompt"]) for row in kept})
+        entry["rationalized"] = sum(row["kind"] == "rationalized" for row in kept)
+    baselines = {label: _entry(cell, cells[0]) for label, cell in others.items()}
+    summary = {"rounds": rounds, "baselines": baselines, "truth_name": name}
+    write_json(folder / ROUNDS_FILE, summary)
+    return summary
+
+
+def _entry(cell: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"truth": {key: cell[key] for key in ("mean", "low", "high", "n")}}
+    return {**entry, "difference": difference(cell, first)} if first is not None else entry
+
+
+def solving_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table: rounds, then baselines.
+
+    Args:
+        summary: content of a STaR run's rounds.json.
+    """
+    named = [("base (round 0)" if not entry["round"] else f"round {entry['round']}", entry)
+             for entry in summary["rounds"]]  # fmt: skip
+    rows = []
+    for label, entry in [*named, *summary["baselines"].items()]:
+        truth, change = entry["truth"], entry.get("difference")
+        kept = f"{entry['solutions']} solutions of {entry['problems']} problems" if "solutions" in entry else ""
+        rows.append([
+            label,
+            f"{truth['mean']:.1%} [{truth['low']:.1%}, {truth['high']:.1%}]",
+            f"{change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]" if change else "",
+            kept + (f", {entry['rationalized']} rationalized" if entry.get("rationalized") else ""),
+        ])  # fmt: skip
+    return ["", summary["truth_name"], "less round 0, paired", "kept"], rows
+
+
+def print_solving(summary: dict[str, Any]) -> None:
+    """The table, in the terminal."""
+    headings, rows = solving_rows(summary)
+    table = Table(title="Held-out problems; means with 95% intervals")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)

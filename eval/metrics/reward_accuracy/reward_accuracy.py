@@ -1,0 +1,84 @@
+"""How often a reward model orders a pair as the labeler did, and whether it knows how sure it may be."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from eval.stats.intervals import interval
+
+DESCRIPTION = """Share of pairs whose chosen reply scores higher (a tie counts half). A reward model is a Bradley-Terry
+model: it says P(chosen) = 1 / (1 + exp(-(score difference))), so calibration can be checked: the expected calibration
+error (Guo et al. 2017, https://arxiv.org/abs/1706.04599) is the mean gap between how sure it is and how often it is
+right, over bins of confidence from 0.5 to 1."""
+BINS = 10
+
+
+def reliability(margins: np.ndarray) -> list[dict[str, float]]:
+    """Per bin of confidence: `confidence` (mean), `accuracy`, `n`. Empty bins are left out.
+
+    Args:
+        margins: (N,) score of the chosen reply less that of the rejected one.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -500, 500))))
+    right = 0.5 + 0.5 * np.sign(margins)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(right[bins == number].mean()),
+            "n": int((bins == number).sum()),
+        }
+        for number in sorted(set(bins.tolist()))
+    ]
+
+
+def by_length(margins: np.ndarray, differences: np.ndarray, groups: np.ndarray) -> list[dict[str, float]]:
+    """Accuracy in each quarter of the pairs, ordered by how much longer the chosen reply is than the rejected one."""
+    quarters = np.array_split(np.argsort(differences, kind="stable"), 4)
+    return [
+        {
+            "shortest": float(differences[quarter].min()),
+            "longest": float(differences[quarter].max()),
+            **accuracy(margins[quarter], groups[quarter]),
+        }
+        for quarter in quarters
+        if len(quarter)
+    ]
+
+
+def accuracy(margins: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """`mean` with its interval over groups, and `n`, the number of pairs."""
+    right = 0.5 + 0.5 * np.sign(margins)
+    _, index = np.unique(groups, return_inverse=True)
+    result = interval(np.bincount(index, right).tolist(), np.bincount(index).astype(float).tolist())
+    return {"mean": result["mean"], "low": result["low"], "high": result["high"], "n": len(margins)}
+
+
+class RewardAccuracy(evaluate.Metric):
+    """How often a reward model orders a pair as the labeler did, and whether it knows how sure it may be."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description="predictions: scores of the chosen replies; references: of the rejected ones; "
+            "length_differences: chosen less rejected length; groups: which pairs share a prompt",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(self, predictions, references, length_differences=None, groups=None) -> dict:
+        margins = np.asarray(predictions, dtype=float) - np.asarray(references, dtype=float)
+        groups = np.arange(len(margins)) if groups is None else np.asarray(groups)
+        bins = reliability(margins)
+        result = {
+            **accuracy(margins, groups),
+            "margin": float(margins.mean()),
+            "log_loss": float(np.logaddexp(0, -margins).mean()),
+            "calibration_error": sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / len(margins),
+            "reliability": bins,
+        }
+        if length_differences is not None:
+            result["by_length_difference"] = by_length(margins, np.asarray(length_differences, dtype=float), groups)
+        return result

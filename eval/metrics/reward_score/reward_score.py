@@ -1,0 +1,25 @@
+"""What the reward model says of each reply."""
+
+import datasets
+import evaluate
+
+from eval.stats.intervals import interval
+
+DESCRIPTION = (
+    """Mean reward-model score of the replies. It is what PPO was trained on, so a rise alone proves little."""
+)
+
+
+class RewardScore(evaluate.Metric):
+    """What the reward model says of each reply."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description="predictions: one score per reply",
+            features=datasets.Features({"predictions": datasets.Value("float64")}),
+        )
+
+    def _compute(self, predictions) -> dict:
+        return interval(predictions)

@@ -1,0 +1,1 @@
+"""Any dataset → conversations, prompts or preference pairs, and their token ids."""

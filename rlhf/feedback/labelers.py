@@ -1,0 +1,249 @@
+"""Who can compare replies: a simulation, a score, a judge model, people. All behind `--labeler`."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from rlhf.comparisons import Comparison, Labeler, Prompt, SimulatedLabeler, Task, as_message, make_task, prefer_higher
+from rlhf.data.datasets import encode_prompt
+from rlhf.errors import InputError
+from rlhf.models.generation import left_pad, sample_completions
+from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
+from rlhf.starter.conversations import STARTER
+
+LABELERS = ("simulated", "human", "judge", "reward")
+
+
+@dataclass
+class LabelerSettings:
+    """How those who compare replies work, in collecting preferences and in evaluation."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "For 'reward': reward models (folder or Hub id) or import paths of functions."},
+    )
+    judge_model_name_or_path: str = field(default="starter", metadata={"help": "For 'judge': the model."})
+    principle: str = field(
+        default="Choose the reply that is more helpful, honest and harmless.",
+        metadata={"help": "For 'judge': what it goes by, in words."},
+    )
+    server_name: str = field(default="127.0.0.1", metadata={"help": "For 'human': address of the page."})
+    server_port: int = field(default=7860, metadata={"help": "For 'human': port of the page."})
+    overlap: float = field(default=0.2, metadata={"help": "For 'human': share of tasks that everybody gets."})
+    repeats: float = field(default=0.05, metadata={"help": "For 'human': share of tasks asked twice, unsaid."})
+    ratings: bool = field(default=False, metadata={"help": "For 'human': also rate each reply from 1 to 7."})
+
+
+@dataclass
+class LabelerArguments(LabelerSettings):
+    """Who compares the replies."""
+
+    labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
+    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
+
+
+def check_labeler(name: str) -> None:
+    """Refuse a labeler that there isn't.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    if name not in LABELERS:
+        raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
+
+
+def make_labeler(
+    name: str,
+    settings: LabelerSettings,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    seed: int,
+) -> Labeler:
+    """A labeler by name; its models are found now and loaded when it is first asked.
+
+    Args:
+        tokenizer: of the model that wrote the replies, for reward functions that ask for their token ids.
+        folder: the run's folder, where people's votes go.
+
+    Raises:
+        InputError: for an unknown labeler, model or function.
+    """
+    if name == "simulated" and isinstance(settings, LabelerArguments):
+        return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
+    if name == "reward":
+        return ScoreLabeler(
+            [STARTER] if settings.reward_funcs is None else settings.reward_funcs, model_args, tokenizer
+        )
+    if name == "judge":
+        return JudgeLabeler(settings.judge_model_name_or_path, settings.principle, model_args)
+    if name == "human":
+        from rlhf.feedback.vote_page import People  # Gradio takes seconds to import
+
+        return People(settings, Path(folder) / "votes.jsonl", seed)
+    raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
+
+
+def sample_tasks(model: Any, tokenizer: Any, split: str, rows: Dataset, args: Any, name: str) -> list[Task]:
+    """Different replies to each prompt of a split.
+
+    Args:
+        rows: `prompt` and `input_ids`.
+        args: CollectArguments of recipes/collect.py.
+        name: of the model, recorded with each reply.
+    """
+    completions = sample_completions(
+        model,
+        tokenizer,
+        rows["input_ids"][:],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        num_return_sequences=args.num_generations,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        description=f"Sampling {split} replies",
+    )
+    tasks = []
+    for prompt, replies in zip(rows["prompt"], completions, strict=True):
+        texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+        texts = list(dict.fromkeys(texts))
+        tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
+    return tasks
+
+
+class ScoreLabeler:
+    """Prefers what reward models or functions score higher; the sum, if there are several.
+
+    A reward model is a Bradley–Terry model, so the difference of its scores says how certain it is. With a function,
+    certainty is not known.
+    """
+
+    finished = True
+
+    def __init__(self, rewards: list[str], model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not rewards:
+            raise InputError("--reward_funcs: --labeler reward needs at least one.")
+        self.sources = [resolve_reward(name, "--reward_funcs") for name in rewards]
+        self.model_args, self.tokenizer = model_args, tokenizer
+        self.temperature = 1.0 if all(source.model for source in self.sources) else None
+        self.name = "reward " + " + ".join(Path(name).name for name in rewards)
+
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        functions: list[RewardFunction] = [load_reward(source, self.model_args) for source in self.sources]
+        texts = [text for task in tasks for text in task.completions]
+        columns = call_rewards(
+            functions,
+            [task.prompt for task in tasks for _ in task.completions],
+            [as_message(task.prompt, text) for task in tasks for text in task.completions],
+            self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
+        )
+        totals = iter([math.fsum(map(_total, scores)) for scores in zip(*columns, strict=True)])
+        return [prefer_higher([next(totals) for _ in task.completions], self.name, self.temperature) for task in tasks]
+
+
+def _total(score: float | list[float] | None) -> float:
+    """One number: the sum of per-token scores, 0 where a function has no opinion."""
+    return math.fsum(score) if isinstance(score, list) else score or 0.0
+
+
+class JudgeLabeler:
+    """Asks a language model which of two replies follows a written principle better (RLAIF).
+
+    Each pair is asked in both orders, and the probabilities of the answers "A" and "B" are averaged, which cancels a
+    preference for the first or second place. Source: Bai et al., Constitutional AI, arXiv 2212.08073, section 4.1
+    (multiple choice, normalized log-probabilities of the answers as soft labels).
+    """
+
+    finished = True
+    # below this share of the probability on A and B together, the model has not answered
+    least_answered = 0.1
+
+    def __init__(self, name: str, principle: str, model_args: ModelConfig, batch_size: int = 16) -> None:
+        if not principle.strip():
+            raise InputError("--principle: is empty. Say in words what makes one reply better than another.")
+        self.source = resolve(name, "--judge_model_name_or_path")
+        self.name = f"judge {Path(name).name}"
+        self.principle, self.model_args, self.batch_size = principle, model_args, batch_size
+
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        tokenizer = load_tokenizer(self.source)
+        model = load_causal_lm(self.source, self.model_args, tokenizer, trainable=False)
+        pairs = [(task, c) for task in tasks for c in prefer_higher([0.0] * len(task.completions), self.name)]
+        questions = []
+        for task, pair in pairs:
+            one, other = task.completions[pair.first], task.completions[pair.second]
+            questions += [self.question(task.prompt, one, other), self.question(task.prompt, other, one)]
+        probabilities = self.probabilities(model, tokenizer, questions)
+        answers: dict[str, list[Comparison]] = {task.id: [] for task in tasks}
+        silent = 0
+        for number, (task, pair) in enumerate(pairs):
+            one_way, other_way = probabilities[2 * number : 2 * number + 2]
+            if min(sum(one_way), sum(other_way)) < self.least_answered:
+                silent += 1
+                answers[task.id].append(pair._replace(certainty=None))  # a tie: no pair in the dataset
+                continue
+            share = (one_way[0] / sum(one_way) + other_way[1] / sum(other_way)) / 2
+            preferred: Literal["first", "second", "tie"]
+            preferred = "tie" if share == 0.5 else "first" if share > 0.5 else "second"
+            answers[task.id].append(pair._replace(preferred=preferred, certainty=max(share, 1 - share)))
+        if silent:
+            print(f"{self.name}: answered neither A nor B to {silent} of {len(pairs)} questions; these count as ties.")
+        if pairs and silent == len(pairs):
+            raise InputError(
+                f"--judge_model_name_or_path {self.source.name}: answered neither A nor B to any question. Use a model "
+                "that follows instructions, or another --principle."
+            )
+        return [answers[task.id] for task in tasks]
+
+    def question(self, prompt: Prompt, first: str, second: str) -> str:
+        """What the judge reads; its next word has to be A or B."""
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return (
+            f"{self.principle}\n\nConversation:\n{prompt}\n\nReply A:\n{first}\n\nReply B:\n{second}\n\n"
+            "Which reply is better? Answer with the letter A or B only."
+        )
+
+    @torch.no_grad()
+    def probabilities(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]
+    ) -> list[tuple[float, float]]:
+        """P(A), P(B) as the next token after each question, each summed over its spellings with and without a space."""
+        rows = [self._encode(tokenizer, question) for question in questions]
+        room = context_length(self.source)
+        longest = max((len(row) for row in rows), default=0)
+        if room is not None and longest > room:
+            raise InputError(
+                f"--judge_model_name_or_path {self.source.name}: a question has {longest} tokens, its context {room}."
+            )
+        letters = [_first_tokens(tokenizer, (letter, f" {letter}")) for letter in "AB"]
+        model.eval()
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        found: dict[int, tuple[float, float]] = {}
+        for start in tqdm(range(0, len(order), self.batch_size), desc=self.name, unit="batch"):
+            numbers = order[start : start + self.batch_size]
+            batch = left_pad(tokenizer, [rows[number] for number in numbers]).to(model.device)
+            logits = model(**batch, logits_to_keep=1).logits[:, -1].float()
+            shares = torch.stack([logits.softmax(-1)[:, ids].sum(-1) for ids in letters], -1).tolist()
+            found.update(zip(numbers, [(row[0], row[1]) for row in shares], strict=True))
+        return [found[number] for number in range(len(rows))]
+
+    @staticmethod
+    def _encode(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        if tokenizer.chat_template is None:
+            return encode_prompt(tokenizer, question + "\nAnswer:")
+        return encode_prompt(tokenizer, [{"role": "user", "content": question}])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, spellings: tuple[str, ...]) -> list[int]:
+    """Ids of the spellings that are a single token."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1})

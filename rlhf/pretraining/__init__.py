@@ -1,0 +1,1 @@
+"""A tokenizer and a model from nothing but text."""

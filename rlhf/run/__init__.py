@@ -1,0 +1,1 @@
+"""The command line, the run folder, and stages that run as processes."""

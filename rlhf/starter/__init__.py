@@ -1,0 +1,1 @@
+"""The model and the data that need no network."""
