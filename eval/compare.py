@@ -39,7 +39,7 @@ from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.loading import context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.rewards import resolve_reward
 from rlhf.run.arguments import finish_run, history_of, need_one_process, parse, start_run
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 
 
 @dataclass

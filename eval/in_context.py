@@ -40,7 +40,7 @@ from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
 from rlhf.run.arguments import command, finish_run, need_one_process, parse, start_run
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS
 from rlhf.tasks.instructions import TaskArguments, load_tasks, worded
 

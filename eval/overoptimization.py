@@ -34,7 +34,7 @@ from rlhf.models.loading import Source, context_length, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
 from rlhf.run.arguments import RUN_FILE, checkpoints, finish_run, need_one_process, parse, start_run
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 
 PUBLIC = ("mean", "low", "high", "n")
 

@@ -21,7 +21,7 @@ from rlhf.data.datasets import load_splits, texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
 from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 
 ENDS = {"": "mean", "_low": "low", "_high": "high"}
 

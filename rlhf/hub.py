@@ -20,7 +20,7 @@ from rlhf.errors import InputError
 from rlhf.models.loading import Source
 from rlhf.rewards import RewardSource
 from rlhf.run.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
-from rlhf.starter.conversations import HUB_MODEL_ID, STARTER
+from rlhf.starter.model import HUB_MODEL_ID, STARTER
 
 PIPELINE_TAGS = {
     "AutoModelForSequenceClassification": "text-classification",

@@ -39,7 +39,8 @@ from rlhf.models.loading import (
     usable_context,
 )
 from rlhf.models.prefix import forward
-from rlhf.starter.conversations import STARTER, gold_scores
+from rlhf.starter.labeler import gold_scores
+from rlhf.starter.model import STARTER
 
 Completion = str | Messages
 Score = float | list[float] | None

@@ -18,7 +18,7 @@ from rlhf.data.datasets import prompt_rows
 from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, load_reward_model, resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import completion_text
-from rlhf.starter.conversations import starter_model
+from rlhf.starter.model import starter_model
 
 torch.set_num_threads(1)  # the test files run side by side, and two threads on one core wait for each other
 ROOT = Path(__file__).resolve().parents[1]

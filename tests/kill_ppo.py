@@ -101,7 +101,7 @@ def main() -> None:
     from conftest import make_adapter, save_tiny, user
     from transformers import AutoTokenizer
 
-    from rlhf.starter.conversations import starter_model
+    from rlhf.starter.model import starter_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)

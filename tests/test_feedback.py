@@ -5,8 +5,9 @@ import math
 import pytest
 from conftest import user
 
-from rlhf.comparisons import Comparison, SimulatedLabeler, make_task, preference_pairs
+from rlhf.comparisons import Comparison, make_task, preference_pairs
 from rlhf.errors import InputError
+from rlhf.starter.labeler import SimulatedLabeler
 
 SCORES = {"a": 0.0, "b": 0.5, "c": 0.5}
 

@@ -17,7 +17,8 @@ from eval.measuring.judges import ask, win_rates
 from eval.measuring.replies import Replies, reply_logprobs
 from eval.metrics import table_rows
 from eval.stats.intervals import difference, interval
-from rlhf.comparisons import Comparison, SimulatedLabeler
+from rlhf.comparisons import Comparison
+from rlhf.starter.labeler import SimulatedLabeler
 
 
 @pytest.fixture(autouse=True)

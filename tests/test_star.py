@@ -18,7 +18,8 @@ from eval.drawing.tables import tables_of
 from eval.measuring.solving import accuracy, references_of, solving_rows, summarize
 from rlhf.data.datasets import encode_conversation, write_jsonl
 from rlhf.errors import InputError
-from rlhf.tasks.problems import KINDS, few_shot, final_answer, known_answer, majority, plain_answer, starter_problems
+from rlhf.starter.problems import KINDS, starter_problems
+from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, plain_answer
 from rlhf.tasks.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
 
 BOXES = ("red", "blue", "green", "white", "black", "brown", "grey", "pink", "gold", "silver", "amber", "olive")

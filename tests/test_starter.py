@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 from transformers import AutoConfig
 
-from rlhf.comparisons import starter_preferences
 from rlhf.errors import InputError
 from rlhf.starter import conversations as starter
+from rlhf.starter.labeler import starter_preferences
 
 
 def test_parts_share_no_prompt_and_have_the_promised_sizes():

@@ -18,7 +18,8 @@ from rlhf.data.datasets import encode_conversation, encode_prompt, write_json
 from rlhf.models.generation import sample_completions
 from rlhf.models.loading import Source
 from rlhf.rewards import RewardSource, load_reward
-from rlhf.starter.conversations import STARTER, gold_scores
+from rlhf.starter.labeler import gold_scores
+from rlhf.starter.model import STARTER
 
 # all sampled replies with their token ids, so that an interrupted evaluation goes on with the same ones
 REPLIES_FILE = "replies.json"

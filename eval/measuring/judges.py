@@ -6,9 +6,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.metrics import metric
-from rlhf.comparisons import Comparison, Labeler, Prompt, SimulatedLabeler, Task, make_task
+from rlhf.comparisons import Comparison, Labeler, Prompt, Task, make_task
 from rlhf.errors import InputError
 from rlhf.feedback.labelers import LabelerSettings, make_labeler
+from rlhf.starter.labeler import SimulatedLabeler
 
 JUDGES = ("gold", "reward", "judge", "human")
 

@@ -26,11 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, is_conversational
 from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
-from rlhf.comparisons import Messages, Task, starter_preferences
+from rlhf.comparisons import Messages, Task
 from rlhf.errors import InputError
-from rlhf.starter.conversations import STARTER, starter_dataset
+from rlhf.starter.conversations import starter_dataset
+from rlhf.starter.labeler import starter_preferences
 from rlhf.starter.labels import finetuning_dataset
-from rlhf.tasks.problems import starter_problems
+from rlhf.starter.model import STARTER
+from rlhf.starter.problems import starter_problems
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.comparisons import Comparison, Labeler, Prompt, SimulatedLabeler, Task, as_message, make_task, prefer_higher
+from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, make_task, prefer_higher
 from rlhf.data.datasets import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.generation import left_pad, sample_completions
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.labeler import SimulatedLabeler
+from rlhf.starter.model import STARTER
 
 LABELERS = ("simulated", "human", "judge", "reward")
 

@@ -42,7 +42,7 @@ from rlhf.data.datasets import control_ids, encode_messages, looks_local
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
-from rlhf.starter.conversations import STARTER, starter_model
+from rlhf.starter.model import STARTER, starter_model
 
 # Tokens that model families keep for padding or never use, in order of preference.
 PAD_CANDIDATES = (

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rlhf.data.datasets import control_ids, looks_local
 from rlhf.errors import InputError
 from rlhf.models.loading import PAD_CANDIDATES, resolve
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 
 BYTES = 256
 AT_ONCE = 10_000  # texts to tokenize at once: as Python lists their ids take ten times the memory of an array

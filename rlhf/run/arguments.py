@@ -24,7 +24,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from rlhf.errors import InputError, at_failure
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 
 RUN_FILE = "run.json"
 DIGEST_FILE = "digests.json"  # of a PPO checkpoint

