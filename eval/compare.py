@@ -33,12 +33,15 @@ from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import load_splits, prompt_rows, write_jsonl
+from rlhf.data.datasets import load_splits, prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.loading import context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.rewards import resolve_reward
-from rlhf.run.arguments import finish_run, history_of, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import finish_run, history_of, start_run
+from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.report import read_log, read_run, write_report
-from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_json
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
 
 # what each recipe calls the raw reward; all of them log `episode` and `objective/kl`, in nats per completion
 REWARDS = {"ppo": "objective/raw_scores", "rloo": "reward"}

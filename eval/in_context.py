@@ -35,11 +35,13 @@ from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
-from rlhf.run.arguments import command, finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_json
+from rlhf.run.folders import command, finish_run, start_run
+from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS
 from rlhf.tasks.instructions import TaskArguments, load_tasks, worded

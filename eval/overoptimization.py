@@ -28,12 +28,15 @@ from eval.report import write_report
 from eval.stats.fits import Kind, best_of_n, best_of_n_kl, fit, to_keep
 from eval.stats.intervals import interval
 from rlhf.comparisons import as_message
-from rlhf.data.datasets import encode_prompt, load_splits, prompt_rows, write_json, write_jsonl
+from rlhf.data.datasets import encode_prompt, load_splits, prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.models.loading import Source, context_length, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
-from rlhf.run.arguments import RUN_FILE, checkpoints, finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_json, write_jsonl
+from rlhf.run.folders import RUN_FILE, checkpoints, finish_run, start_run
+from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 
 PUBLIC = ("mean", "low", "high", "n")

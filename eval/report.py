@@ -20,10 +20,12 @@ import jinja2
 from eval.drawing.figures import data_uri, save_figure, training_figure
 from eval.drawing.pictures import draw_pictures
 from eval.drawing.tables import number, tables_of
-from rlhf.data.datasets import read_json
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
-from rlhf.run.arguments import RUN_FILE, checkpoints, main_process, parse
+from rlhf.run.arguments import parse
+from rlhf.run.files import read_json
+from rlhf.run.folders import RUN_FILE, checkpoints
+from rlhf.run.processes import main_process
 
 REPORT = "report.html"
 MANY_RUNS = 12

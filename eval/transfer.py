@@ -21,9 +21,11 @@ from rich.table import Table
 from eval.drawing.tables import transfer_rows
 from eval.report import write_report
 from eval.stats.intervals import RESAMPLES
-from rlhf.data.datasets import write_json
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import RUN_FILE, finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_json
+from rlhf.run.folders import RUN_FILE, finish_run, start_run
+from rlhf.run.processes import need_one_process
 
 TRANSFER_FILE = "transfer.json"
 SCORES = {"spans": "F1", "tags": "accuracy per word"}

@@ -21,7 +21,8 @@ from trl import ModelConfig
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
 from rlhf.models.loading import load_tokenizer, refuse_single_model
-from rlhf.run.arguments import need_one_process, parse
+from rlhf.run.arguments import parse
+from rlhf.run.processes import need_one_process
 
 
 @dataclass

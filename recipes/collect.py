@@ -20,12 +20,15 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
 from rlhf.comparisons import preference_pairs
-from rlhf.data.datasets import load_splits, prompt_rows, read_tasks, write_jsonl, write_tasks
+from rlhf.data.datasets import load_splits, prompt_rows, read_tasks, write_tasks
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler, sample_tasks
 from rlhf.hub import push_dataset, push_request
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
 
 
 @dataclass

@@ -23,9 +23,11 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from eval.report import write_report
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
 from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, load_tasks, worded
 
 

@@ -22,7 +22,8 @@ from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_rewards
-from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ from rlhf.pretraining.trainer import (
     pretraining_metrics,
     pretraining_rows,
 )
-from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:

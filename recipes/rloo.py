@@ -21,7 +21,8 @@ from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
-from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {
     "eval_reward": "reward",

@@ -21,7 +21,7 @@ from trl import ScriptArguments
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
 from eval.stats.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
-from rlhf.data.datasets import load_splits, texts_of, write_json
+from rlhf.data.datasets import load_splits, texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.scaling import (
     ScalingArguments,
@@ -37,7 +37,10 @@ from rlhf.pretraining.scaling import (
     write_texts,
 )
 from rlhf.pretraining.tokenization import resolve_tokenizer
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_json
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from rlhf.data.datasets import load_splits, sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
-from rlhf.run.arguments import finish_run, last_checkpoint, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:

@@ -23,11 +23,14 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize
 from eval.report import write_report
-from rlhf.data.datasets import load_splits, write_jsonl
+from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback.rounds import run_stage
 from rlhf.models.loading import context_length, load_tokenizer, resolve
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
+from rlhf.run.stages import run_stage
 from rlhf.tasks.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out, write_solutions
 
 

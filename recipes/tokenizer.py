@@ -20,7 +20,9 @@ from eval.stats.intervals import difference
 from rlhf.data.datasets import load_splits, texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
-from rlhf.run.arguments import finish_run, need_one_process, parse, start_run
+from rlhf.run.arguments import parse
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 
 ENDS = {"": "mean", "_low": "low", "_high": "high"}

@@ -19,7 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf.errors import InputError
 from rlhf.models.loading import Source
 from rlhf.rewards import RewardSource
-from rlhf.run.arguments import RUN_FILE, command, digest, main_process, note_in_run, settings_of
+from rlhf.run.files import digest
+from rlhf.run.folders import RUN_FILE, command, note_in_run, settings_of
+from rlhf.run.processes import main_process
 from rlhf.starter.model import HUB_MODEL_ID, STARTER
 
 PIPELINE_TAGS = {

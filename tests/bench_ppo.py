@@ -33,7 +33,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
 
     from rlhf.data.datasets import prompt_rows
     from rlhf.models.loading import load_causal_lm, load_reward_model, load_tokenizer, resolve
-    from rlhf.run.arguments import cpu_has_bfloat16
+    from rlhf.run.processes import cpu_has_bfloat16
     from rlhf.starter.conversations import starter_dataset
 
     has_bf16 = cpu_has_bfloat16()

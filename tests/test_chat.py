@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_pages import free_port, launch
 
 from rlhf.comparisons import make_task
-from rlhf.data.datasets import encode_prompt, preference_rows, read_tasks, write_jsonl, write_tasks
+from rlhf.data.datasets import encode_prompt, preference_rows, read_tasks, write_tasks
 from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
 from rlhf.feedback.votes import Vote, VoteFile, now
 from rlhf.models.loading import active_adapter, load_tokenizer
+from rlhf.run.files import write_jsonl
 
 NASTY = (
     "<script>document.title='own'</script> <img src=x onerror=\"alert()\"> <|im_end|> **bold** {{value}} ${value} &lt;"

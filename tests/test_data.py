@@ -21,11 +21,11 @@ from rlhf.data.datasets import (
     prompt_rows,
     read_tasks,
     sft_rows,
-    write_jsonl,
     write_tasks,
 )
 from rlhf.errors import InputError
 from rlhf.models.loading import PLAIN_TEMPLATE
+from rlhf.run.files import write_jsonl
 
 CHAT = user("Hi there") + assistant("Hello!") + user("How are you?") + assistant("Fine.")
 

@@ -17,7 +17,9 @@ from trl import ModelConfig, ScriptArguments
 from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError
 from rlhf.pretraining.trainer import NewModelConfig, PretrainingConfig
-from rlhf.run.arguments import command, digest, last_checkpoint, parse, write_digests
+from rlhf.run.arguments import parse
+from rlhf.run.files import digest
+from rlhf.run.folders import command, last_checkpoint, write_digests
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 

@@ -13,10 +13,11 @@ import yaml
 from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from trl import ModelConfig
 
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
-from rlhf.feedback.rounds import check_start, gather_comparisons, run_stage, verdicts
+from rlhf.feedback.rounds import check_start, gather_comparisons, verdicts
 from rlhf.models.loading import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
+from rlhf.run.files import write_jsonl
+from rlhf.run.stages import run_stage
 
 LORA = ModelConfig(dtype="float32", use_peft=True)
 

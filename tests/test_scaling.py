@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.measuring.loss_by_position import compare_positions, position_bins, position_losses
 from eval.stats.scaling_laws import fit_form, fit_law, fit_sweep, forecast, frontier, predict
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
 from rlhf.models.lstm import lstm_parameters
 from rlhf.pretraining.scaling import (
@@ -29,7 +28,8 @@ from rlhf.pretraining.scaling import (
     write_texts,
 )
 from rlhf.pretraining.tokenization import train_tokenizer
-from rlhf.run.arguments import start_run
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import start_run
 
 SIZES = np.asarray([2e4, 5e4, 1e5, 2e5, 4e5, 8e5])
 NOISE = np.random.default_rng(0).normal(0, 0.003, len(SIZES))

@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 from eval.drawing.figures import rounds_figure
 from eval.drawing.tables import tables_of
 from eval.measuring.solving import accuracy, references_of, solving_rows, summarize
-from rlhf.data.datasets import encode_conversation, write_jsonl
+from rlhf.data.datasets import encode_conversation
 from rlhf.errors import InputError
+from rlhf.run.files import write_jsonl
 from rlhf.starter.problems import KINDS, starter_problems
 from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, plain_answer
 from rlhf.tasks.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions

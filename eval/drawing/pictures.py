@@ -20,7 +20,7 @@ from eval.drawing.figures import (
     transfer_figure,
 )
 from eval.stats.scaling_laws import SCALING_FILE
-from rlhf.data.datasets import read_json
+from rlhf.run.files import read_json
 
 
 class Picture(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from eval.measuring.solving import solving_rows
 from eval.metrics import table_rows
 from eval.stats.scaling_laws import SCALING_FILE, scaling_tables
-from rlhf.data.datasets import read_json
+from rlhf.run.files import read_json
 
 
 class ReportTable(NamedTuple):

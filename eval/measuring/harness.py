@@ -33,10 +33,10 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.stats.intervals import difference, interval
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
 from rlhf.models.prefix import forward
+from rlhf.run.files import write_jsonl
 from rlhf.starter.tasks import TASKS
 
 # that a model is handed over loaded, and the number of examples set, is meant

@@ -13,8 +13,8 @@ from trl import RewardTrainer
 
 from eval.metrics import metric
 from eval.stats.intervals import interval
-from rlhf.data.datasets import write_json, write_jsonl
-from rlhf.run.arguments import main_process
+from rlhf.run.files import write_json, write_jsonl
+from rlhf.run.processes import main_process
 from rlhf.tasks.finetuning import LABEL_COLUMNS, FinetuningTrainer, Task, predicted
 
 

@@ -1,6 +1,5 @@
 """How many held-out problems a model solves, round by round, beside voting and choosing among the base's samples."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.stats.intervals import difference, interval
-from rlhf.data.datasets import write_json
 from rlhf.feedback.rounds import ROUNDS_FILE
+from rlhf.run.files import read_jsonl, write_json
 from rlhf.tasks.problems import final_answer, majority
 
 HELD_OUT_FILE = "held_out.jsonl"  # of a round: `prompt`, `reference`, `solution`, and of round 0 `samples`
 SOLUTIONS = "solutions"  # folder of a round: what was kept, as splits for SFT
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def references_of(rows: list[dict[str, Any]]) -> tuple[list[str | None], str]:

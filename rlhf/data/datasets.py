@@ -28,6 +28,7 @@ from trl.data_utils import get_dataset_column_names, maybe_extract_prompt
 
 from rlhf.comparisons import Messages, Task
 from rlhf.errors import InputError
+from rlhf.run.files import write_jsonl
 from rlhf.starter.conversations import starter_dataset
 from rlhf.starter.labeler import starter_preferences
 from rlhf.starter.labels import finetuning_dataset
@@ -433,27 +434,6 @@ def prompt_rows(
             f"more than the model's context of {context_length}. Shorten the prompts or the reply length."
         )
     return rows
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, beside the target first, so that the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_name(path.name + ".partial")
-    with open(working, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    working.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, beside the target first, so that the file is complete or not there."""
-    working = path.with_name(path.name + ".partial")
-    working.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    working.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file, or None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_tasks(folder: str, tasks: list[Task]) -> None:

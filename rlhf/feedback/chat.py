@@ -31,12 +31,13 @@ from transformers import (
 from trl import ModelConfig
 
 from rlhf.comparisons import Messages, Task, make_task, preference_pairs
-from rlhf.data.datasets import TASKS_FILE, encode_prompt, read_tasks, write_jsonl
+from rlhf.data.datasets import TASKS_FILE, encode_prompt, read_tasks
 from rlhf.errors import InputError
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler, now
 from rlhf.models.generation import seeded
 from rlhf.models.loading import Source, active_adapter, base_revision, context_length, load_causal_lm, resolve
-from rlhf.run.arguments import RUN_FILE
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import RUN_FILE
 
 VOTES_FILE = "votes.jsonl"
 PLACES = "AB"

@@ -1,49 +1,17 @@
 """Rounds of the closed loop: each stage is a recipe in a process of its own, and what they reached side by side."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf.data.datasets import write_json, write_jsonl
 from rlhf.errors import InputError
 from rlhf.models.loading import Source
-from rlhf.run.arguments import RUN_FILE
+from rlhf.run.files import write_json, write_jsonl
+from rlhf.run.folders import RUN_FILE
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS_FILE = "rounds.json"
-
-
-def run_stage(script: str, config: str, output_dir: Path, flags: dict[str, Any]) -> bool:
-    """Run a recipe on one process; it skips what is finished and goes on with what was interrupted.
-
-    Args:
-        script: as in recipes/ppo.py.
-        config: its YAML file.
-        flags: a list is several words; None is left out.
-
-    Returns:
-        whether the stage is finished; False if its people have more to compare.
-
-    Raises:
-        InputError: if it fails; what it said is above.
-    """
-    words = [sys.executable, str(ROOT / script), "--config", config, "--output_dir", str(output_dir)]
-    for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    print(f"\n=== {output_dir}: {script}", flush=True)
-    with subprocess.Popen(words) as stage:
-        try:
-            code = stage.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the stage too, and where people vote it writes what there is
-            code = stage.wait()
-    if code:
-        raise InputError(f"{output_dir}: {script} ended with exit code {code}. Mend it; the same command goes on.")
-    return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["finished"]
 
 
 def check_start(sft: Source, ppo_config: str, rounds: int) -> None:

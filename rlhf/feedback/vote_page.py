@@ -11,9 +11,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is i
 import gradio as gr
 
 from rlhf.comparisons import Comparison, Prompt, Task
-from rlhf.data.datasets import write_json
 from rlhf.errors import InputError
 from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, check_labeler, now
+from rlhf.run.files import write_json
 
 HERE = Path(__file__).parent
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
 
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
-from rlhf.run.arguments import checkpoints, damage, write_digests
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import checkpoints, damage, write_digests
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.data.datasets import write_jsonl
 from rlhf.errors import InputError
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
-from rlhf.run.arguments import RUN_FILE
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import RUN_FILE
 from rlhf.run.stages import run_all
 
 LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha

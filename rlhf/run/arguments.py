@@ -1,48 +1,24 @@
-"""Command line and run folder: what every recipe does before anything is loaded.
+"""The command line of a recipe: YAML and flags through TRL's `TrlParser`.
 
-Arguments come from YAML and the command line through TRL's `TrlParser`; without `--config`, a recipe reads
-`recipes/configs/<recipe>.yaml`. A run folder remembers its recipe and settings in `run.json`, so that the same command
-resumes what was interrupted, leaves alone what is finished, and never writes into another run.
+Without `--config`, a recipe reads `recipes/configs/<recipe>.yaml`.
 """
 
-import dataclasses
 import difflib
-import hashlib
 import itertools
-import json
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import torch
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
-from rlhf.errors import InputError, at_failure
+from rlhf.errors import InputError
+from rlhf.run.processes import _use_all_cores, cpu_has_bfloat16, main_process
 from rlhf.starter.model import STARTER
-
-RUN_FILE = "run.json"
-DIGEST_FILE = "digests.json"  # of a PPO checkpoint
-# Flags that may differ when a run is resumed: they change what is said about it, not what it computes.
-FREE_FLAGS = {
-    "config", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
-    "hub_strategy", "hub_revision", "hub_always_push", "report_to", "run_name", "disable_tqdm", "log_level",
-    "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
-    "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
-    "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
-    "rounds", "server_name", "server_port", "max_workers",
-}  # fmt: skip
-# Flags that name local files or folders whose content belongs to the run.
-CONTENT_FLAGS = (
-    "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
-    "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config", "collect_config",
-    "reward_config", "ppo_config", "compare_config",
-)  # fmt: skip
 
 
 class _Parser(TrlParser):
@@ -131,21 +107,6 @@ def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
     return added
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
-
-
-def _use_all_cores() -> None:
-    """Without a GPU, undo the single thread that `accelerate launch` and torchrun give a process by default."""
-    launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
-        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):  # taskset, Slurm and containers give a process some of them
-            cores = min(cores, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def _config_file(given: list[str], known: set[str]) -> Path | None:
     import yaml
 
@@ -170,223 +131,3 @@ def _config_file(given: list[str], known: set[str]) -> Path | None:
                 f"--config {path}: unknown key '{key}'." + (f" Did you mean '{near[0][2:]}'?" if near else "")
             )
     return path
-
-
-def settings_of(*arguments: Any) -> dict[str, Any]:
-    """What a run computes, as plain values: every argument that differs from its class's default, less FREE_FLAGS."""
-    settings: dict[str, Any] = {}
-    for argument in arguments:
-        for field in dataclasses.fields(argument):
-            if not field.init or field.name in FREE_FLAGS or field.name.startswith("_"):
-                continue
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            value = getattr(argument, field.name)
-            if value != default:
-                settings[field.name] = value if isinstance(value, str | int | float | bool | list) else str(value)
-    return settings
-
-
-def _contents(arguments: tuple[Any, ...]) -> dict[str, str]:
-    """Digests of the local files and folders that the arguments name."""
-    contents = {}
-    for flag in CONTENT_FLAGS:
-        # also a default, which the settings leave out: its content may change like that of any other
-        given: str | list[str] = next((getattr(a, flag) for a in arguments if getattr(a, flag, None)), [])
-        for name in [given] if isinstance(given, str) else given:
-            path = Path(str(name).rpartition("=")[2]).expanduser()
-            if path.exists():
-                contents[f"content of {name}"] = digest(str(path))
-    return contents
-
-
-def need_one_process(recipe: str) -> None:
-    """Refuse a launch on several processes, which would all do and write the same.
-
-    Raises:
-        InputError: if there is more than one.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"--num_processes: {Path(recipe).name} runs in one process. Launch it with --num_processes 1.")
-
-
-def main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False) -> bool:
-    """Claim the output folder for this run.
-
-    Local models and datasets among the arguments are remembered by their content, so that a run on others counts as
-    another run even where the paths are the same.
-
-    Args:
-        recipe: the recipe's `__file__`.
-        more: there is more to do now than when the run was finished.
-
-    Returns:
-        False if the folder already holds this very run, finished: there is nothing left to do.
-
-    Raises:
-        InputError: if the folder holds another run or foreign files, or the command asks for a push without a token.
-    """
-    settings = settings_of(*arguments) | _contents(arguments)
-    asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
-    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
-        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
-    run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
-    folder = Path(output_dir)
-    file = folder / RUN_FILE
-    if not main_process():  # the main process checks and writes; the others only ask whether there is work
-        return not (file.exists() and json.loads(file.read_text(encoding="utf-8"))["finished"])
-    if file.exists():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        if old["recipe"] != run["recipe"] or old["settings"] != json.loads(json.dumps(settings)):
-            differ = sorted(
-                key for key in {*old["settings"], *settings} if old["settings"].get(key) != settings.get(key)
-            )
-            raise InputError(
-                f"--output_dir {output_dir}: holds another run (recipes/{old['recipe']}.py"
-                + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
-                + "). Give another --output_dir, or the same settings to go on with it."
-            )
-        if old["finished"] and not more:
-            print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
-        return more or not old["finished"]
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, run)
-    at_failure(lambda: _release(folder))
-    return True
-
-
-def _release(folder: Path) -> None:
-    """Give up the claim of a run that failed before it made anything, so that other settings can have the folder."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_FILE]:
-        (folder / RUN_FILE).unlink()
-
-
-def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:
-    """Mark the run as finished and keep its final metrics. Only the main process writes."""
-    if main_process():
-        file = Path(output_dir) / RUN_FILE
-        _write(file, {**json.loads(file.read_text(encoding="utf-8")), "finished": True, "metrics": metrics})
-
-
-def note_in_run(output_dir: str, key: str, value: Any) -> None:
-    """Add an entry to run.json."""
-    file = Path(output_dir) / RUN_FILE
-    _write(file, {**json.loads(file.read_text(encoding="utf-8")), key: value})
-
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """The run's checkpoint-<step> folders, oldest first. Other names (checkpoint-best, say) are the user's own."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def last_checkpoint(training_args: Any) -> str | None:
-    """The checkpoint to resume from: the one `--resume_from_checkpoint` names, else the newest whole one of the run."""
-    asked = training_args.resume_from_checkpoint
-    if asked in (False, "false", "False"):  # in YAML it is a bool
-        return None
-    if asked and asked not in ("true", "True", True):
-        if not Path(asked).is_dir():
-            raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
-        return asked
-    for folder in reversed(checkpoints(training_args.output_dir)):
-        # both trainers write their state last, so a checkpoint without it was cut off while it was written
-        whole = (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists()
-        wrong = damage(folder) if whole else "incomplete"
-        if main_process():
-            print(f"Resuming from {folder}." if wrong is None else f"Warning: {folder} is passed over: {wrong}.")
-        if wrong is None:
-            return str(folder)
-    return None
-
-
-def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of every file in `folder` beside them, for `damage`."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / DIGEST_FILE).write_text(json.dumps({path.name: digest(str(path)) for path in files}, indent=2))
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Checkpoints without digests, transformers' own, pass."""
-    if not (folder / DIGEST_FILE).exists():
-        return None
-    try:
-        digests = json.loads((folder / DIGEST_FILE).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{DIGEST_FILE} is unreadable"
-    for name, expected in digests.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if digest(str(folder / name)) != expected:
-            return f"{name} is damaged"
-    return None
-
-
-def command(recipe: str) -> str:
-    """The command line of this process, without tokens and with outside paths cut to their last name."""
-
-    def public(word: str) -> str:
-        flag, equals, value = word.rpartition("=")
-        return flag + equals + (Path(value).name if value.startswith(("/", "~", "..")) else value)
-
-    words, hidden = [], False
-    for word in sys.argv[1:]:
-        is_token = word.split("=")[0].replace("-", "_") == "__hub_token"
-        words.append("..." if hidden else "--hub_token=..." if is_token and "=" in word else public(word))
-        hidden = is_token and "=" not in word
-    return " ".join(["accelerate launch", "/".join(Path(recipe).resolve().parts[-2:]), *words])
-
-
-def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """How these run folders, and the folders they were made from, came to be.
-
-    Returns:
-        the commands in order, the one running now last; and the seed of each run, by folder name.
-    """
-    commands: list[str] = []
-    seeds: dict[str, Any] = {}
-
-    def follow(name: Any) -> None:
-        file = Path(str(name)) / RUN_FILE
-        if isinstance(name, str) and name and file.exists():
-            run = json.loads(file.read_text(encoding="utf-8"))
-            for value in run["settings"].values():
-                follow(value)
-            commands.append(run["command"])
-            seeds[Path(name).name] = run["settings"].get("seed", 42)  # 42 is transformers' default
-
-    for folder in folders:
-        follow(folder)
-    return list(dict.fromkeys([*commands, command(sys.argv[0])])), seeds
-
-
-def digest(path: str) -> str:
-    """Short SHA-256 of a file; of a folder's weights and data files, or else its tokenizer, or else all in it but
-    hidden files and cards; of anything else the name.
-    """
-    target = Path(path)
-    if not target.exists():
-        return path
-    files = [target]
-    if target.is_dir():
-        kinds = ("*.safetensors", "*.jsonl", "*.csv", "*.parquet", "**/*.arrow")
-        files = sorted(file for kind in kinds for file in target.glob(kind)) or sorted(target.glob("tokenizer.json"))
-        files = files or [file for file in sorted(target.rglob("*")) if file.is_file() and file.suffix != ".md"
-                          and not any(part.startswith(".") for part in file.relative_to(target).parts)]  # fmt: skip
-    sha = hashlib.sha256()
-    for file in files:
-        sha.update(file.read_bytes())
-    return sha.hexdigest()[:12]
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    working = file.with_name(file.name + ".partial")
-    working.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
-    working.replace(file)

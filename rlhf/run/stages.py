@@ -8,14 +8,14 @@ import json
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.feedback.rounds import ROOT
-from rlhf.run.arguments import RUN_FILE
+from rlhf.run.folders import RUN_FILE
 
 PRELOAD = [
     "transformers.trainer",
@@ -78,3 +78,35 @@ def _run(words: list[str], max_workers: int) -> None:
     multiprocessing.current_process().name = "MainProcess"  # what transformers' collators take for no loader's worker
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_stage(script: str, config: str, output_dir: Path, flags: dict[str, Any]) -> bool:
+    """Run a recipe on one process; it skips what is finished and goes on with what was interrupted.
+
+    Args:
+        script: as in recipes/ppo.py.
+        config: its YAML file.
+        flags: a list is several words; None is left out.
+
+    Returns:
+        whether the stage is finished; False if its people have more to compare.
+
+    Raises:
+        InputError: if it fails; what it said is above.
+    """
+    words = [sys.executable, str(ROOT / script), "--config", config, "--output_dir", str(output_dir)]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    print(f"\n=== {output_dir}: {script}", flush=True)
+    with subprocess.Popen(words) as stage:
+        try:
+            code = stage.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the stage too, and where people vote it writes what there is
+            code = stage.wait()
+    if code:
+        raise InputError(f"{output_dir}: {script} ended with exit code {code}. Mend it; the same command goes on.")
+    return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["finished"]

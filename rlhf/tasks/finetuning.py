@@ -46,7 +46,7 @@ from rlhf.data.datasets import need_columns
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.loading import Source, base_revision, set_pad_token, usable_context
-from rlhf.run.arguments import main_process
+from rlhf.run.processes import main_process
 
 PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
 STRIDE = 64  # tokens that two windows of a long context share

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf.comparisons import Messages
-from rlhf.data.datasets import check_messages, encode_messages, need_columns, write_jsonl
+from rlhf.data.datasets import check_messages, encode_messages, need_columns
 from rlhf.errors import InputError
 from rlhf.models.generation import sample_completions
 from rlhf.models.loading import Source, load_causal_lm, load_tokenizer
+from rlhf.run.files import write_jsonl
 from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, question
 
 Row = dict[str, Any]
