@@ -33,7 +33,8 @@ from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import load_splits, prompt_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.loading import context_length, load_tokenizer, refuse_single_model, resolve

@@ -33,7 +33,8 @@ from eval.metrics import metric
 from eval.report import write_report
 from eval.stats.intervals import difference, interval
 from eval.stats.ngrams import KneserNey
-from rlhf.data.datasets import load_splits, texts_of
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, report_errors
 from rlhf.models.loading import Source, context_length, load_tokenizer, refuse_single_model, resolve
 from rlhf.pretraining.tokenization import boundary, encode_texts, tokens_and_bytes

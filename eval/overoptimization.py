@@ -28,7 +28,9 @@ from eval.report import write_report
 from eval.stats.fits import Kind, best_of_n, best_of_n_kl, fit, to_keep
 from eval.stats.intervals import interval
 from rlhf.comparisons import as_message
-from rlhf.data.datasets import encode_prompt, load_splits, prompt_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.encoding import encode_prompt
+from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.models.loading import Source, context_length, load_tokenizer, resolve
 from rlhf.ppo import PPOConfig

@@ -20,9 +20,11 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
 from rlhf.comparisons import preference_pairs
-from rlhf.data.datasets import load_splits, prompt_rows, read_tasks, write_tasks
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler, sample_tasks
+from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler
+from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, push_request
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.run.arguments import parse

@@ -16,7 +16,8 @@ ModelConfig works.
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.data.datasets import language_model_rows, load_splits, prompt_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start

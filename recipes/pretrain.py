@@ -17,7 +17,8 @@ from trl import ScriptArguments
 
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
-from rlhf.data.datasets import load_splits, texts_of
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer

@@ -15,7 +15,8 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
 from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
-from rlhf.data.datasets import load_splits, preference_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import load_reward_model, load_tokenizer, resolve

@@ -15,7 +15,8 @@ as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's R
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits, prompt_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve

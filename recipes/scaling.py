@@ -21,7 +21,8 @@ from trl import ScriptArguments
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
 from eval.stats.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
-from rlhf.data.datasets import load_splits, texts_of
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.scaling import (
     ScalingArguments,

@@ -12,7 +12,8 @@ laptop. The loss is taken on the assistant's replies only. Every flag of TRL's S
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits, sft_rows
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
 from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve

@@ -17,7 +17,8 @@ from trl import ScriptArguments
 from eval.compression import bytes_per_token
 from eval.report import write_report
 from eval.stats.intervals import difference
-from rlhf.data.datasets import load_splits, texts_of
+from rlhf.data.datasets import load_splits
+from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
 from rlhf.run.arguments import parse

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf.comparisons import Messages, Prompt, as_message
-from rlhf.data.datasets import encode_messages, encode_text_with_end
+from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
 from rlhf.models.loading import (
     REWARD,

@@ -16,7 +16,7 @@ from peft.helpers import disable_input_dtype_casting
 from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
-from rlhf.data.datasets import encode_prompt
+from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.prefix import positions_of

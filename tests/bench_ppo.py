@@ -31,7 +31,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     """The trainer, ready to run; `seconds` is filled with the time per phase of the last update."""
     from trl import ModelConfig
 
-    from rlhf.data.datasets import prompt_rows
+    from rlhf.data.rows import prompt_rows
     from rlhf.models.loading import load_causal_lm, load_reward_model, load_tokenizer, resolve
     from rlhf.run.processes import cpu_has_bfloat16
     from rlhf.starter.conversations import starter_dataset

@@ -14,7 +14,7 @@ from recipe_process import run_recipe, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
-from rlhf.data.datasets import prompt_rows
+from rlhf.data.rows import prompt_rows
 from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, load_reward_model, resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import completion_text

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_pages import free_port, launch
 
 from rlhf.comparisons import make_task
-from rlhf.data.datasets import encode_prompt, preference_rows, read_tasks, write_tasks
+from rlhf.data.encoding import encode_prompt
+from rlhf.data.rows import preference_rows
 from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
+from rlhf.feedback.sampling import read_tasks, write_tasks
 from rlhf.feedback.votes import Vote, VoteFile, now
 from rlhf.models.loading import active_adapter, load_tokenizer
 from rlhf.run.files import write_jsonl

@@ -9,21 +9,11 @@ from datasets import Dataset, DatasetDict
 from trl import ScriptArguments, SFTConfig
 
 from rlhf.comparisons import make_task
-from rlhf.data.datasets import (
-    check_messages,
-    control_ids,
-    encode_conversation,
-    encode_messages,
-    encode_prompt,
-    load_splits,
-    need_columns,
-    preference_rows,
-    prompt_rows,
-    read_tasks,
-    sft_rows,
-    write_tasks,
-)
+from rlhf.data.datasets import check_messages, load_splits, need_columns
+from rlhf.data.encoding import control_ids, encode_conversation, encode_messages, encode_prompt
+from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
 from rlhf.errors import InputError
+from rlhf.feedback.sampling import read_tasks, write_tasks
 from rlhf.models.loading import PLAIN_TEMPLATE
 from rlhf.run.files import write_jsonl
 

@@ -22,7 +22,7 @@ from eval.measuring.harness import (
     summarize,
     write_task,
 )
-from rlhf.data.datasets import encode_messages
+from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
 from rlhf.models.loading import load_causal_lm, resolve
 

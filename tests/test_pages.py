@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from rlhf.comparisons import make_task
-from rlhf.data.datasets import write_tasks
+from rlhf.feedback.sampling import write_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [

@@ -15,7 +15,7 @@ from trl import RLOOTrainer as TRLRLOOTrainer
 
 from eval.curves import read_curves
 from eval.drawing.figures import curves_figure, training_figure
-from rlhf.data.datasets import encode_prompt
+from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.loading import REWARD, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import RewardError, load_reward, resolve_reward

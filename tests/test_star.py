@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from eval.drawing.figures import rounds_figure
 from eval.drawing.tables import tables_of
 from eval.measuring.solving import accuracy, references_of, solving_rows, summarize
-from rlhf.data.datasets import encode_conversation
+from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
 from rlhf.starter.problems import KINDS, starter_problems

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval.compression import bytes_per_token
-from rlhf.data.datasets import control_ids, encode_conversation, encode_messages
+from rlhf.data.encoding import control_ids, encode_conversation, encode_messages
 from rlhf.errors import InputError
 from rlhf.models.loading import load_tokenizer, resolve
 from rlhf.pretraining.tokenization import (

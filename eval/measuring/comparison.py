@@ -14,7 +14,7 @@ from eval.measuring.replies import LogProbs, Replies, loaded, reply_logprobs
 from eval.metrics import metric
 from eval.stats.intervals import difference, interval
 from rlhf.comparisons import Labeler, Prompt
-from rlhf.data.datasets import encode_conversation, encode_prompt
+from rlhf.data.encoding import encode_conversation, encode_prompt
 from rlhf.models.generation import sample_completions
 from rlhf.models.loading import Source
 from rlhf.rewards import RewardSource, load_reward

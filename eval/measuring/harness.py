@@ -86,7 +86,7 @@ class SharedPrefixLM(HFLM):
     """HFLM whose log-likelihoods are computed as said above; generation is HFLM's own.
 
     Only the chat template makes control tokens. In questions, examples and answers they are encoded as the ordinary
-    characters they are written with, as rlhf.data.datasets.encode_messages does.
+    characters they are written with, as rlhf.data.encoding.encode_messages does.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:

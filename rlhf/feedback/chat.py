@@ -31,8 +31,9 @@ from transformers import (
 from trl import ModelConfig
 
 from rlhf.comparisons import Messages, Task, make_task, preference_pairs
-from rlhf.data.datasets import TASKS_FILE, encode_prompt, read_tasks
+from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
+from rlhf.feedback.sampling import TASKS_FILE, read_tasks
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler, now
 from rlhf.models.generation import seeded
 from rlhf.models.loading import Source, active_adapter, base_revision, context_length, load_causal_lm, resolve

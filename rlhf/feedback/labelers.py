@@ -3,18 +3,17 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, make_task, prefer_higher
-from rlhf.data.datasets import encode_prompt
+from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, prefer_higher
+from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
-from rlhf.models.generation import left_pad, sample_completions
+from rlhf.models.generation import left_pad
 from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
 from rlhf.starter.labeler import SimulatedLabeler
@@ -91,33 +90,6 @@ def make_labeler(
 
         return People(settings, Path(folder) / "votes.jsonl", seed)
     raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
-
-
-def sample_tasks(model: Any, tokenizer: Any, split: str, rows: Dataset, args: Any, name: str) -> list[Task]:
-    """Different replies to each prompt of a split.
-
-    Args:
-        rows: `prompt` and `input_ids`.
-        args: CollectArguments of recipes/collect.py.
-        name: of the model, recorded with each reply.
-    """
-    completions = sample_completions(
-        model,
-        tokenizer,
-        rows["input_ids"][:],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        num_return_sequences=args.num_generations,
-        batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-        description=f"Sampling {split} replies",
-    )
-    tasks = []
-    for prompt, replies in zip(rows["prompt"], completions, strict=True):
-        texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
-        texts = list(dict.fromkeys(texts))
-        tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
-    return tasks
 
 
 class ScoreLabeler:

@@ -38,7 +38,8 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from rlhf.data.datasets import control_ids, encode_messages, looks_local
+from rlhf.data.datasets import looks_local
+from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)

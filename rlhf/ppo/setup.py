@@ -39,7 +39,7 @@ def check_prompts(dataset: Dataset | None, name: str, response_length: int, mode
     if "input_ids" not in dataset.column_names:
         raise InputError(
             f"{name}: needs a column input_ids with the prompts' tokens; found {sorted(dataset.column_names)}. "
-            "rlhf.data.datasets.prompt_rows makes it from text or messages."
+            "rlhf.data.rows.prompt_rows makes it from text or messages."
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(ids) for ids in dataset["input_ids"])

@@ -10,7 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data.datasets import control_ids, looks_local
+from rlhf.data.datasets import looks_local
+from rlhf.data.encoding import control_ids
 from rlhf.errors import InputError
 from rlhf.models.loading import PAD_CANDIDATES, resolve
 from rlhf.starter.model import STARTER

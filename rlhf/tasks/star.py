@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf.comparisons import Messages
-from rlhf.data.datasets import check_messages, encode_messages, need_columns
+from rlhf.data.datasets import check_messages, need_columns
+from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
 from rlhf.models.generation import sample_completions
 from rlhf.models.loading import Source, load_causal_lm, load_tokenizer

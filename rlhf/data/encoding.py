@@ -1,0 +1,101 @@
+"""Conversations, prompts and texts → token ids.
+
+Token ids of conversations are made here rather than in each trainer, for two reasons. A control token written inside a
+message stays text. And a conversation ends with the token that ends the reply (templates often put a newline behind
+it), so the reward model reads its score at the same token that a sampled reply ends with.
+"""
+
+import re
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.comparisons import Messages
+from rlhf.errors import InputError
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template.
+
+    A control token (a token that the tokenizer calls special) inside a message is encoded as the ordinary characters it
+    is written with. Other added tokens, such as `</think>`, are left to the template, which may look for them. Without
+    a generation prompt, what the template puts behind the last control token (a newline, mostly) is left out.
+    """
+    controls = sorted(tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))), key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(control) for control in [*controls, "\U000f0000", "\U000f0001"]))
+    hidden: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        # private-use characters stand in for the control token while the template is rendered
+        hidden.append(match.group())
+        return f"\U000f0000{len(hidden) - 1}\U000f0001"
+
+    safe = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateError as error:
+        roles = " → ".join(message["role"] for message in messages)
+        raise InputError(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
+    ids: list[int] = []
+    # a template may leave messages out or move them, so each stand-in is looked for where it is
+    for place, part in enumerate(re.split("\U000f0000([0-9]+)\U000f0001", text)):
+        if place % 2:
+            ids += tokenizer(hidden[int(part)], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        else:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return ids if add_generation_prompt else _end_at_control_token(tokenizer, ids)
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of all control tokens, also of those (<|im_end|> of many base models) that have no role such as eos."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    special = control_ids(tokenizer)
+    end = len(ids)
+    while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
+        end -= 1
+    return ids[:end] if end and ids[end - 1] in special else ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """Token ids of a prompt that a reply can follow: plain text as it is, messages with the generation prompt."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return encode_messages(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_text_with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a plain text that end with eos."""
+    ids = tokenizer(text)["input_ids"]
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, first: int = 0) -> dict[str, list[int]]:
+    """Token ids and labels of a conversation; only assistant messages from number `first` on have labels.
+
+    Returns:
+        `input_ids` and `labels` of equal length; the label is the token id, or -100 where no loss is taken.
+
+    Raises:
+        InputError: if the template renders earlier turns differently once later ones follow, so that the tokens of a
+            reply can't be told from the rest.
+    """
+    ids = encode_messages(tokenizer, messages)
+    labels = [-100] * len(ids)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number < first:
+            continue
+        before = encode_messages(tokenizer, messages[:number], add_generation_prompt=True) if number else []
+        through = encode_messages(tokenizer, messages[: number + 1])
+        if ids[: len(before)] != before or ids[: len(through)] != through:
+            raise InputError(
+                "The chat template renders a conversation differently when it goes on, so the reply's tokens can't be "
+                "found. Give one with --chat_template_path, or rows of 'prompt' and 'completion' with one reply each."
+            )
+        labels[len(before) : len(through)] = ids[len(before) : len(through)]
+    return {"input_ids": ids, "labels": labels}

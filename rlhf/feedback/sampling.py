@@ -1,0 +1,66 @@
+"""Replies to compare: sampled from a model, kept in tasks.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf.comparisons import Task, make_task
+from rlhf.errors import InputError
+from rlhf.models.generation import sample_completions
+from rlhf.run.files import write_jsonl
+
+TASKS_FILE = "tasks.jsonl"
+
+
+def write_tasks(folder: str, tasks: list[Task]) -> None:
+    """Write tasks.jsonl into a run's folder, whole or not at all."""
+    write_jsonl(Path(folder) / TASKS_FILE, [task._asdict() for task in tasks])
+
+
+def read_tasks(folder: str) -> list[Task] | None:
+    """The tasks of a run's folder, or None if it has none.
+
+    Raises:
+        InputError: if tasks.jsonl holds something else.
+    """
+    file = Path(folder) / TASKS_FILE
+    if not file.exists():
+        return None
+    tasks = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            tasks.append(Task(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{file}, line {number}: not a task ({error}).") from error
+    return tasks
+
+
+def sample_tasks(model: Any, tokenizer: Any, split: str, rows: Dataset, args: Any, name: str) -> list[Task]:
+    """Different replies to each prompt of a split.
+
+    Args:
+        rows: `prompt` and `input_ids`.
+        args: CollectArguments of recipes/collect.py.
+        name: of the model, recorded with each reply.
+    """
+    completions = sample_completions(
+        model,
+        tokenizer,
+        rows["input_ids"][:],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        num_return_sequences=args.num_generations,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        description=f"Sampling {split} replies",
+    )
+    tasks = []
+    for prompt, replies in zip(rows["prompt"], completions, strict=True):
+        texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+        texts = list(dict.fromkeys(texts))
+        tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
+    return tasks
