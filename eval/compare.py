@@ -37,7 +37,8 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerSettings
-from rlhf.models.loading import context_length, load_tokenizer, refuse_single_model, resolve
+from rlhf.models.sources import context_length, refuse_single_model, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl

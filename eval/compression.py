@@ -36,13 +36,13 @@ from eval.stats.ngrams import KneserNey
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, report_errors
-from rlhf.models.loading import Source, context_length, load_tokenizer, refuse_single_model, resolve
+from rlhf.models.sources import Source, context_length, is_decoder, refuse_single_model, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.pretraining.tokenization import boundary, encode_texts, tokens_and_bytes
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
-from rlhf.tasks.finetuning import is_decoder
 
 GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
 

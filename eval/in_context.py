@@ -37,7 +37,9 @@ from trl import ModelConfig, ScriptArguments
 from eval.report import write_report
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
-from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run

@@ -32,7 +32,8 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
-from rlhf.models.loading import Source, context_length, load_tokenizer, resolve
+from rlhf.models.sources import Source, context_length, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
 from rlhf.run.arguments import parse

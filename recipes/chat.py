@@ -20,7 +20,8 @@ from trl import ModelConfig
 
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
-from rlhf.models.loading import load_tokenizer, refuse_single_model
+from rlhf.models.sources import refuse_single_model
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.processes import need_one_process
 

@@ -26,7 +26,9 @@ from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, push_request
-from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import context_length, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run

@@ -21,7 +21,7 @@ from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models.loading import resolve
+from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 from rlhf.tasks.finetuning import (

@@ -20,7 +20,10 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models.loading import REFERENCE, context_length, load_policy, load_tokenizer, resolve, resolve_start
+from rlhf.models.adapters import REFERENCE
+from rlhf.models.loading import load_policy
+from rlhf.models.sources import context_length, resolve, resolve_start
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.run.arguments import parse

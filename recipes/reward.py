@@ -19,7 +19,9 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models.loading import load_reward_model, load_tokenizer, resolve
+from rlhf.models.loading import load_reward_model
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 

@@ -19,7 +19,9 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import context_length, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
 from rlhf.run.arguments import parse

@@ -17,7 +17,7 @@ from pathlib import Path
 from eval.report import write_report
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, summarize, verdicts
-from rlhf.models.loading import resolve
+from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

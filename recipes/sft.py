@@ -16,7 +16,9 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.models.loading import load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 

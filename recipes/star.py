@@ -25,7 +25,8 @@ from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summ
 from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError, report_errors
-from rlhf.models.loading import context_length, load_tokenizer, resolve
+from rlhf.models.sources import context_length, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from rlhf.errors import InputError
-from rlhf.models.loading import Source
+from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource
 from rlhf.run.files import digest
 from rlhf.run.folders import RUN_FILE, command, note_in_run, settings_of

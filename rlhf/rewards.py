@@ -26,19 +26,11 @@ from trl import ModelConfig
 from rlhf.comparisons import Messages, Prompt, as_message
 from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
-from rlhf.models.loading import (
-    REWARD,
-    Source,
-    active_adapter,
-    add_frozen_adapter,
-    load_reward_model,
-    load_tokenizer,
-    place,
-    resolve,
-    trunk,
-    usable_context,
-)
+from rlhf.models.adapters import REWARD, active_adapter, add_frozen_adapter, trunk
+from rlhf.models.loading import load_reward_model, place
 from rlhf.models.prefix import forward
+from rlhf.models.sources import Source, resolve, usable_context
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
 

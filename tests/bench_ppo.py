@@ -32,7 +32,9 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     from trl import ModelConfig
 
     from rlhf.data.rows import prompt_rows
-    from rlhf.models.loading import load_causal_lm, load_reward_model, load_tokenizer, resolve
+    from rlhf.models.loading import load_causal_lm, load_reward_model
+    from rlhf.models.sources import resolve
+    from rlhf.models.tokenizers import load_tokenizer
     from rlhf.run.processes import cpu_has_bfloat16
     from rlhf.starter.conversations import starter_dataset
 
@@ -49,7 +51,7 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     settings = {**SETTINGS, "output_dir": folder, "bf16": has_bf16, "total_episodes": 32 * updates}
     policy = load_causal_lm(source, lora, tokenizer)
     if which == "ours":
-        from rlhf.models.loading import REWARD
+        from rlhf.models.adapters import REWARD
         from rlhf.ppo import PPOConfig, PPOTrainer
         from rlhf.rewards import load_reward, resolve_reward
 

@@ -15,7 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
 from rlhf.data.rows import prompt_rows
-from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, load_reward_model, resolve
+from rlhf.models.adapters import REFERENCE
+from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
+from rlhf.models.sources import resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import completion_text
 from rlhf.starter.model import starter_model

@@ -22,7 +22,8 @@ from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
 from rlhf.feedback.sampling import read_tasks, write_tasks
 from rlhf.feedback.votes import Vote, VoteFile, now
-from rlhf.models.loading import active_adapter, load_tokenizer
+from rlhf.models.adapters import active_adapter
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 
 NASTY = (

@@ -14,7 +14,7 @@ from rlhf.data.encoding import control_ids, encode_conversation, encode_messages
 from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import read_tasks, write_tasks
-from rlhf.models.loading import PLAIN_TEMPLATE
+from rlhf.models.tokenizers import PLAIN_TEMPLATE
 from rlhf.run.files import write_jsonl
 
 CHAT = user("Hi there") + assistant("Hello!") + user("How are you?") + assistant("Fine.")

@@ -35,7 +35,7 @@ from trl import ModelConfig
 from eval.metrics import metric
 from eval.transfer import over_rows_and_seeds
 from rlhf.errors import InputError
-from rlhf.models.loading import resolve
+from rlhf.models.sources import resolve
 from rlhf.starter.labels import NAMES, finetuning_dataset
 from rlhf.tasks.finetuning import (
     KINDS,

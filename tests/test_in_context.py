@@ -24,7 +24,8 @@ from eval.measuring.harness import (
 )
 from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
-from rlhf.models.loading import load_causal_lm, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from rlhf.errors import InputError
-from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, load_reward_model, load_tokenizer, resolve
+from rlhf.models.adapters import REFERENCE
+from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
 
 ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)

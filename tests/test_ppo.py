@@ -23,7 +23,9 @@ from transformers import (
 from trl import ModelConfig
 
 from rlhf.errors import InputError
-from rlhf.models.loading import REFERENCE, load_causal_lm, load_policy, resolve
+from rlhf.models.adapters import REFERENCE
+from rlhf.models.loading import load_causal_lm, load_policy
+from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.rollout import prompt_order
 from rlhf.ppo.upstream import TRLPPOTrainer

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from rlhf.errors import InputError
-from rlhf.models.loading import load_policy, resolve
+from rlhf.models.loading import load_policy
+from rlhf.models.sources import resolve
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.advantages import whiten
 from rlhf.ppo.rollout import sample_rollout

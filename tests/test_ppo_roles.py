@@ -9,16 +9,10 @@ from peft import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import InputError
-from rlhf.models.loading import (
-    REFERENCE,
-    REWARD,
-    VALUE,
-    active_adapter,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    resolve,
-)
+from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
+from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOTrainer
 from rlhf.rewards import RewardModel, load_reward, resolve_reward
 

@@ -9,7 +9,7 @@ from conftest import assistant, count_a, logged, ppo_config, ppo_trainer, user
 from transformers import LlamaConfig, RobertaConfig, RobertaForSequenceClassification
 
 from rlhf.errors import InputError
-from rlhf.models.loading import usable_context
+from rlhf.models.sources import usable_context
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.scoring import RewardScale, shape_scores
 from rlhf.ppo.types import Rewards

@@ -17,7 +17,10 @@ from eval.curves import read_curves
 from eval.drawing.figures import curves_figure, training_figure
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
-from rlhf.models.loading import REWARD, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.adapters import REWARD
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import RewardError, load_reward, resolve_reward
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
 

@@ -15,7 +15,10 @@ from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.feedback.rounds import check_start, gather_comparisons, verdicts
-from rlhf.models.loading import REFERENCE, load_policy, load_tokenizer, resolve, resolve_start
+from rlhf.models.adapters import REFERENCE
+from rlhf.models.loading import load_policy
+from rlhf.models.sources import resolve, resolve_start
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 from rlhf.run.stages import run_stage
 

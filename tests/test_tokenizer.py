@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from eval.compression import bytes_per_token
 from rlhf.data.encoding import control_ids, encode_conversation, encode_messages
 from rlhf.errors import InputError
-from rlhf.models.loading import load_tokenizer, resolve
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.pretraining.tokenization import (
     check_vocab_size,
     encode_texts,

@@ -16,7 +16,7 @@ from eval.stats.intervals import difference, interval
 from rlhf.comparisons import Labeler, Prompt
 from rlhf.data.encoding import encode_conversation, encode_prompt
 from rlhf.models.generation import sample_completions
-from rlhf.models.loading import Source
+from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource, load_reward
 from rlhf.run.files import write_json
 from rlhf.starter.labeler import gold_scores

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf.models.generation import left_pad
-from rlhf.models.loading import Source, load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import forward
+from rlhf.models.sources import Source
+from rlhf.models.tokenizers import load_tokenizer
 
 
 class Replies(NamedTuple):

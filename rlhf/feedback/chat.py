@@ -35,8 +35,10 @@ from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler, now
+from rlhf.models.adapters import active_adapter
 from rlhf.models.generation import seeded
-from rlhf.models.loading import Source, active_adapter, base_revision, context_length, load_causal_lm, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import Source, base_revision, context_length, resolve
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import RUN_FILE
 

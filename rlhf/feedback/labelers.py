@@ -14,7 +14,9 @@ from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, pref
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.generation import left_pad
-from rlhf.models.loading import context_length, load_causal_lm, load_tokenizer, resolve
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import context_length, resolve
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
 from rlhf.starter.labeler import SimulatedLabeler
 from rlhf.starter.model import STARTER

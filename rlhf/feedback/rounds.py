@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from rlhf.errors import InputError
-from rlhf.models.loading import Source
+from rlhf.models.sources import Source
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 

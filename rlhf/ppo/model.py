@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.loading import active_adapter, trunk
+from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.prefix import forward
 
 

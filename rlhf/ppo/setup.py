@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
-from rlhf.models.loading import recompute_with_same_adapter
+from rlhf.models.adapters import recompute_with_same_adapter
 from rlhf.ppo.config import PPOConfig
 
 

@@ -17,7 +17,7 @@ from trl.experimental.utils import create_reference_model
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rlhf.errors import InputError
-from rlhf.models.loading import VALUE, add_value_adapter
+from rlhf.models.adapters import VALUE, add_value_adapter
 from rlhf.ppo import checkpoint
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.config import PPOConfig

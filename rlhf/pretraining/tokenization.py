@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rlhf.data.datasets import looks_local
 from rlhf.data.encoding import control_ids
 from rlhf.errors import InputError
-from rlhf.models.loading import PAD_CANDIDATES, resolve
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import PAD_CANDIDATES
 from rlhf.starter.model import STARTER
 
 BYTES = 256

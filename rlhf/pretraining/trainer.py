@@ -41,8 +41,8 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.errors import InputError
-from rlhf.models.loading import first_position
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
+from rlhf.models.sources import first_position
 from rlhf.pretraining.collators import (
     DataCollatorForMaskedTokens,
     DataCollatorForSpanCorruption,

@@ -39,13 +39,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.data.datasets import need_columns
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
-from rlhf.models.loading import Source, base_revision, set_pad_token, usable_context
+from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
+from rlhf.models.tokenizers import set_pad_token
 from rlhf.run.processes import main_process
 
 PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
@@ -205,12 +205,6 @@ def _check_spans(dataset: Dataset, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- checks of the flags
-
-
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model reads from left to right: a causal language model that is no masked one too."""
-    kind = config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def finetuning_config(source: Source, task: Task) -> PretrainedConfig:

@@ -16,7 +16,9 @@ from rlhf.data.datasets import check_messages, need_columns
 from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
 from rlhf.models.generation import sample_completions
-from rlhf.models.loading import Source, load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import Source
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, question
 

@@ -1,0 +1,109 @@
+"""Several adapters over one base in memory: policy, reference, reward model, value function."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from transformers import (
+    PreTrainedModel,
+)
+
+from rlhf.errors import InputError
+from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
+from rlhf.models.sources import Source
+
+# Names of the adapters beside the policy's, over one base in memory.
+REFERENCE, REWARD, VALUE = "reference", "reward", "value"
+
+
+@contextmanager
+def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
+    """Inside the block the model runs with adapter `name`, or with none.
+
+    Unlike `PeftModel.set_adapter`, this leaves `requires_grad` alone: there, choosing one adapter freezes the others,
+    and a later backward through them silently gives no gradient.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def recompute_with_same_adapter(model: PeftModel) -> Callable[[], tuple[Any, Any]]:
+    """`context_fn` for torch's activation checkpointing: recompute a layer with the adapter that it ran with.
+
+    Recomputation happens in the backward pass, when another adapter may be active.
+    """
+
+    def context() -> tuple[Any, Any]:
+        layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        name = layer.active_adapters[0] if layer.active_adapters and not layer.disable_adapters else None
+        return nullcontext(), active_adapter(model, name)
+
+    return context
+
+
+def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn.Linear:
+    """Put a reward adapter beside the policy's own, over the same base.
+
+    Returns:
+        its score head, float32, frozen, from hidden states (…, d) to a score (…, 1).
+    """
+    assert source.peft_config is not None
+    weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
+    heads = [key for key in weights if key.endswith("score.weight")]
+    head = torch.nn.Linear(weights[heads[0]].shape[1], 1, bias=False, device=policy.device, dtype=torch.float32)
+    head.weight.data.copy_(weights.pop(heads[0]))
+    config = copy.deepcopy(source.peft_config)
+    # its layers are those of the trunk, which both kinds of model share; the head is kept beside it
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
+    _add_adapter(policy, name, config, weights)
+    for parameter_name, parameter in policy.named_parameters():
+        if f".{name}." in parameter_name:  # never trained, so it needs no more precision than its base
+            parameter.data = parameter.data.to(policy.dtype)
+    return head.requires_grad_(False)
+
+
+def add_value_adapter(policy: PeftModel, active: str) -> None:
+    """Add a trainable adapter `value`: a copy of the reward adapter if that is there, else of the policy's."""
+    origin = REWARD if REWARD in policy.peft_config else active
+    config = copy.deepcopy(policy.peft_config[origin])
+    config.inference_mode, config.modules_to_save = False, None
+    weights = get_peft_model_state_dict(policy, adapter_name=origin)
+    _add_adapter(policy, VALUE, config, {key: value.float() for key, value in weights.items()})
+    for name, parameter in policy.named_parameters():
+        if f".{VALUE}." in name:
+            parameter.requires_grad_(True)
+
+
+def _add_adapter(policy: PeftModel, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
+    trainable = {parameter_name for parameter_name, p in policy.named_parameters() if p.requires_grad}
+    policy.add_adapter(name, config)
+    found = set_peft_model_state_dict(policy, weights, adapter_name=name)
+    if found.unexpected_keys:
+        raise InputError(f"The {name} adapter has weights that its base lacks: {found.unexpected_keys[:2]}.")
+    for parameter_name, parameter in policy.named_parameters():
+        parameter.requires_grad_(parameter_name in trainable)
+
+
+def trunk(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformer without its head; its adapters stay in it."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return whole.base_model
