@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback.chat import Chat, ChatVotes, chat_in_terminal, chosen_models, load_speakers
+from rlhf.feedback.chat import Chat, chat_in_terminal, chosen_models, load_speakers
+from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.models.sources import refuse_single_model
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
@@ -56,7 +57,8 @@ def main() -> None:
     sources = chosen_models(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
     if args.page:
-        from rlhf.feedback.chat_page import chat_on_page, need_free_port  # Gradio takes seconds to import
+        from rlhf.feedback.chat_page import chat_on_page  # Gradio takes seconds to import
+        from rlhf.feedback.serving import need_free_port  # Gradio takes seconds to import
 
         need_free_port(args.server_name, args.server_port)
 

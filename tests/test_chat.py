@@ -19,7 +19,8 @@ from rlhf.comparisons import make_task
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import preference_rows
 from rlhf.errors import InputError
-from rlhf.feedback.chat import Chat, ChatVotes, Conversation, chosen_models, harmless, load_speakers
+from rlhf.feedback.chat import Chat, Conversation, chosen_models, harmless, load_speakers
+from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.feedback.sampling import read_tasks, write_tasks
 from rlhf.feedback.votes import Vote, VoteFile, now
 from rlhf.models.adapters import active_adapter

@@ -2,14 +2,14 @@
 
 import functools
 import html
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 from rlhf.comparisons import Messages
 from rlhf.errors import InputError
 from rlhf.feedback.chat import PLACES, Chat, Conversation
-from rlhf.feedback.vote_page import gr, serve, wait  # there Gradio is told to keep to itself, before it is imported
+from rlhf.feedback.serving import serve, wait  # there Gradio is told to keep to itself, before it is imported
+from rlhf.feedback.vote_page import gr  # there Gradio is told to keep to itself, before it is imported
 
 STYLE = """<style>
 .gradio-container main { max-width: 60rem !important; margin: 0 auto; }
@@ -156,22 +156,6 @@ def pair(replies: list[str], names: list[str] | None = None, better: int | None 
 
 def hide() -> dict[str, Any]:
     return gr.update(visible=False)
-
-
-def need_free_port(server_name: str, server_port: int) -> None:
-    """Refuse a port in use before any model is loaded.
-
-    Raises:
-        InputError: if the page could not be served there.
-    """
-    try:
-        socket.create_server(
-            (server_name, server_port), family=socket.AF_INET6 if ":" in server_name else socket.AF_INET
-        ).close()
-    except socket.gaierror as error:
-        raise InputError(f"--server_name {server_name}: no such address ({error.strerror}).") from error
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--server_port {server_port}: in use. Give another one.") from error
 
 
 def chat_on_page(chat: Chat, server_name: str, server_port: int) -> None:

@@ -1,10 +1,10 @@
 """The page on which people compare replies, and the labeler behind it."""
 
 import os
-import signal
-import threading
 from pathlib import Path
 from typing import Any
+
+from rlhf.feedback.serving import serve, wait
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported: nothing leaves the machine
 
@@ -16,7 +16,6 @@ from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, ch
 from rlhf.run.files import write_json
 
 HERE = Path(__file__).parent
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 class VotePage:
@@ -129,22 +128,6 @@ def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     return [{"role": str(message["role"]), "content": str(message["content"])} for message in prompt]
 
 
-def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
-    """Start a page in threads of its own; returns its address.
-
-    Raises:
-        InputError: if the port is in use.
-    """
-    try:
-        _, url, _ = blocks.launch(
-            server_name=server_name, server_port=server_port, prevent_thread_lock=True, quiet=True, share=False,
-            theme=THEME, footer_links=[], ssr_mode=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise InputError(f"--server_port {server_port}: in use. Give another one.") from error
-    return url
-
-
 class People:
     """Labeler `human`: serves the page until everybody has answered what there is for them, or Ctrl-C.
 
@@ -198,15 +181,3 @@ class People:
         if not self.finished:
             print("There is more to compare: the same command goes on.")
         return [answers[task.id] for task in tasks]
-
-
-def wait(done: Any, seconds: float = 2.0) -> None:
-    """Wait until `done()`, or SIGINT or SIGTERM."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while not stop.wait(seconds) and not done():
-            pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
