@@ -25,20 +25,17 @@ from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 from rlhf.tasks.finetuning import (
-    KINDS,
     FinetuneArguments,
     FinetuningTrainer,
     check_arguments,
-    data_collator,
     finetuning_config,
-    finetuning_rows,
     language_model_head,
     load_finetuning_model,
     load_options,
-    load_reading_tokenizer,
-    read_task,
     share_right,
 )
+from rlhf.tasks.labelled import KINDS, read_task
+from rlhf.tasks.labelled_rows import data_collator, finetuning_rows, load_reading_tokenizer
 
 
 def main() -> None:

@@ -38,23 +38,24 @@ from rlhf.errors import InputError
 from rlhf.models.sources import resolve
 from rlhf.starter.labels import NAMES, finetuning_dataset
 from rlhf.tasks.finetuning import (
-    KINDS,
     FinetuneArguments,
     FinetuningTrainer,
-    _encode_spans,
-    _encode_texts,
     check_arguments,
-    data_collator,
     finetuning_config,
-    finetuning_rows,
     in_float32,
     language_model_head,
     language_model_loss,
     load_finetuning_model,
     load_options,
+)
+from rlhf.tasks.labelled import KINDS, read_task
+from rlhf.tasks.labelled_rows import (
+    _encode_spans,
+    _encode_texts,
+    data_collator,
+    finetuning_rows,
     load_reading_tokenizer,
     predicted,
-    read_task,
 )
 
 LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules="all-linear")

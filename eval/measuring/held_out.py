@@ -15,7 +15,9 @@ from eval.metrics import metric
 from eval.stats.intervals import interval
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.processes import main_process
-from rlhf.tasks.finetuning import LABEL_COLUMNS, FinetuningTrainer, Task, predicted
+from rlhf.tasks.finetuning import FinetuningTrainer
+from rlhf.tasks.labelled import LABEL_COLUMNS, Task
+from rlhf.tasks.labelled_rows import predicted
 
 
 @torch.no_grad()

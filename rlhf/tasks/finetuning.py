@@ -1,39 +1,16 @@
-"""Discriminative fine-tuning: labelled data → token ids, a pretrained body with a new head, and the loss.
+"""Discriminative fine-tuning: a pretrained body with a new head, and the loss."""
 
-The kind of task is read off the columns:
-
-| columns                          | task                  | head                                |
-|----------------------------------|-----------------------|-------------------------------------|
-| `text`, `label`                  | single sentences      | AutoModelForSequenceClassification  |
-| `text`, `text_pair`, `label`     | sentence pairs        | AutoModelForSequenceClassification  |
-| `tokens`, `tags`                 | a tag for each word   | AutoModelForTokenClassification     |
-| `question`, `context`, `answers` | answer spans (SQuAD)  | AutoModelForQuestionAnswering       |
-
-A decoder reads the class at the last token, which has seen the whole text: the eos token, put there by the tokenizer
-itself, so that the saved tokenizer does the same in `pipeline`. Between the two texts of a pair stands a newline.
-Encoders keep their own [CLS] and [SEP].
-"""
-
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from datasets import ClassLabel, Dataset
-from peft import PeftModel, TaskType, get_peft_model
-from tokenizers.processors import TemplateProcessing
+from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,16 +18,10 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf.data.datasets import need_columns
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
-from rlhf.models.tokenizers import set_pad_token
-from rlhf.run.processes import main_process
-
-PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
-STRIDE = 64  # tokens that two windows of a long context share
-MAX_ANSWER_LENGTH = 30  # tokens of a predicted span, as in transformers' run_qa.py
+from rlhf.tasks.labelled import KINDS, Kind, Task
 
 
 @dataclass
@@ -74,134 +45,7 @@ class FinetuneArguments:
     pad_token: str | None = field(default=None, metadata={"help": "Pad token, if the tokenizer's can't be used."})
 
 
-class Kind(NamedTuple):
-    """A kind of task."""
-
-    columns: frozenset[str]
-    auto_class: Any
-    task_type: TaskType
-
-
-KINDS = {
-    "tags": Kind(frozenset({"tokens", "tags"}), AutoModelForTokenClassification, TaskType.TOKEN_CLS),
-    "spans": Kind(frozenset({"question", "context", "answers"}), AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
-    "pairs": Kind(frozenset({"text", "text_pair", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-    "sentences": Kind(frozenset({"text", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-}
-LABEL_COLUMNS = {"tags": "tags", "pairs": "label", "sentences": "label"}
-
-
-class Task(NamedTuple):
-    """Labelled data whose labels are names."""
-
-    kind: str  # a key of KINDS
-    labels: list[str]  # the label set, from the training split; empty for spans
-    train: Dataset
-    test: Dataset
-
-
 # ---------------------------------------------------------------------------------------------- labelled data
-
-
-def read_task(train: Dataset, test: Dataset, name: str) -> Task:
-    """Find the kind of task and its label set, and check every row.
-
-    Args:
-        name: of the dataset, for messages.
-
-    Raises:
-        InputError: on missing columns, an empty text, a row without label, labels that are no names or integers, fewer
-            than two labels, test labels that training doesn't have, tags that don't match their tokens, or an answer
-            that isn't in its context where it says.
-    """
-    columns = need_columns(train, name, [set(kind.columns) for kind in KINDS.values()])
-    kind = next(key for key, entry in KINDS.items() if entry.columns == columns)
-    need_columns(test, name, [columns])
-    if kind == "spans":
-        for split in (train, test):
-            _check_spans(split, name)
-        return Task(kind, [], train, test)
-    column = LABEL_COLUMNS[kind]
-    feature = _class_label(train, column)
-    train, test = (_with_names(split, column, name) for split in (train, test))
-    for split in (train, test):
-        _check_texts(split, kind, name)
-    known = set(feature.names if feature else _flat(train[column]))
-    if unknown := sorted(set(_flat(test[column])) - known):
-        raise InputError(
-            f"--dataset_name {name}: test has the label {unknown[0]!r}, which no training row has; found "
-            f"{sorted(known)[:10]}. Train on rows with it, or remove the test rows."
-        )
-    labels = list(feature.names) if feature else sorted(known)
-    if len(labels) < 2:
-        raise InputError(f"--dataset_name {name}: column {column!r} needs at least 2 different labels; found {labels}.")
-    return Task(kind, labels, train, test)
-
-
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    for value in values:
-        if isinstance(value, list):
-            yield from value
-        else:
-            yield value
-
-
-def _class_label(dataset: Dataset, column: str) -> ClassLabel | None:
-    feature = dataset.features[column]
-    feature = getattr(feature, "feature", feature)  # of a list: its items'
-    return feature if isinstance(feature, ClassLabel) else None
-
-
-def _with_names(dataset: Dataset, column: str, name: str) -> Dataset:
-    """The labels as text: the names of a ClassLabel, integers as they are written."""
-    feature = _class_label(dataset, column)
-
-    def named(label: Any, row: int) -> str:
-        if label is None or label == "" or not isinstance(label, str | int) or (feature and label == -1):
-            raise InputError(
-                f"--dataset_name {name}: column {column!r}, row {row}: a label is a name or an integer; found "
-                f"{label!r}. Fill it in or remove the row."
-            )
-        return feature.int2str(label) if feature and isinstance(label, int) else str(label)
-
-    values = [
-        [named(label, row) for label in value] if isinstance(value, list) else named(value, row)
-        for row, value in enumerate(dataset[column])
-    ]
-    return dataset.remove_columns(column).add_column(column, values)
-
-
-def _check_texts(dataset: Dataset, kind: str, name: str) -> None:
-    for column in sorted(KINDS[kind].columns & {"text", "text_pair"}):
-        for number, text in enumerate(dataset[column]):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"--dataset_name {name}: column {column!r}, row {number} is empty. Remove it.")
-    if kind != "tags":
-        return
-    for number, (tokens, tags) in enumerate(zip(dataset["tokens"], dataset["tags"], strict=True)):
-        where = f"--dataset_name {name}: row {number}"
-        if not tokens or len(tokens) != len(tags):
-            raise InputError(f"{where} has {len(tokens or [])} tokens and {len(tags or [])} tags; one tag a token.")
-        if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
-            raise InputError(f"{where}: {bad[0]!r} is no word. Remove such tokens and their tags.")
-
-
-def _check_spans(dataset: Dataset, name: str) -> None:
-    for number, row in enumerate(dataset):
-        where, answers = f"--dataset_name {name}: row {number}", row["answers"]
-        for column in ("question", "context"):
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise InputError(f"{where}: column {column!r} is text; found {row[column]!r}. Remove or complete it.")
-        if not isinstance(answers, dict) or not answers.get("text") or not answers.get("answer_start"):
-            raise InputError(
-                f"{where}: 'answers' is {{'text': [...], 'answer_start': [...]}} with at least one answer, as in "
-                f"SQuAD 1.1; found {str(answers)[:80]}."
-            )
-        for text, start in zip(answers["text"], answers["answer_start"], strict=False):
-            if not text.strip() or row["context"][start : start + len(text)] != text:
-                raise InputError(
-                    f"{where}: the answer {text!r} is not at character {start} of the context. Correct answer_start."
-                )
 
 
 # ---------------------------------------------------------------------------------------------- checks of the flags
@@ -270,141 +114,6 @@ def check_arguments(
 
 
 # ---------------------------------------------------------------------------------------------- token ids
-
-
-def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: str | None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right; a decoder's puts eos behind the text, a newline between two texts.
-
-    Raises:
-        InputError: if the tokenizer isn't a fast one (offsets are needed), or has no eos or pad token.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"The tokenizer of {source.name} is not one of the tokenizers library (tokenizer.json). Convert it."
-        )
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if not is_decoder(config):
-        if tokenizer.pad_token_id is None:
-            raise InputError(
-                f"The tokenizer of {source.name} has no pad token. Set pad_token in tokenizer_config.json."
-            )
-        return tokenizer
-    if tokenizer.eos_token is None:
-        raise InputError(f"The tokenizer of {source.name} has no eos_token, at which the class is read. Set one.")
-    set_pad_token(tokenizer, source, pad_token)
-    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    bos = [tokenizer.bos_token] if starts_with_bos else []
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*bos, "$A", tokenizer.eos_token],
-        pair=[*bos, "$A", "newline", "$B:1", f"{tokenizer.eos_token}:1"],
-        special_tokens=[
-            *((token, tokenizer.convert_tokens_to_ids(token)) for token in {*bos, tokenizer.eos_token}),
-            {"id": "newline", "ids": newline, "tokens": tokenizer.convert_ids_to_tokens(newline)},
-        ],
-    )
-    return tokenizer
-
-
-def finetuning_rows(
-    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
-) -> Dataset:
-    """Rows for the Trainer: `input_ids`, `attention_mask` and what the head learns.
-
-    - sentences, pairs: `labels`, the label's number. Longer texts are cut; how many is printed.
-    - tags: `labels` of the tokens, -100 but for the first token of each word, and `first_tokens`, the number of that
-      token for each word (-1 if the word was cut off).
-    - spans: one row per window of the context; `start_positions` and `end_positions` are tokens of the first answer, or
-      of [CLS] (encoders) or eos (decoders) if the window hasn't got all of it; `example` is the number of its row and
-      `offsets` the characters of each of its context tokens, [-1, -1] for all other tokens.
-
-    Args:
-        what: name of the split, for the message.
-    """
-    numbers = {label: number for number, label in enumerate(task.labels)}
-    if task.kind == "spans":
-        encode, options = _encode_spans(tokenizer, max_length), {"with_indices": True}
-    elif task.kind == "tags":
-        encode, options = _encode_tags(tokenizer, max_length, numbers), {}
-    else:
-        encode, options = _encode_texts(tokenizer, max_length, numbers), {}
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {what}", **options)
-    if "cut" in encoded.column_names:
-        if (cut := sum(encoded["cut"])) and main_process():
-            print(f"{what}: {cut} of {len(encoded)} texts are longer than --max_length {max_length} and were cut.")
-        encoded = encoded.remove_columns("cut")
-    return encoded
-
-
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length, **PLAIN)
-        cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
-        return {**encoded, "labels": [numbers[label] for label in batch["label"]], "cut": cut}
-
-    return encode
-
-
-def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            [" ".join(tokens) for tokens in batch["tokens"]], truncation=True, max_length=max_length, **PLAIN
-        )
-        labels, firsts = [], []
-        for row, (tokens, tags) in enumerate(zip(batch["tokens"], batch["tags"], strict=True)):
-            starts = np.cumsum([0, *(len(token) + 1 for token in tokens[:-1])]).tolist()
-            found = [encoded.char_to_token(row, start) for start in starts]
-            firsts.append([-1 if token is None else token for token in found])
-            labels.append([-100] * len(encoded["input_ids"][row]))
-            for token, tag in zip(found, tags, strict=True):
-                if token is not None:
-                    labels[-1][token] = numbers[tag]
-        return {**encoded, "labels": labels, "first_tokens": firsts, "cut": [-1 in first for first in firsts]}
-
-    return encode
-
-
-def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        longest = max(len(ids) for ids in tokenizer(batch["question"], **PLAIN)["input_ids"])
-        if longest > max_length // 2:
-            raise InputError(
-                f"--max_length {max_length}: a question has {longest} tokens, more than half. Raise --max_length."
-            )
-        encoded = tokenizer(
-            batch["question"], batch["context"], truncation="only_second", max_length=max_length,
-            stride=min(STRIDE, max_length // 4), return_overflowing_tokens=True, return_offsets_mapping=True, **PLAIN,
-        )  # fmt: skip
-        examples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-        starts, ends, kept = [], [], []
-        for window, example in enumerate(examples):
-            kept.append([
-                list(span) if sequence == 1 else [-1, -1]
-                for span, sequence in zip(offsets[window], encoded.sequence_ids(window), strict=True)
-            ])  # fmt: skip
-            answers = batch["answers"][example]
-            text = answers["text"][0]  # some of SQuAD's begin or end with a space, which no token of BERT's covers
-            first = answers["answer_start"][0] + len(text) - len(text.lstrip())
-            span = _token_span(kept[-1], first, first + len(text.strip()))
-            if span is None:
-                ids = encoded["input_ids"][window]
-                nowhere = 0 if tokenizer.cls_token_id == ids[0] else len(ids) - 1
-                span = (nowhere, nowhere)
-            starts.append(span[0])
-            ends.append(span[1])
-        positions = {"start_positions": starts, "end_positions": ends}
-        return {**encoded, **positions, "offsets": kept, "example": [indices[example] for example in examples]}
-
-    return encode
-
-
-def _token_span(offsets: list[list[int]], start: int, end: int) -> tuple[int, int] | None:
-    """First and last token that share a character with [start, end), or None if not all of it is in the window."""
-    inside = [number for number, (first, last) in enumerate(offsets) if first < end and last > start and first >= 0]
-    if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
-        return None
-    return inside[0], inside[-1]
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -568,12 +277,6 @@ class FinetuningTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def data_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Pads a batch on the right, tags with -100."""
-    collator = DataCollatorForTokenClassification if task.kind == "tags" else DataCollatorWithPadding
-    return collator(tokenizer)
-
-
 def share_right(prediction: Any) -> dict[str, float]:
     """`compute_metrics`: share of labels that are right (of the tagged words, or of spans with both ends right)."""
     if isinstance(prediction.predictions, tuple):
@@ -585,42 +288,3 @@ def share_right(prediction: Any) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------- predictions
-
-
-def predicted(task: Task, rows: Dataset, logits: Any) -> list[Any]:
-    """What the model says about each test row.
-
-    Args:
-        rows: of `finetuning_rows` of the test split.
-        logits: as Trainer.predict gives them: (N, L) for sentences and pairs, (N, T, L) for tags, a pair of (N, T) for
-            spans, padded with -100.
-
-    Returns:
-        a label, a list of tags (None for a word that was cut off), or the text of a span, for each row of `task.test`.
-    """
-    if task.kind == "spans":
-        return _predicted_spans(task.test["context"], rows, *logits[:2])
-    numbers = logits.argmax(-1)
-    if task.kind != "tags":
-        return [task.labels[number] for number in numbers]
-    return [
-        [None if token < 0 else task.labels[numbers[row][token]] for token in firsts]
-        for row, firsts in enumerate(rows["first_tokens"])
-    ]
-
-
-def _predicted_spans(contexts: list[str], rows: Dataset, starts: np.ndarray, ends: np.ndarray) -> list[str]:
-    """The span of the context, in any of its windows, with the highest sum of start and end logit."""
-    best: dict[int, tuple[float, str]] = {}
-    for window, (example, offsets) in enumerate(zip(rows["example"], rows["offsets"], strict=True)):
-        context = np.array([number for number, (first, _) in enumerate(offsets) if first >= 0])
-        if not len(context):
-            continue
-        scores = starts[window][context][:, None] + ends[window][context][None, :]
-        allowed = np.tril(np.triu(np.ones_like(scores)), MAX_ANSWER_LENGTH - 1) > 0
-        scores = np.where(allowed, scores, -np.inf)
-        first, last = np.unravel_index(scores.argmax(), scores.shape)
-        if example not in best or scores[first, last] > best[example][0]:
-            text = contexts[example][offsets[context[first]][0] : offsets[context[last]][1]]
-            best[example] = (float(scores[first, last]), text.strip())
-    return [best[number][1] if number in best else "" for number in range(len(contexts))]

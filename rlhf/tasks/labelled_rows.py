@@ -1,0 +1,209 @@
+"""Labelled data → token ids, and a model's logits → labels, tags or spans.
+
+A decoder reads the class at the last token, which has seen the whole text: the eos token, put there by the tokenizer
+itself, so that the saved tokenizer does the same in `pipeline`. Between the two texts of a pair stands a newline.
+Encoders keep their own [CLS] and [SEP].
+"""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.errors import InputError
+from rlhf.models.sources import Source, is_decoder
+from rlhf.models.tokenizers import set_pad_token
+from rlhf.run.processes import main_process
+from rlhf.tasks.labelled import Task
+
+PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
+STRIDE = 64  # tokens that two windows of a long context share
+MAX_ANSWER_LENGTH = 30  # tokens of a predicted span, as in transformers' run_qa.py
+
+
+def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: str | None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right; a decoder's puts eos behind the text, a newline between two texts.
+
+    Raises:
+        InputError: if the tokenizer isn't a fast one (offsets are needed), or has no eos or pad token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"The tokenizer of {source.name} is not one of the tokenizers library (tokenizer.json). Convert it."
+        )
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if not is_decoder(config):
+        if tokenizer.pad_token_id is None:
+            raise InputError(
+                f"The tokenizer of {source.name} has no pad token. Set pad_token in tokenizer_config.json."
+            )
+        return tokenizer
+    if tokenizer.eos_token is None:
+        raise InputError(f"The tokenizer of {source.name} has no eos_token, at which the class is read. Set one.")
+    set_pad_token(tokenizer, source, pad_token)
+    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    bos = [tokenizer.bos_token] if starts_with_bos else []
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*bos, "$A", tokenizer.eos_token],
+        pair=[*bos, "$A", "newline", "$B:1", f"{tokenizer.eos_token}:1"],
+        special_tokens=[
+            *((token, tokenizer.convert_tokens_to_ids(token)) for token in {*bos, tokenizer.eos_token}),
+            {"id": "newline", "ids": newline, "tokens": tokenizer.convert_ids_to_tokens(newline)},
+        ],
+    )
+    return tokenizer
+
+
+def finetuning_rows(
+    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
+) -> Dataset:
+    """Rows for the Trainer: `input_ids`, `attention_mask` and what the head learns.
+
+    - sentences, pairs: `labels`, the label's number. Longer texts are cut; how many is printed.
+    - tags: `labels` of the tokens, -100 but for the first token of each word, and `first_tokens`, the number of that
+      token for each word (-1 if the word was cut off).
+    - spans: one row per window of the context; `start_positions` and `end_positions` are tokens of the first answer, or
+      of [CLS] (encoders) or eos (decoders) if the window hasn't got all of it; `example` is the number of its row and
+      `offsets` the characters of each of its context tokens, [-1, -1] for all other tokens.
+
+    Args:
+        what: name of the split, for the message.
+    """
+    numbers = {label: number for number, label in enumerate(task.labels)}
+    if task.kind == "spans":
+        encode, options = _encode_spans(tokenizer, max_length), {"with_indices": True}
+    elif task.kind == "tags":
+        encode, options = _encode_tags(tokenizer, max_length, numbers), {}
+    else:
+        encode, options = _encode_texts(tokenizer, max_length, numbers), {}
+    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {what}", **options)
+    if "cut" in encoded.column_names:
+        if (cut := sum(encoded["cut"])) and main_process():
+            print(f"{what}: {cut} of {len(encoded)} texts are longer than --max_length {max_length} and were cut.")
+        encoded = encoded.remove_columns("cut")
+    return encoded
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length, **PLAIN)
+        cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+        return {**encoded, "labels": [numbers[label] for label in batch["label"]], "cut": cut}
+
+    return encode
+
+
+def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(
+            [" ".join(tokens) for tokens in batch["tokens"]], truncation=True, max_length=max_length, **PLAIN
+        )
+        labels, firsts = [], []
+        for row, (tokens, tags) in enumerate(zip(batch["tokens"], batch["tags"], strict=True)):
+            starts = np.cumsum([0, *(len(token) + 1 for token in tokens[:-1])]).tolist()
+            found = [encoded.char_to_token(row, start) for start in starts]
+            firsts.append([-1 if token is None else token for token in found])
+            labels.append([-100] * len(encoded["input_ids"][row]))
+            for token, tag in zip(found, tags, strict=True):
+                if token is not None:
+                    labels[-1][token] = numbers[tag]
+        return {**encoded, "labels": labels, "first_tokens": firsts, "cut": [-1 in first for first in firsts]}
+
+    return encode
+
+
+def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        longest = max(len(ids) for ids in tokenizer(batch["question"], **PLAIN)["input_ids"])
+        if longest > max_length // 2:
+            raise InputError(
+                f"--max_length {max_length}: a question has {longest} tokens, more than half. Raise --max_length."
+            )
+        encoded = tokenizer(
+            batch["question"], batch["context"], truncation="only_second", max_length=max_length,
+            stride=min(STRIDE, max_length // 4), return_overflowing_tokens=True, return_offsets_mapping=True, **PLAIN,
+        )  # fmt: skip
+        examples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        starts, ends, kept = [], [], []
+        for window, example in enumerate(examples):
+            kept.append([
+                list(span) if sequence == 1 else [-1, -1]
+                for span, sequence in zip(offsets[window], encoded.sequence_ids(window), strict=True)
+            ])  # fmt: skip
+            answers = batch["answers"][example]
+            text = answers["text"][0]  # some of SQuAD's begin or end with a space, which no token of BERT's covers
+            first = answers["answer_start"][0] + len(text) - len(text.lstrip())
+            span = _token_span(kept[-1], first, first + len(text.strip()))
+            if span is None:
+                ids = encoded["input_ids"][window]
+                nowhere = 0 if tokenizer.cls_token_id == ids[0] else len(ids) - 1
+                span = (nowhere, nowhere)
+            starts.append(span[0])
+            ends.append(span[1])
+        positions = {"start_positions": starts, "end_positions": ends}
+        return {**encoded, **positions, "offsets": kept, "example": [indices[example] for example in examples]}
+
+    return encode
+
+
+def _token_span(offsets: list[list[int]], start: int, end: int) -> tuple[int, int] | None:
+    """First and last token that share a character with [start, end), or None if not all of it is in the window."""
+    inside = [number for number, (first, last) in enumerate(offsets) if first < end and last > start and first >= 0]
+    if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
+        return None
+    return inside[0], inside[-1]
+
+
+def data_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Pads a batch on the right, tags with -100."""
+    collator = DataCollatorForTokenClassification if task.kind == "tags" else DataCollatorWithPadding
+    return collator(tokenizer)
+
+
+def predicted(task: Task, rows: Dataset, logits: Any) -> list[Any]:
+    """What the model says about each test row.
+
+    Args:
+        rows: of `finetuning_rows` of the test split.
+        logits: as Trainer.predict gives them: (N, L) for sentences and pairs, (N, T, L) for tags, a pair of (N, T) for
+            spans, padded with -100.
+
+    Returns:
+        a label, a list of tags (None for a word that was cut off), or the text of a span, for each row of `task.test`.
+    """
+    if task.kind == "spans":
+        return _predicted_spans(task.test["context"], rows, *logits[:2])
+    numbers = logits.argmax(-1)
+    if task.kind != "tags":
+        return [task.labels[number] for number in numbers]
+    return [
+        [None if token < 0 else task.labels[numbers[row][token]] for token in firsts]
+        for row, firsts in enumerate(rows["first_tokens"])
+    ]
+
+
+def _predicted_spans(contexts: list[str], rows: Dataset, starts: np.ndarray, ends: np.ndarray) -> list[str]:
+    """The span of the context, in any of its windows, with the highest sum of start and end logit."""
+    best: dict[int, tuple[float, str]] = {}
+    for window, (example, offsets) in enumerate(zip(rows["example"], rows["offsets"], strict=True)):
+        context = np.array([number for number, (first, _) in enumerate(offsets) if first >= 0])
+        if not len(context):
+            continue
+        scores = starts[window][context][:, None] + ends[window][context][None, :]
+        allowed = np.tril(np.triu(np.ones_like(scores)), MAX_ANSWER_LENGTH - 1) > 0
+        scores = np.where(allowed, scores, -np.inf)
+        first, last = np.unravel_index(scores.argmax(), scores.shape)
+        if example not in best or scores[first, last] > best[example][0]:
+            text = contexts[example][offsets[context[first]][0] : offsets[context[last]][1]]
+            best[example] = (float(scores[first, last]), text.strip())
+    return [best[number][1] if number in best else "" for number in range(len(contexts))]
