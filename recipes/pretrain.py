@@ -21,20 +21,11 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
+from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_settings, check_tokenizer
+from rlhf.pretraining.model import new_config, new_model
+from rlhf.pretraining.rows import pretraining_rows
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer
-from rlhf.pretraining.trainer import (
-    NewModelConfig,
-    PretrainingConfig,
-    PretrainingTrainer,
-    check_settings,
-    check_tokenizer,
-    choices_of,
-    new_config,
-    new_model,
-    pretraining_collator,
-    pretraining_metrics,
-    pretraining_rows,
-)
+from rlhf.pretraining.trainer import PretrainingTrainer, choices_of, pretraining_collator, pretraining_metrics
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 

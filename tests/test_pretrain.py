@@ -39,22 +39,13 @@ from rlhf.pretraining.collators import (
     count_spans,
     random_lengths,
 )
+from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_settings, check_tokenizer
 from rlhf.pretraining.electra import ReplacedTokenModel
+from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
+from rlhf.pretraining.rows import packed_rows, pretraining_rows, sentence_pair_rows
 from rlhf.pretraining.tokenization import boundary, encode_texts, train_tokenizer
-from rlhf.pretraining.trainer import (
-    NewModelConfig,
-    PretrainingConfig,
-    PretrainingTrainer,
-    check_settings,
-    check_tokenizer,
-    new_config,
-    new_model,
-    packed_rows,
-    pretraining_collator,
-    pretraining_rows,
-    sentence_pair_rows,
-)
+from rlhf.pretraining.trainer import PretrainingTrainer, pretraining_collator
 from rlhf.starter.conversations import starter_dataset
 
 TEXTS = [

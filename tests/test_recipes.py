@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments
 
 from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError
-from rlhf.pretraining.trainer import NewModelConfig, PretrainingConfig
+from rlhf.pretraining.config import NewModelConfig, PretrainingConfig
 from rlhf.run.arguments import parse
 from rlhf.run.files import digest
 from rlhf.run.folders import command, last_checkpoint, write_digests

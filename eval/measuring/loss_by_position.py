@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.stats.intervals import difference, interval
-from rlhf.pretraining.trainer import PretrainingConfig, packed_rows
+from rlhf.pretraining.config import PretrainingConfig
+from rlhf.pretraining.rows import packed_rows
 
 
 def packed_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from eval.compression import bits_per_byte
-from rlhf.pretraining.trainer import PretrainingConfig, PretrainingTrainer, perplexity_of
+from rlhf.pretraining.config import PretrainingConfig
+from rlhf.pretraining.trainer import PretrainingTrainer, perplexity_of
 
 
 def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], dict[str, float]] | None:

@@ -1,0 +1,176 @@
+"""The settings of pretraining, and refusals of what can't work.
+
+| objective  | what is learned                                             | source                                    |
+|------------|-------------------------------------------------------------|-------------------------------------------|
+| `causal`   | the next token                                              | GPT-1; GPT-2                              |
+| `masked`   | hidden tokens, and whether a second text follows the first  | BERT, https://arxiv.org/abs/1810.04805    |
+| `replaced` | which tokens a small generator put in the original's place  | ELECTRA, https://arxiv.org/abs/2003.10555 |
+| `span`     | missing spans, written out one behind the other             | T5, https://arxiv.org/abs/1910.10683      |
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, field
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from rlhf.errors import InputError
+from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
+from rlhf.pretraining.collators import (
+    count_spans,
+)
+from rlhf.pretraining.electra import DETECTORS
+from rlhf.pretraining.tokenization import sentinel
+
+OBJECTIVES = ("causal", "masked", "replaced", "span")
+# causal heads whose bodies look ahead: they were trained by permutations or translation
+LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
+
+
+@dataclass
+class NewModelConfig:
+    """The model to make. Names are those of transformers' run_clm.py and of its configs."""
+
+    model_type: str = field(
+        default="llama", metadata={"help": "Architecture: gpt2, llama, bert, roformer, electra, t5, ..."}
+    )
+    tokenizer_name: str = field(
+        default="starter", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
+    )
+    hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers (of encoder and decoder each)."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; must divide hidden_size."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of the feed-forward layers. Default: 4 times hidden_size."}
+    )
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Longest context in tokens. Default: block_size."}
+    )
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Input embeddings are the output's, too."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability of all the architecture's dropouts."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, ...: eager is faster on a CPU. Default: transformers' choice."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Other settings of the config: rope_theta=20000,hidden_act=gelu"}
+    )
+
+
+@dataclass
+class PretrainingConfig(TrainingArguments):
+    """TrainingArguments and the objective."""
+
+    objective: str = field(default="causal", metadata={"help": "causal, masked, replaced or span."})
+    block_size: int = field(default=256, metadata={"help": "Tokens in a row of packed text."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that is masked or left out."})
+    next_sentence_prediction: bool = field(
+        default=False, metadata={"help": "masked: also learn whether the second of two texts follows the first."}
+    )
+    mean_noise_span_length: float = field(default=3.0, metadata={"help": "span: mean length of a missing span."})
+    generator_hidden_size: float = field(
+        default=0.25, metadata={"help": "replaced: width of the generator, as a share of the discriminator's."}
+    )
+    disc_weight: float = field(default=50.0, metadata={"help": "replaced: weight of the discriminator's loss."})
+    use_muon: bool = field(
+        default=False, metadata={"help": "Train the layers' matrices with Muon, the rest with AdamW."}
+    )
+    include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count the tokens of the input."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep False: the collators need columns that the model doesn't."}
+    )
+
+
+def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreTrainedConfig:
+    """The architecture's default config, once it is clear that it can learn the objective.
+
+    Raises:
+        InputError: if there is no such objective or architecture, or the one can't do the other.
+    """
+    kind, objective = model_args.model_type, args.objective
+    if objective not in OBJECTIVES:
+        raise InputError(f"--objective {objective}: unknown. Give one of {', '.join(OBJECTIVES)}.")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=1)
+        raise InputError(f"--model_type {kind}: unknown." + (f" Did you mean {near[0]}?" if near else ""))
+    if args.next_sentence_prediction and objective != "masked":
+        raise InputError(f"--next_sentence_prediction: goes with --objective masked, not with {objective}.")
+    config = AutoConfig.for_model(kind)
+    able, example = {
+        "causal": (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in LOOK_AHEAD, "gpt2 or llama"),
+        "masked": (type(config) in MODEL_FOR_MASKED_LM_MAPPING, "bert"),
+        "replaced": (kind in DETECTORS, "electra or roformer"),
+        "span": (type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "t5"),
+    }[objective]
+    if not able:
+        raise InputError(f"--objective {objective}: {kind} has no head for it. Give --model_type {example}.")
+    both = (MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING, MODEL_FOR_PRETRAINING_MAPPING)
+    if args.next_sentence_prediction and not all(type(config) in mapping for mapping in both):
+        raise InputError(f"--next_sentence_prediction: {kind} has no head for it. Give --model_type bert.")
+    return config
+
+
+def check_settings(args: PretrainingConfig, model_args: NewModelConfig) -> None:
+    """Refuse numbers that can't work, and objectives that the architecture can't do.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    check_objective(args, model_args)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(model_args, name) < 1:
+            raise InputError(f"--{name} {getattr(model_args, name)}: must be at least 1.")
+    if model_args.hidden_size % model_args.num_attention_heads:
+        raise InputError(
+            f"--num_attention_heads {model_args.num_attention_heads}: must divide --hidden_size "
+            f"{model_args.hidden_size}."
+        )
+    if args.block_size < 8:
+        raise InputError(f"--block_size {args.block_size}: must be at least 8.")
+    positions = model_args.max_position_embeddings
+    if positions is not None and positions < args.block_size:
+        raise InputError(f"--max_position_embeddings {positions}: less than --block_size {args.block_size}.")
+    for name, value, low, high in (
+        ("mlm_probability", args.mlm_probability, 0.0, 1.0),
+        ("generator_hidden_size", args.generator_hidden_size, 0.0, 1.0 + 1e-9),
+        ("dropout", model_args.dropout, -1e-9, 1.0),
+    ):
+        if not low < value < high:
+            raise InputError(f"--{name} {value}: must be a share between 0 and 1.")
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if args.use_muon and (args.fsdp or args.deepspeed or sharded):
+        raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed cut up. Give --use_muon false.")
+    if args.mean_noise_span_length < 1:
+        raise InputError(f"--mean_noise_span_length {args.mean_noise_span_length}: must be at least 1.")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, args: PretrainingConfig) -> None:
+    """Refuse a tokenizer without the special tokens that the objective needs.
+
+    Raises:
+        InputError: naming the tokens.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"--tokenizer_name {name}: has no fast version (tokenizer.json), which is needed here.")
+    vocabulary = tokenizer.get_vocab()
+    kinds = ("mask", "cls", "sep", "pad") if args.objective in ("masked", "replaced") else ("eos", "pad")
+    needed = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") is not None for kind in kinds}
+    if args.objective == "span":
+        _, spans = count_spans(args.block_size, args.mlm_probability, args.mean_noise_span_length)
+        needed[sentinel(spans - 1)] = sentinel(spans - 1) in vocabulary
+    missing = [token for token, there in needed.items() if not there]
+    if missing:
+        raise InputError(
+            f"--tokenizer_name {name}: has no {', '.join(missing)}, which --objective {args.objective} needs. Give a "
+            "tokenizer made by recipes/tokenizer.py (--extra_ids sets the number of sentinels)."
+        )
