@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from trl import ScriptArguments
 
-from eval.compression import bytes_per_token
+from eval.measuring.bits import bytes_per_token
 from eval.report import write_report
 from eval.stats.intervals import difference
 from rlhf.data.datasets import load_splits

@@ -27,7 +27,8 @@ from transformers import (
     pipeline,
 )
 
-from eval.compression import by_groups, in_groups, text_logprobs, xz_bits
+from eval.compression import by_groups
+from eval.measuring.bits import in_groups, text_logprobs, xz_bits
 from eval.measuring.pretraining import metrics_of_choices
 from eval.stats.intervals import interval
 from eval.stats.ngrams import KneserNey, discounts

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from eval.compression import bytes_per_token
+from eval.measuring.bits import bytes_per_token
 from rlhf.data.encoding import control_ids, encode_conversation, encode_messages
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve

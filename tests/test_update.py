@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 
 from rlhf.ppo.model import TokenOutputs, left_align, token_logprobs
-from rlhf.ppo.types import Advantages, Rollout, Scored
-from rlhf.ppo.update import minibatches, pack, ppo_loss, update
+from rlhf.ppo.types import Advantages, Rollout, Scored, pack
+from rlhf.ppo.update import minibatches, ppo_loss, update
 
 SETTINGS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
 

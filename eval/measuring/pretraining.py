@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from eval.compression import bits_per_byte
+from eval.measuring.bits import bits_per_byte
 from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.trainer import PretrainingTrainer, perplexity_of
 

@@ -1,13 +1,11 @@
 """The numbers that are logged for an update. README has a glossary of them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from rlhf.ppo.moments import Reduce, exact
 from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def batch_metrics(rollout: Rollout, scored: Scored, advantages: Advantages, reduce: Reduce) -> dict[str, float]:
@@ -88,11 +86,6 @@ def _means(rows: torch.Tensor, reduce: Reduce) -> torch.Tensor:
     rows = exact(rows)
     sums = reduce(torch.cat([rows.sum(1), torch.ones_like(rows[:1]).sum(1)]))
     return sums[:-1] / sums[-1]
-
-
-def exact(values: torch.Tensor) -> torch.Tensor:
-    """In float64, for sums of many; in float32 on Apple's GPUs, which have no float64."""
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def sample_table(rollout: Rollout, scores: torch.Tensor, rows: int) -> list[dict[str, Any]]:

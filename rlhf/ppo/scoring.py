@@ -9,10 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rlhf.comparisons import as_message
-from rlhf.ppo.metrics import exact
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
-from rlhf.ppo.types import Rewards, Rollout
-from rlhf.ppo.update import pack
+from rlhf.ppo.moments import exact
+from rlhf.ppo.types import Rewards, Rollout, pack
 from rlhf.rewards import RewardFunction, call_rewards, reward_name
 
 

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
+
 
 class Rollout(NamedTuple):
     """Prompts with the completions that the policy sampled for them."""
@@ -61,3 +63,36 @@ class UpdateStats(NamedTuple):
     grad_norm: float
     ptx_loss: float  # language model loss per token of PPO-ptx; 0 without it
     steps: int  # optimizer steps taken; fewer than asked for if target_kl ended the update
+
+
+class LossSums(NamedTuple):
+    """Sums over completion tokens, 0-dimensional float32. Divided by the minibatch's tokens they are means."""
+
+    loss: torch.Tensor
+    policy_loss: torch.Tensor
+    value_loss: torch.Tensor
+    approxkl: torch.Tensor
+    clipped: torch.Tensor
+    value_clipped: torch.Tensor
+    entropy: torch.Tensor
+    ratio: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """Some rows of a rollout, as the models take them. (B, L) int64, left-padded, and (B,) int64."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    lengths: torch.Tensor  # completion tokens
+
+
+def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
+    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest of them."""
+    mask = rollout.attention_mask[rows].bool()
+    totals = mask.sum(1)
+    width = int(totals.max())
+    packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
+    kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
+    # padding becomes 0: a pad token may lie outside of the embeddings, and masked, any other token does as well
+    packed[kept] = rollout.input_ids[rows][mask]
+    return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))

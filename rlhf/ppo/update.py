@@ -9,20 +9,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.ppo.model import TokenOutputs
-from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
-
-
-class LossSums(NamedTuple):
-    """Sums over completion tokens, 0-dimensional float32. Divided by the minibatch's tokens they are means."""
-
-    loss: torch.Tensor
-    policy_loss: torch.Tensor
-    value_loss: torch.Tensor
-    approxkl: torch.Tensor
-    clipped: torch.Tensor
-    value_clipped: torch.Tensor
-    entropy: torch.Tensor
-    ratio: torch.Tensor
+from rlhf.ppo.types import Advantages, LossSums, Rollout, Scored, UpdateStats, pack
 
 
 def ppo_loss(
@@ -84,26 +71,6 @@ def minibatches(
         for minibatch in torch.randperm(len(lengths), generator=generator).chunk(num_mini_batches):
             by_length = lengths[minibatch].argsort(stable=True)
             yield list(minibatch[by_length].split(micro_batch_size))
-
-
-class Rows(NamedTuple):
-    """Some rows of a rollout, as the models take them. (B, L) int64, left-padded, and (B,) int64."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    lengths: torch.Tensor  # completion tokens
-
-
-def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest of them."""
-    mask = rollout.attention_mask[rows].bool()
-    totals = mask.sum(1)
-    width = int(totals.max())
-    packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
-    kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
-    # padding becomes 0: a pad token may lie outside of the embeddings, and masked, any other token does as well
-    packed[kept] = rollout.input_ids[rows][mask]
-    return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))
 
 
 class PtxBatch(NamedTuple):
