@@ -30,9 +30,6 @@ SPLIT_SEED = 20
 ROLES = ("system", "user", "assistant", "tool")
 
 
-# ---------------------------------------------------------------------------------------------- loading
-
-
 def looks_local(name: str) -> bool:
     """Whether a name that may be a Hub id is plainly a path: the Hub has no such ids, so asking it would be in vain."""
     return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
@@ -170,9 +167,3 @@ def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
                     raise InputError(f"{where}: role {message['role']!r} is unknown. Roles are {', '.join(ROLES)}.")
                 if not isinstance(message["content"], str) or not message["content"].strip():
                     raise InputError(f"{where}: the {message['role']} message has no text. Remove the row or fill it.")
-
-
-# ---------------------------------------------------------------------------------------------- token ids
-
-
-# ---------------------------------------------------------------------------------------------- what trainers take

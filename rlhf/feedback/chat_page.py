@@ -8,8 +8,7 @@ from typing import Any
 from rlhf.comparisons import Messages
 from rlhf.errors import InputError
 from rlhf.feedback.chat import PLACES, Chat, Conversation
-from rlhf.feedback.serving import serve, wait  # there Gradio is told to keep to itself, before it is imported
-from rlhf.feedback.vote_page import gr  # there Gradio is told to keep to itself, before it is imported
+from rlhf.feedback.serving import gr, serve, wait  # gr: there Gradio is told to keep to itself
 
 STYLE = """<style>
 .gradio-container main { max-width: 60rem !important; margin: 0 auto; }

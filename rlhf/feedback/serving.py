@@ -1,14 +1,16 @@
 """Serving a page on this machine until people are done."""
 
+import os
 import signal
 import socket
 import threading
 from typing import Any
 
-import gradio as gr
-
 from rlhf.errors import InputError
-from rlhf.feedback.vote_page import gr  # there Gradio is told to keep to itself, before it is imported
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported: nothing leaves the machine
+
+import gradio as gr
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 

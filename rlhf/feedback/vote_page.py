@@ -1,17 +1,11 @@
 """The page on which people compare replies, and the labeler behind it."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from rlhf.feedback.serving import serve, wait
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported: nothing leaves the machine
-
-import gradio as gr
-
 from rlhf.comparisons import Comparison, Prompt, Task
 from rlhf.errors import InputError
+from rlhf.feedback.serving import gr, serve, wait
 from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, check_labeler, now
 from rlhf.run.files import write_json
 

@@ -60,14 +60,14 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
     if path.exists() or looks_local(name):
         raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
     revision = None if revision == "main" else revision
-    if _hub_file(name, "adapter_config.json", flag, revision):
+    if hub_file(name, "adapter_config.json", flag, revision):
         return _resolve_adapter(name, name, flag, revision)
-    if not _hub_file(name, "config.json", flag, revision):
+    if not hub_file(name, "config.json", flag, revision):
         raise InputError(f"{flag} {name}: this Hub repo has neither config.json nor adapter_config.json.")
     return Source(name, name, None, revision, None)
 
 
-def _hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
+def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
     cached = try_to_load_from_cache(repo, file, revision=revision)
     if isinstance(cached, str):
         return True

@@ -10,7 +10,7 @@ from transformers import (
 from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
-from rlhf.models.sources import Source, _hub_file, base_revision, resolve
+from rlhf.models.sources import Source, base_revision, hub_file, resolve
 
 # Tokens that model families keep for padding or never use, in order of preference.
 PAD_CANDIDATES = (
@@ -96,7 +96,7 @@ def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> N
 def _has_tokenizer(adapter: str, revision: str | None) -> bool:
     if Path(adapter).is_dir():
         return (Path(adapter) / "tokenizer_config.json").exists()
-    return _hub_file(adapter, "tokenizer_config.json", "--model_name_or_path", revision)
+    return hub_file(adapter, "tokenizer_config.json", "--model_name_or_path", revision)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:

@@ -18,8 +18,8 @@ from trl.trainer.utils import print_prompt_completions_sample
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import VALUE, add_value_adapter
-from rlhf.ppo import checkpoint
 from rlhf.ppo.advantages import estimate_advantages
+from rlhf.ppo.checkpoint import drop_old, load, load_weights, save, save_random_state, save_samples, written_aside
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.metrics import batch_metrics, reward_metrics, sample_table, update_metrics
@@ -387,7 +387,7 @@ class PPOTrainer(TRLPPOTrainer):
     def _end(self) -> None:
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             best = Path(self.state.best_model_checkpoint)
-            checkpoint.load_weights(best, self.accelerator.unwrap_model(self.model))
+            load_weights(best, self.accelerator.unwrap_model(self.model))
             if self.is_world_process_zero():
                 print(f"Kept the best checkpoint, {best.name}: {self.args.metric_for_best_model} "
                       f"{self.state.best_metric:.4g}.")  # fmt: skip
@@ -525,7 +525,7 @@ class PPOTrainer(TRLPPOTrainer):
         for name, value in reward_metrics(held_out.by_function, self._sum).items():
             if name.endswith("/mean"):
                 metrics[f"held_out/{name.split('/')[1]}"] = value
-        checkpoint.save_samples(self.args, self.state.global_step, prefix, sample_table(rollout, rewards.scores, 32))
+        save_samples(self.args, self.state.global_step, prefix, sample_table(rollout, rewards.scores, 32))
         metrics["runtime"] = time.perf_counter() - start
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
@@ -575,18 +575,18 @@ class PPOTrainer(TRLPPOTrainer):
         }
         module, rank = self.accelerator.unwrap_model(self.model), self.accelerator.process_index
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with checkpoint.written_aside(folder, self.args.should_save, self.accelerator.wait_for_everyone) as working:
-            checkpoint.save_random_state(working, rank)
+        with written_aside(folder, self.args.should_save, self.accelerator.wait_for_everyone) as working:
+            save_random_state(working, rank)
             if self.args.should_save:
-                checkpoint.save(working, module, self.optimizer, self.lr_scheduler, state)
+                save(working, module, self.optimizer, self.lr_scheduler, state)
                 self.save_model(str(working))
         if self.args.should_save:
             best = self.state.best_model_checkpoint if self.args.metric_for_best_model else None
-            checkpoint.drop_old(self.args.output_dir, self.args.save_total_limit, keep=best)
+            drop_old(self.args.output_dir, self.args.save_total_limit, keep=best)
 
     def _load_checkpoint(self, folder: Path) -> None:
         module, rank = self.accelerator.unwrap_model(self.model), self.accelerator.process_index
-        state = checkpoint.load(folder, module, self.optimizer, self.lr_scheduler, rank)
+        state = load(folder, module, self.optimizer, self.lr_scheduler, rank)
         self.state.global_step, self.state.episode = state["step"], state["episode"]
         self.state.log_history, self.kl_coef = state["log"], state["kl_coef"]
         self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = state["best"]

@@ -4,8 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
-
 
 class Rollout(NamedTuple):
     """Prompts with the completions that the policy sampled for them."""

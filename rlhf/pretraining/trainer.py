@@ -23,17 +23,6 @@ from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.electra import ReplacedTokenModel
 from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
 
-# ---------------------------------------------------------------------------------------------- what can't work
-
-
-# ---------------------------------------------------------------------------------------------- rows
-
-
-# ---------------------------------------------------------------------------------------------- model
-
-
-# ---------------------------------------------------------------------------------------------- trainer
-
 
 def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig) -> Any:
     """The collator that makes the objective's inputs and labels out of rows."""

@@ -17,7 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import TrlParser
 
 from rlhf.errors import InputError
-from rlhf.run.processes import _use_all_cores, cpu_has_bfloat16, main_process
+from rlhf.run.processes import cpu_has_bfloat16, main_process, use_all_cores
 from rlhf.starter.model import STARTER
 
 
@@ -39,7 +39,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     """
     # TRL and PEFT still ask for the old name of activation checkpointing; nothing a user could do about it
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
-    _use_all_cores()
+    use_all_cores()
     given = list(sys.argv[1:] if args is None else args)
     default = Path(recipe).resolve().parents[1] / "recipes" / "configs" / f"{Path(recipe).stem}.yaml"
     if not any(word == "--config" or word.startswith("--config=") for word in given) and default.exists():

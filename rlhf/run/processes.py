@@ -14,7 +14,7 @@ def cpu_has_bfloat16() -> bool:
     return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def _use_all_cores() -> None:
+def use_all_cores() -> None:
     """Without a GPU, undo the single thread that `accelerate launch` and torchrun give a process by default."""
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():

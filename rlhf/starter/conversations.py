@@ -27,7 +27,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from rlhf.errors import InputError
-from rlhf.starter.model import _package_folder
+from rlhf.starter.model import package_folder
 
 SEED = 20
 # Share of the conversations and number of (train, test) rows of each part. The rows are what a 2-core laptop trains on
@@ -57,7 +57,7 @@ def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _conversations() -> dict[str, list[dict[str, Any]]]:
     """All conversations by part, in an order drawn with a fixed seed."""
-    folder = _package_folder("chitchat_dataset", "pip install chitchat-dataset")
+    folder = package_folder("chitchat_dataset", "pip install chitchat-dataset")
     with open(folder / "dataset.json", encoding="utf-8") as file:
         conversations = json.load(file)
     names = sorted(conversations)

