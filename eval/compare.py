@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
-from eval.measuring.comparison import Comparison, compare, differences_of
+from eval.measuring.comparison import ComparedModels, compare, differences_of
 from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
@@ -97,7 +97,7 @@ def judges_of(
     return make_judges(names, settings, model_args, tokenizer, arguments.output_dir, arguments.seed)
 
 
-def print_results(results: dict[str, Any], comparison: Comparison, reference: str) -> None:
+def print_comparison(results: dict[str, Any], comparison: ComparedModels, reference: str) -> None:
     """The table of metrics, and five prompts with every model's reply."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     names, rows = table_rows(results)
@@ -173,7 +173,7 @@ def main() -> None:
             for number, prompt in enumerate(comparison.prompts)
         ],
     )
-    print_results(results, comparison, arguments.reference)
+    print_comparison(results, comparison, arguments.reference)
     print(f"Written: {folder / 'results.json'} and samples.jsonl")
     if all(judge.finished for judge in judges.values()):
         finish_run(arguments.output_dir, {})

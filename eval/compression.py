@@ -23,7 +23,7 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.drawing.figures import compression_figure, save_figure
 from eval.measuring.bits import bits_per_byte, in_groups, ngram_bits, xz_bits
-from eval.measuring.replies import loaded
+from eval.measuring.replies import loaded_model
 from eval.report import write_report
 from eval.stats.intervals import difference, interval
 from rlhf.data.datasets import load_splits
@@ -71,7 +71,7 @@ def measure(
     cells = {}
     for name, source in sources.items():
         window = min(args.max_length, context_length(source) or args.max_length)
-        with loaded(source, model_args) as (model, tokenizer):
+        with loaded_model(source, model_args) as (model, tokenizer):
             cells[name] = bits_per_byte(model, tokenizer, texts, window, args.per_device_eval_batch_size)
     cells[f"{args.ngram_order}-gram"] = interval(bits, sizes)
     in_bytes = [sum(group) for group in in_groups(sizes, GROUPS)]

@@ -46,7 +46,7 @@ from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS
-from rlhf.tasks.instructions import TaskArguments, load_tasks, worded
+from rlhf.tasks.instructions import TaskArguments, load_tasks, word_instructions
 
 POOL = 200  # training rows per task that examples are drawn from
 
@@ -68,7 +68,7 @@ class InContextArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
-def print_results(results: dict[str, Any]) -> None:
+def print_accuracies(results: dict[str, Any]) -> None:
     """Accuracy by number of examples, whether they help, and how a baseline did."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     numbers = [str(number) for number in results["num_fewshot"]]
@@ -150,7 +150,10 @@ def questions(
                 "examples from. Give at most as many."
             )
     return {
-        task.name: {"train": worded(task, task.train, **wording), "test": worded(task, task.test, **wording)}
+        task.name: {
+            "train": word_instructions(task, task.train, **wording),
+            "test": word_instructions(task, task.test, **wording),
+        }
         for task in tasks
     }
 
@@ -194,7 +197,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lm_eval")},
     }  # fmt: skip
     write_json(folder / "results.json", json.loads(json.dumps(results)))
-    print_results(results)
+    print_accuracies(results)
     print(f"Written: {folder / 'results.json'} and answers")
     finish_run(args.output_dir, {})
     print(f"Report: {write_report(args.output_dir)}")

@@ -23,9 +23,9 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.drawing.figures import overoptimization_figure, save_figure
 from eval.measuring.comparison import sample_replies, split
-from eval.measuring.replies import loaded, reply_logprobs
+from eval.measuring.replies import loaded_model, reply_logprobs
 from eval.report import write_report
-from eval.stats.fits import Kind, best_of_n, best_of_n_kl, fit, to_keep
+from eval.stats.fits import CurveKind, best_of_n, best_of_n_kl, fit, to_keep
 from eval.stats.intervals import interval
 from rlhf.comparisons import as_message
 from rlhf.data.datasets import load_splits
@@ -64,7 +64,7 @@ class OverOptimizationArguments:
     seed: int = field(default=42, metadata={"help": "Seed of sampling."})
 
 
-def read_run(folder: str | None) -> dict[str, Any]:
+def read_ppo_run(folder: str | None) -> dict[str, Any]:
     """Settings of the PPO run in a folder.
 
     Raises:
@@ -121,7 +121,7 @@ def measure_policies(
     sampled, own = {}, {}
     most = max(1, arguments.best_of_n)
     for name, source in sources.items():
-        with loaded(source, model_args) as (model, tokenizer):
+        with loaded_model(source, model_args) as (model, tokenizer):
             ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
             sampled[name] = sample_replies(model, tokenizer, ids, 1 if texts else most, arguments, name)
             if not texts:
@@ -129,7 +129,7 @@ def measure_policies(
             own[name] = reply_logprobs(model, tokenizer, ids, sampled[name]["ids"], description=f"{name}: itself").sums
             texts[name] = sampled[name]["texts"]
     reference = next(iter(sources))
-    with loaded(sources[reference], model_args) as (model, tokenizer):
+    with loaded_model(sources[reference], model_args) as (model, tokenizer):
         for name in sources:
             under = own[name] if name == reference else reply_logprobs(
                 model, tokenizer, ids, sampled[name]["ids"], description=f"{name} under {reference}"
@@ -154,7 +154,7 @@ def best_of_n_points(prompts: list, candidates: dict[str, Any], scorer: Scorer, 
     return points
 
 
-def fits_of(points: list[dict[str, Any]], kind: Kind) -> dict[str, Any]:
+def fits_of(points: list[dict[str, Any]], kind: CurveKind) -> dict[str, Any]:
     """The curve of each score in points of one kind; the first of them is the start."""
     start, later = points[0], [point for point in points[1:] if point["kl"]["mean"] > 0]
     distance = np.sqrt([point["kl"]["mean"] for point in later])
@@ -181,7 +181,7 @@ def main() -> None:
     script_args, arguments, model_args = parse(__file__, ScriptArguments, OverOptimizationArguments, ModelConfig)
     need_one_process(__file__)
     folder = model_args.model_name_or_path
-    run = read_run(folder)
+    run = read_ppo_run(folder)
     fill_in(arguments, script_args, run)
     start = run.get("sft_model_path") or run.get("model_name_or_path")
     sources = {"start": resolve(start, "the run's --model_name_or_path", run.get("model_revision"))}

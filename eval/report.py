@@ -105,7 +105,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-def draw(folder: Path) -> list[tuple[Path, str]]:
+def draw_run(folder: Path) -> list[tuple[Path, str]]:
     """Draw the pictures of one run into its folder: how its training went, and what its results show.
 
     Returns:
@@ -118,7 +118,7 @@ def draw(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / "training.png", f"Training of {folder.name}."), *draw_pictures(folder)]
 
 
-def names_of(folders: list[Path]) -> dict[Path, str]:
+def run_names(folders: list[Path]) -> dict[Path, str]:
     """What the page calls each run: its folder's name, with the parent folder's where two runs have the same."""
     paths = [folder.resolve() for folder in folders]
     count = Counter(path.name for path in paths)
@@ -135,7 +135,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
     run = read_json(folder / RUN_FILE)
     settings = {key: value for key, value in run["settings"].items() if not key.endswith("hub_token")}
     results = metrics or run.get("metrics") or {}
-    pictures = draw(folder)
+    pictures = draw_run(folder)
     return {
         "name": names[folder.resolve()],
         "recipe": run["recipe"],
@@ -185,7 +185,7 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
         return None
     folder = Path(output_dir)
     folders = find_runs(folder)
-    names = names_of(folders)
+    names = run_names(folders)
     runs = [describe(path, names, metrics if path.resolve() == folder.resolve() else None) for path in folders]
     samples = samples_of(folders)
     tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]

@@ -23,7 +23,7 @@ from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback.labelers import LabelerArguments, check_labeler, make_labeler
+from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, push_request
 from rlhf.models.loading import load_causal_lm
@@ -60,7 +60,7 @@ def main() -> None:
     )
     need_one_process(__file__)
     push = push_request(collect_args)
-    check_labeler(labeler_args.labeler)
+    check_labeler_kind(labeler_args.labeler)
     for flag, least in (("num_generations", 2), ("max_prompts", 1), ("max_new_tokens", 1), ("temperature", 1e-3)):
         value = getattr(collect_args, flag)
         if value is not None and value < least:

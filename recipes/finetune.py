@@ -34,7 +34,7 @@ from rlhf.tasks.finetuning import (
     load_options,
     share_right,
 )
-from rlhf.tasks.labelled import KINDS, read_task
+from rlhf.tasks.labelled import LABEL_KINDS, read_task
 from rlhf.tasks.labelled_rows import data_collator, finetuning_rows, load_reading_tokenizer
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         datasets=[script_args.dataset_name],
         metrics=measured,
         repo_id=push and push.repo_id,
-        auto_class=KINDS[task.kind].auto_class.__name__,
+        auto_class=LABEL_KINDS[task.kind].auto_class.__name__,
         load_options=load_options(task, config),
     )
     finish_run(training_args.output_dir, metrics)

@@ -28,7 +28,7 @@ from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
-from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, load_tasks, worded
+from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, load_tasks, word_instructions
 
 
 @dataclass
@@ -58,9 +58,9 @@ def main() -> None:
     trained_on, held_out = hold_out(tasks, args.held_out_clusters)
     wording = {"num_templates": args.num_templates, "include_options": task_args.include_options}
     rows = {
-        "train": [row for task in trained_on for row in worded(task, task.train, **wording)],
-        "test": [row for task in trained_on for row in worded(task, task.test, **wording)],
-        "held_out": [row for task in held_out for row in worded(task, task.test, **wording)],
+        "train": [row for task in trained_on for row in word_instructions(task, task.train, **wording)],
+        "test": [row for task in trained_on for row in word_instructions(task, task.test, **wording)],
+        "held_out": [row for task in held_out for row in word_instructions(task, task.test, **wording)],
     }
     if not start_run(__file__, args.output_dir, script_args, task_args, args):
         return

@@ -21,7 +21,7 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, push_request, write_card
-from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_settings, check_tokenizer
+from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_pretraining, check_special_tokens
 from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer
@@ -33,7 +33,7 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
-    check_settings(training_args, model_args)
+    check_pretraining(training_args, model_args)
     push = push_request(training_args)
 
     # Data
@@ -42,7 +42,7 @@ def main() -> None:
 
     # Tokenizer
     tokenizer = resolve_tokenizer(model_args.tokenizer_name)
-    check_tokenizer(tokenizer, model_args.tokenizer_name, training_args)
+    check_special_tokens(tokenizer, model_args.tokenizer_name, training_args)
     frame(tokenizer, training_args.objective)
     train_rows = pretraining_rows(train, tokenizer, training_args, "train")
     test_rows = pretraining_rows(test, tokenizer, training_args, "test")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eval.report import write_report
 from rlhf.errors import InputError, report_errors
-from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, summarize, verdicts
+from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
@@ -81,10 +81,10 @@ def main() -> None:
     for number in range(1, args.rounds + 1):
         if not run_round(args, number):
             return print(f"Round {number} waits for more comparisons: the same command goes on.")
-        summary = summarize(args.output_dir, number)
+        summary = summarize_rounds(args.output_dir, number)
 
     # Report
-    print("\n".join(["", *verdicts(summary), f"Written: {Path(args.output_dir) / ROUNDS_FILE}"]))
+    print("\n".join(["", *round_verdicts(summary), f"Written: {Path(args.output_dir) / ROUNDS_FILE}"]))
     truth = summary["rounds"][-1]["truth"]
     finish_run(args.output_dir, {"rounds": args.rounds, summary["truth_name"]: truth and truth["mean"]})
     print(f"Report: {write_report(args.output_dir)}")

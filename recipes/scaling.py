@@ -20,7 +20,14 @@ from trl import ScriptArguments
 
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
-from eval.stats.scaling_laws import SCALING_FILE, check_forecast, fit_sweep, forecast_larger, results_of, verdicts
+from eval.stats.scaling_laws import (
+    SCALING_FILE,
+    check_forecast,
+    fit_sweep,
+    forecast_larger,
+    results_of,
+    scaling_verdicts,
+)
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
@@ -83,7 +90,7 @@ def main() -> None:
     write_json(Path(args.output_dir) / SCALING_FILE, summary)
 
     # Report
-    print("\n".join(["", *verdicts(summary)]))
+    print("\n".join(["", *scaling_verdicts(summary)]))
     finish_run(args.output_dir, results_of(summary))
     print(f"Report: {write_report(args.output_dir)}")
 

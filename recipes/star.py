@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments
 
-from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize
+from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.errors import InputError, report_errors
@@ -32,7 +32,7 @@ from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
-from rlhf.tasks.star import Solver, check_settings, gather_solutions, problem_rows, solve_held_out, write_solutions
+from rlhf.tasks.star import Solver, check_star, gather_solutions, problem_rows, solve_held_out, write_solutions
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main() -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
     if not Path(args.sft_config).is_file():
         raise InputError(f"--sft_config {args.sft_config}: no such file.")
-    check_settings(args, model_args)
+    check_star(args, model_args)
 
     # Data
     train, test = load_splits(script_args, "problems")
@@ -86,7 +86,7 @@ def main() -> None:
         if not (folder / HELD_OUT_FILE).exists():
             count = 0 if number else args.num_generations  # the base's samples are the baselines
             write_jsonl(folder / HELD_OUT_FILE, solve_held_out(solver, held_out, count, args.seed))
-        summary = summarize(args.output_dir, number)
+        summary = summarize_solving(args.output_dir, number)
         if number < args.rounds:
             following = folders[number + 1]
             if not (following / SOLUTIONS / "train.jsonl").exists():

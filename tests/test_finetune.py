@@ -40,22 +40,22 @@ from rlhf.starter.labels import NAMES, finetuning_dataset
 from rlhf.tasks.finetuning import (
     FinetuneArguments,
     FinetuningTrainer,
+    auxiliary_loss,
     check_arguments,
     finetuning_config,
     in_float32,
     language_model_head,
-    language_model_loss,
     load_finetuning_model,
     load_options,
 )
-from rlhf.tasks.labelled import KINDS, read_task
+from rlhf.tasks.labelled import LABEL_KINDS, read_task
 from rlhf.tasks.labelled_rows import (
     _encode_spans,
     _encode_texts,
     data_collator,
     finetuning_rows,
     load_reading_tokenizer,
-    predicted,
+    predict_labels,
 )
 
 LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules="all-linear")
@@ -191,7 +191,7 @@ def test_tags_stand_at_the_first_token_of_each_word(bases, base):
     # what is read off the logits are the tags again; a word beyond the end has none
     logits = np.eye(3)[np.maximum(0, [row["labels"]])]
     rows = [{**row, "first_tokens": [*row["first_tokens"][:-1], -1]}]
-    tags = predicted(made.task, Dataset.from_list(rows), logits)[0]
+    tags = predict_labels(made.task, Dataset.from_list(rows), logits)[0]
     assert tags == [*made.task.train["tags"][2][:-1], None]
 
 
@@ -215,7 +215,7 @@ def test_spans_are_found_in_whichever_window_has_them(bases, base):
         logits.append([5.0 * np.eye(length)[start], 5.0 * np.eye(length)[end]])
     assert len(whole) == len(rows)
     starts, ends = np.array(logits).transpose(1, 0, 2)
-    assert predicted(made.task, made.rows, (starts, ends)) == ["a long walk"] * len(rows)
+    assert predict_labels(made.task, made.rows, (starts, ends)) == ["a long walk"] * len(rows)
     # an end before its start, and spans of more than 30 tokens, are never chosen
     offsets = [[-1, -1], *([n, n + 1] for n in range(40)), [-1, -1]]
     rows = Dataset.from_list([{"example": 0, "offsets": offsets}])
@@ -223,9 +223,9 @@ def test_spans_are_found_in_whichever_window_has_them(bases, base):
     starts[0, 35], ends[0, 3], ends[0, 38] = 3, 5, 4
     starts[0, 0] = ends[0, 41] = 99  # no characters of the context
     task = SimpleNamespace(kind="spans", test={"context": ["0123456789" * 4]})
-    assert predicted(task, rows, (starts, ends)) == ["4567"]
+    assert predict_labels(task, rows, (starts, ends)) == ["4567"]
     starts[0, 1], ends[0, 38] = 9, 9
-    assert len(predicted(task, rows, (starts, ends))[0]) <= 30
+    assert len(predict_labels(task, rows, (starts, ends))[0]) <= 30
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -343,7 +343,7 @@ def test_an_adapter_comes_back_with_plain_peft(bases, base, kind, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     batch = made.tokenizer.pad(made.rows.select_columns(["input_ids", "attention_mask"])[:2], return_tensors="pt")
     torch.manual_seed(9)
-    loaded = KINDS[kind].auto_class.from_pretrained(bases[base], **load_options(made.task, made.config))
+    loaded = LABEL_KINDS[kind].auto_class.from_pretrained(bases[base], **load_options(made.task, made.config))
     loaded = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
         expected, found = made.model.eval()(**batch)[0], loaded(**batch)[0]
@@ -366,7 +366,7 @@ def test_the_auxiliary_loss_is_that_of_the_language_model_and_is_added_with_its_
         each.append(whole(input_ids=text, labels=text).loss.item())
     made.model.eval()
     outputs = made.model(**batch, output_hidden_states=True)
-    auxiliary = language_model_loss(outputs.hidden_states[-1], made.head, batch["input_ids"], batch["attention_mask"])
+    auxiliary = auxiliary_loss(outputs.hidden_states[-1], made.head, batch["input_ids"], batch["attention_mask"])
     assert auxiliary.item() == pytest.approx(np.mean(each), rel=1e-5)
     trainer = trainer_of(made, tmp_path)
     assert trainer.compute_loss(made.model, dict(batch)).item() == pytest.approx(outputs.loss.item())

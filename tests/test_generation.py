@@ -3,14 +3,14 @@
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.models.generation import draw, generate, left_pad, sample_completions
+from rlhf.models.generation import draw_tokens, generate, left_pad, sample_completions
 from rlhf.models.prefix import positions_of
 
 
 def test_draw_follows_the_distribution():
     torch.manual_seed(0)
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    tokens, logprobs = draw(probabilities.log().repeat(20_000, 1))
+    tokens, logprobs = draw_tokens(probabilities.log().repeat(20_000, 1))
     shares = torch.bincount(tokens, minlength=4) / 20_000
     assert torch.allclose(shares, probabilities, atol=0.015)
     assert shares[1] == 0

@@ -19,7 +19,7 @@ from eval.measuring.harness import (
     against,
     find_tasks,
     sharpen_head,
-    summarize,
+    summarize_answers,
     write_task,
 )
 from rlhf.data.encoding import encode_messages
@@ -157,7 +157,7 @@ def answered(scores, cluster="c"):
 def test_results_by_hand():
     none = {"a": answered([0, 0, 1, 1]), "b": answered([1, 1]), "other": [{"score": 1.0, "doc": {}}] * 2}
     some = {"a": answered([1, 1, 1, 1]), "b": answered([0, 1]), "other": [{"score": 0.0, "doc": {}}] * 2}
-    results = summarize({0: none, 4: some}, seed=0)
+    results = summarize_answers({0: none, 4: some}, seed=0)
     assert results["tasks"]["a"]["0"]["mean"] == 0.5 and results["tasks"]["a"]["4"]["mean"] == 1
     assert results["differences"]["a"]["mean"] == 0.5 and results["differences"]["b"]["mean"] == -0.5
     assert results["clusters"] == {"c": {"0": results["clusters"]["c"]["0"], "4": results["clusters"]["c"]["4"]}}

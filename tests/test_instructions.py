@@ -21,7 +21,7 @@ from rlhf.tasks.instructions import (
     load_tasks,
     read_templates,
     render,
-    worded,
+    word_instructions,
 )
 
 MINE = """
@@ -68,7 +68,9 @@ def test_every_starter_task_has_ten_templates_that_fit_its_rows(name):
     assert (file.task, file.cluster) == (name, TASKS[name].cluster)
     assert len(file.templates) >= 10
     assert len({template.prompt for template in file.templates}) == len(file.templates)
-    rows = worded(InstructionTask(name, file.cluster, file.templates, splits["train"], splits["test"]), splits["test"])
+    rows = word_instructions(
+        InstructionTask(name, file.cluster, file.templates, splits["train"], splits["test"]), splits["test"]
+    )
     assert {row["template"] for row in rows} == {template.name for template in file.templates}
     for row in rows:
         assert len(set(row["choices"])) == len(row["choices"]) and all(row["choices"]) and row["prompt"].strip()
@@ -80,7 +82,7 @@ def test_rendering_by_hand():
     assert render(fixed, row) == ("I love {{ it }}: bad or good?", ["bad", "good"])
     each = Template("b", "{{ text }}\n", None, "It is {{ choice | upper }}.")
     assert render(each, row) == ("I love {{ it }}", ["It is NEGATIVE.", "It is POSITIVE."])
-    listed = worded(InstructionTask("t", "c", [fixed, each], [], []), [row, row], include_options=True)
+    listed = word_instructions(InstructionTask("t", "c", [fixed, each], [], []), [row, row], include_options=True)
     assert [instruction["prompt"] for instruction in listed] == [
         "I love {{ it }}: bad or good?",
         "I love {{ it }}\nOptions:\n- It is NEGATIVE.\n- It is POSITIVE.",
@@ -126,7 +128,7 @@ def test_a_bad_template_is_named(change, message, tmp_path):
     tasks = {"tasks": ["addition"]} if "addition" in change[1] else {}
     with pytest.raises(InputError) as error:
         for task in load(tmp_path, MINE.replace(*change), GOOD, **tasks):
-            worded(task, task.train)
+            word_instructions(task, task.train)
     assert message in str(error.value)
 
 
@@ -212,7 +214,7 @@ def test_the_recipe_is_done_once_and_says_what_is_wrong(made, tmp_path, monkeypa
 def test_the_same_seed_gives_the_same_instructions():
     def rows(seed):
         (task,) = load_tasks(ScriptArguments(dataset_name="starter"), TaskArguments(tasks=["addition"]), 8, 8, seed)
-        return worded(task, task.train)
+        return word_instructions(task, task.train)
 
     assert rows(1) == rows(1) != rows(2)
     assert all(cluster in {task.cluster for task in TASKS.values()} for cluster in CLUSTERS)

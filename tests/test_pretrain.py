@@ -40,7 +40,7 @@ from rlhf.pretraining.collators import (
     count_spans,
     random_lengths,
 )
-from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_settings, check_tokenizer
+from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_pretraining, check_special_tokens
 from rlhf.pretraining.electra import ReplacedTokenModel
 from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
@@ -180,7 +180,7 @@ def test_texts_end_with_the_token_that_bits_per_byte_counts(own):
 
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(InputError, match="has no fast version"):
-        check_tokenizer(ByT5Tokenizer(), "byt5", settings_of(objective="span"))
+        check_special_tokens(ByT5Tokenizer(), "byt5", settings_of(objective="span"))
 
 
 def test_every_way_to_cut_is_equally_likely():
@@ -232,7 +232,7 @@ def test_span_corruption_takes_15_percent_in_spans_of_three(own):
 def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type, own):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16)
-    check_settings(args, model_args)
+    check_pretraining(args, model_args)
     model = new_model(new_config(model_args, args, own), args).eval()
     assert {name: getattr(model.config, name, 48) for name in sizes} == sizes
     assert any(48 in parameter.shape for parameter in model.parameters())
@@ -251,7 +251,7 @@ def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type
 def test_other_architectures_have_the_sizes_too(objective, model_type, own):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16, objective=objective)
-    check_settings(args, model_args)
+    check_pretraining(args, model_args)
     model = new_model(new_config(model_args, args, own), args).eval()
     ids = torch.randint(50, 300, (1, 16))
     assert model(input_ids=ids, labels=ids).loss.isfinite()  # as many positions as a block has
@@ -406,18 +406,18 @@ def test_what_cannot_work_is_refused(objective, model_type, changes, message):
     of_model = {name: value for name, value in changes.items() if hasattr(NewModelConfig(), name)}
     rest = {name: value for name, value in changes.items() if name not in of_model}
     with pytest.raises(InputError) as error:
-        check_settings(settings_of(objective=objective, **rest), NewModelConfig(model_type=model_type, **of_model))
+        check_pretraining(settings_of(objective=objective, **rest), NewModelConfig(model_type=model_type, **of_model))
     assert message in str(error.value)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(own, tokenizer):
-    check_tokenizer(own, "own", settings_of(objective="span", block_size=256))
+    check_special_tokens(own, "own", settings_of(objective="span", block_size=256))
     for objective, size, missing in (
         ("span", 512, "<extra_id_25>"),
         ("masked", 64, "mask_token, cls_token, sep_token"),
     ):
         with pytest.raises(InputError, match=f"has no {missing}, which --objective {objective} needs"):
-            check_tokenizer(
+            check_special_tokens(
                 own if objective == "span" else tokenizer, "x", settings_of(objective=objective, block_size=size)
             )
 

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from trl import ModelConfig
 
 from rlhf.errors import InputError
-from rlhf.feedback.rounds import check_start, gather_comparisons, verdicts
+from rlhf.feedback.rounds import check_start, gather_comparisons, round_verdicts
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import resolve, resolve_start
@@ -135,7 +135,7 @@ def test_the_verdict_says_what_the_interval_says():
     def entry(number, low, high):
         return {"round": number, "difference": {"mean": (low + high) / 2, "low": low, "high": high}}
 
-    said = verdicts({"truth_name": "gold_score", "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2),
+    said = round_verdicts({"truth_name": "gold_score", "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2),
                                                             entry(3, -0.3, -0.1)]})  # fmt: skip
     assert [sentence.split(" in gold")[0] for sentence in said] == [
         "Round 1 beats SFT", "Round 2 does not beat beyond doubt round 1", "Round 3 is worse than round 2",

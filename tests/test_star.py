@@ -15,11 +15,11 @@ from transformers import LlamaForCausalLM
 
 from eval.drawing.figures import rounds_figure
 from eval.drawing.tables import tables_of
-from eval.measuring.solving import accuracy, references_of, solving_rows, summarize
+from eval.measuring.solving import references_of, solved_share, solving_rows, summarize_solving
 from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
-from rlhf.starter.problems import KINDS, starter_problems
+from rlhf.starter.problems import PROBLEM_KINDS, starter_problems
 from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, plain_answer
 from rlhf.tasks.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
 
@@ -68,7 +68,7 @@ def test_answers_of_datasets_and_majorities():
 
 def test_starter_problems_are_right_and_what_is_held_out_is_new():
     splits = starter_problems()
-    first = [re.findall(r" ([-+*]) ", row["solution"]) for row in splits["train"].select(range(len(KINDS)))]
+    first = [re.findall(r" ([-+*]) ", row["solution"]) for row in splits["train"].select(range(len(PROBLEM_KINDS)))]
     assert first == [["+", "-"], ["+", "+"], ["*", "+"], ["*", "-"]]  # the examples: one of each
     numbers = {"train": set(), "test": set()}
     for split, rows in splits.items():
@@ -78,7 +78,7 @@ def test_starter_problems_are_right_and_what_is_held_out_is_new():
                 a, b = int(left), int(right)
                 assert int(result) == {"+": a + b, "-": a - b, "*": a * b}[sign]
             assert steps[-1][-1] == row["answer"] and int(row["answer"]) >= 0
-            numbers[split].add((number % len(KINDS), *re.findall(r"\d+", row["prompt"])))
+            numbers[split].add((number % len(PROBLEM_KINDS), *re.findall(r"\d+", row["prompt"])))
         assert len(set(rows["prompt"])) == len(rows)
     assert len(numbers["train"]) > 200 and not numbers["train"] & numbers["test"]
     assert starter_problems()["test"][:] == splits["test"][:]
@@ -182,9 +182,9 @@ def test_bad_problems(train, test, changes, context, said, tokenizer):
 
 def test_accuracy_of_one_of_the_majority_and_of_the_best():
     solutions, references = [["1", "2", "2"], ["3", "3", "4"], ["5", "6", "7"]], ["1", "3", None]
-    assert accuracy(solutions, references)["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert accuracy(solutions, references, "majority")["mean"] == 0.5
-    assert accuracy(solutions, references, "best")["mean"] == 1.0
+    assert solved_share(solutions, references)["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert solved_share(solutions, references, "majority")["mean"] == 0.5
+    assert solved_share(solutions, references, "best")["mean"] == 1.0
     assert references_of([{"reference": None, "samples": ["1", "2", "2"]}])[0] == ["2"]
 
 
@@ -210,7 +210,7 @@ def test_summary_table_and_picture(tmp_path):
         {"prompt": "b", "kind": "rationalized"},
     ]
     write_solutions(tmp_path / "round-1" / "solutions", kept)
-    summary = summarize(str(tmp_path), 1)
+    summary = summarize_solving(str(tmp_path), 1)
     assert json.loads((tmp_path / "rounds.json").read_text()) == summary
     first, second = summary["rounds"]
     assert first["truth"]["mean"] == 0.25 and second["truth"]["mean"] == 0.5

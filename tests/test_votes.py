@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
-from rlhf.feedback.votes import Assignment, Vote, VoteFile, agreement, check_labeler
+from rlhf.feedback.votes import Assignment, Vote, VoteFile, agreement, check_labeler_name
 
 
 def tasks(count, replies=2):
@@ -157,7 +157,7 @@ def test_wrong_votes_are_refused(tmp_path):
         assignment.answer(vote(task)._replace(ratings=[8, 1]))
     for name in ("", "  ", "x" * 41, "a\nb", "\x1b[31m", None):
         with pytest.raises(InputError, match="name of 1 to 40"):
-            check_labeler(name)
+            check_labeler_name(name)
     assert assignment.file.votes == []
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.stats.fits import Kind, curve
+from eval.stats.fits import CurveKind, curve
 from eval.stats.scaling_laws import formula, predict
 
 Log = list[dict[str, Any]]
@@ -174,7 +174,7 @@ def overoptimization_figure(results: dict[str, Any]) -> Figure:
     """
 
     figure, axes = _grid(2, height=3.6)
-    kinds: tuple[tuple[Kind, str], ...] = (("ppo", BLUE), ("best_of_n", ORANGE))
+    kinds: tuple[tuple[CurveKind, str], ...] = (("ppo", BLUE), ("best_of_n", ORANGE))
     for axis, score in zip(axes, ("gold", "proxy"), strict=True):
         for kind, color in kinds:
             points = results[kind]

@@ -79,14 +79,14 @@ def xz_bits(texts: list[str], before: list[str], groups: int) -> list[float]:
     """
     compressor = lzma.LZMACompressor(preset=9)
     written = len(compressor.compress(b"".join(text.encode() + b"\0" for text in before)))
-    sizes = [written + rest_of(compressor) if before else 0]
+    sizes = [written + flushed_size(compressor) if before else 0]
     for group in in_groups(texts, groups):
         written += len(compressor.compress(b"".join(text.encode() + b"\0" for text in group)))
-        sizes.append(written + rest_of(compressor))
+        sizes.append(written + flushed_size(compressor))
     return [8.0 * (after - earlier) for earlier, after in itertools.pairwise(sizes)]
 
 
-def rest_of(compressor: lzma.LZMACompressor) -> int:
+def flushed_size(compressor: lzma.LZMACompressor) -> int:
     """How many bytes a compressor would still write if the text ended here; it stays as it is.
 
     A compressor can't be copied, so a fork of this process finds out: going through 11 MB of text again for every

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from eval.measuring.judges import ask, win_rates
-from eval.measuring.replies import LogProbs, Replies, loaded, reply_logprobs
+from eval.measuring.replies import LogProbs, Replies, loaded_model, reply_logprobs
 from eval.metrics import metric
 from eval.stats.intervals import difference, interval
 from rlhf.comparisons import Labeler, Prompt
@@ -26,7 +26,7 @@ from rlhf.starter.model import STARTER
 REPLIES_FILE = "replies.json"
 
 
-class Comparison(NamedTuple):
+class ComparedModels(NamedTuple):
     """Everything measured. Lists are in the order of the prompts."""
 
     prompts: list[Prompt]
@@ -43,7 +43,7 @@ def compare(
     judges: dict[str, Labeler],
     model_args: ModelConfig,
     arguments: Any,
-) -> Comparison:
+) -> ComparedModels:
     """Measure every model on the prompts of `rows`.
 
     Args:
@@ -91,7 +91,7 @@ def compare(
             "perplexity": metric("perplexity", predictions=under_base[name].sums, references=under_base[name].tokens),
             **(_of_human_replies(human[name], rows) if name in human else {}),
         }
-    return Comparison(prompts, texts, metrics, accuracy)
+    return ComparedModels(prompts, texts, metrics, accuracy)
 
 
 def _best_of(candidates: Replies, by_prompt: list[list[float]]) -> Replies:
@@ -120,7 +120,7 @@ def _replies(
     kept = Path(arguments.output_dir) / REPLIES_FILE
     sampled = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for name, source in sources.items():
-        with loaded(source, model_args) as (model, tokenizer):
+        with loaded_model(source, model_args) as (model, tokenizer):
             prompts = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
             count = max(1, arguments.best_of_n) if name == arguments.reference else 1
             if name not in sampled:
@@ -188,7 +188,7 @@ def _under(
             if name in sources and (sources[name].base, sources[name].adapter) == (source.base, source.adapter)
         }
         missing = [name for name in names if name not in known]
-        with loaded(source, model_args) as (model, tokenizer):
+        with loaded_model(source, model_args) as (model, tokenizer):
             prompts = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
             for name in missing:
                 known[name] = reply_logprobs(

@@ -35,7 +35,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from eval.stats.intervals import difference, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
-from rlhf.models.prefix import forward
+from rlhf.models.prefix import forward_sharing_prefix
 from rlhf.run.files import write_jsonl
 from rlhf.starter.tasks import TASKS
 
@@ -183,7 +183,7 @@ class SharedPrefixLM(HFLM):
         width = int(lengths.max())
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         padded = [[0] * (width + 1 - len(context)) + list(context[:-1]) for context in contexts]
-        computed = forward(
+        computed = forward_sharing_prefix(
             self.model, config, torch.tensor(padded, device=device), mask, lengths, cache=DynamicCache(config=config),
             logits_to_keep=1,
         )  # fmt: skip
@@ -243,7 +243,7 @@ def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]
     """Write a task's rows into the folder, and return its lm-eval configuration: eval/measuring/multiple_choice.yaml.
 
     Args:
-        rows: `train`, which examples are drawn from, and `test`, as rlhf.tasks.instructions.worded gives them.
+        rows: `train`, which examples are drawn from, and `test`, of rlhf.tasks.instructions.word_instructions.
     """
     files = {split: str(folder / f"{name}.{split}.jsonl") for split in rows}
     for split, file in files.items():
@@ -346,7 +346,7 @@ def by_cluster(tasks: dict[str, Rows]) -> dict[str, Rows]:
     return clusters
 
 
-def summarize(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
+def summarize_answers(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
     """Means with intervals, and what the most examples change against the fewest.
 
     Returns:

@@ -16,8 +16,8 @@ from eval.stats.intervals import interval
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.processes import main_process
 from rlhf.tasks.finetuning import FinetuningTrainer
-from rlhf.tasks.labelled import LABEL_COLUMNS, Task
-from rlhf.tasks.labelled_rows import predicted
+from rlhf.tasks.labelled import LABEL_COLUMNS, LabelledTask
+from rlhf.tasks.labelled_rows import predict_labels
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
     return result
 
 
-def evaluate_finetuned(trainer: FinetuningTrainer, task: Task, rows: Dataset) -> dict[str, Any]:
+def evaluate_finetuned(trainer: FinetuningTrainer, task: LabelledTask, rows: Dataset) -> dict[str, Any]:
     """Predict every test row; write predictions.jsonl and evaluation.json into the run's folder.
 
     Args:
@@ -66,7 +66,7 @@ def evaluate_finetuned(trainer: FinetuningTrainer, task: Task, rows: Dataset) ->
         accuracy and F1 of the tags, F1 and exact match of the spans. The first one is the score of predictions.jsonl.
     """
     output = trainer.predict(rows, metric_key_prefix="eval")
-    found = predicted(task, rows, output.predictions)
+    found = predict_labels(task, rows, output.predictions)
     scores, cells = _score(task, found)
     cells = {name: {key: cell[key] for key in ("mean", "low", "high", "n")} for name, cell in cells.items()}
     result = {"task": task.kind, "labels": task.labels, "n": len(found), "metrics": cells}
@@ -78,7 +78,7 @@ def evaluate_finetuned(trainer: FinetuningTrainer, task: Task, rows: Dataset) ->
     return {**result, "eval_loss": output.metrics["eval_loss"]}
 
 
-def _score(task: Task, found: list[Any]) -> tuple[list[float], dict[str, dict[str, Any]]]:
+def _score(task: LabelledTask, found: list[Any]) -> tuple[list[float], dict[str, dict[str, Any]]]:
     """Score of each row in [0, 1], and the metrics."""
     if task.kind == "spans":
         answers = [answer["text"] for answer in task.test["answers"]]

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from rlhf.models.generation import left_pad
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.prefix import forward
+from rlhf.models.prefix import forward_sharing_prefix
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
 
@@ -32,7 +32,7 @@ class LogProbs(NamedTuple):
 
 
 @contextmanager
-def loaded(source: Source, model_args: ModelConfig) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+def loaded_model(source: Source, model_args: ModelConfig) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """A model and its tokenizer, freed afterwards."""
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()
@@ -62,7 +62,7 @@ def reply_logprobs(
         totals = batch["attention_mask"].sum(1)
         prompt_lengths = totals - torch.tensor([len(replies[number]) for number in numbers], device=totals.device)
         config = model.config.get_text_config()
-        run = forward(model, config, **batch, prompt_lengths=prompt_lengths, logits_to_keep=longest + 1)
+        run = forward_sharing_prefix(model, config, **batch, prompt_lengths=prompt_lengths, logits_to_keep=longest + 1)
         logits = run.output.logits[:, -longest - 1 : -1]
         targets = batch["input_ids"][:, -longest:]
         logprobs = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")

@@ -29,7 +29,7 @@ def references_of(rows: list[dict[str, Any]]) -> tuple[list[str | None], str]:
     return voted, "agreement with the base's majority"
 
 
-def accuracy(solutions: list[list[str]], references: list[str | None], how: str = "mean") -> dict[str, Any]:
+def solved_share(solutions: list[list[str]], references: list[str | None], how: str = "mean") -> dict[str, Any]:
     """Share of problems solved, with its interval over problems; problems without a reference are left out.
 
     Args:
@@ -48,7 +48,7 @@ def accuracy(solutions: list[list[str]], references: list[str | None], how: str 
     return interval(values)
 
 
-def summarize(output_dir: str, count: int) -> dict[str, Any]:
+def summarize_solving(output_dir: str, count: int) -> dict[str, Any]:
     """What rounds 0 to `count` solve of the held-out problems; written to rounds.json.
 
     Returns:
@@ -60,12 +60,12 @@ def summarize(output_dir: str, count: int) -> dict[str, Any]:
     rows = [read_jsonl(folder / f"round-{number}" / HELD_OUT_FILE) for number in range(count + 1)]
     references, name = references_of(rows[0])
     samples = [row["samples"] for row in rows[0]]
-    cells = [accuracy([[row["solution"]] for row in found], references) for found in rows]
+    cells = [solved_share([[row["solution"]] for row in found], references) for found in rows]
     size = len(samples[0])
     others = {
-        "base, one sample": accuracy(samples, references),
-        f"base, majority of {size}": accuracy(samples, references, "majority"),
-        f"base, best of {size} (any right)": accuracy(samples, references, "best"),
+        "base, one sample": solved_share(samples, references),
+        f"base, majority of {size}": solved_share(samples, references, "majority"),
+        f"base, best of {size} (any right)": solved_share(samples, references, "best"),
     }
     rounds = [{"round": number, **_entry(cell, cells[0] if number else None)} for number, cell in enumerate(cells)]
     for entry in rounds[1:]:

@@ -8,7 +8,7 @@ from scipy.special import comb
 
 from eval.stats.intervals import difference
 
-Kind = Literal["best_of_n", "ppo"]
+CurveKind = Literal["best_of_n", "ppo"]
 RESAMPLES = 2000
 
 
@@ -38,19 +38,19 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def _design(distance: np.ndarray, kind: Kind) -> np.ndarray:
+def _design(distance: np.ndarray, kind: CurveKind) -> np.ndarray:
     """What alpha and beta are multiplied with at each distance."""
     second = distance**2 if kind == "best_of_n" else distance * np.log(np.maximum(distance, 1e-12))
     return np.stack([distance, -second], -1)
 
 
-def curve(distance: np.ndarray, alpha: float, beta: float, kind: Kind) -> np.ndarray:
+def curve(distance: np.ndarray, alpha: float, beta: float, kind: CurveKind) -> np.ndarray:
     """Gao et al. 2022, equation 1 (https://arxiv.org/abs/2210.10760), in the distance d = sqrt(KL):
     d (alpha - beta d) for best-of-n, d (alpha - beta log d) for reinforcement learning."""
     return _design(distance, kind) @ np.asarray([alpha, beta])
 
 
-def fit(distance: np.ndarray, gains: np.ndarray, kind: Kind, seed: int = 0) -> dict[str, Any] | None:
+def fit(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: int = 0) -> dict[str, Any] | None:
     """Least-squares alpha and beta of `curve`, with 95% intervals from resampling prompts.
 
     Args:

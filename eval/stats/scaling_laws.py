@@ -310,7 +310,7 @@ def shown_cell(cell: dict[str, Any], style: str = ".3f") -> str:
     return f"{cell['mean']:{style}} [{ends[0]}, {ends[1]}]"
 
 
-def verdicts(summary: dict[str, Any]) -> list[str]:
+def scaling_verdicts(summary: dict[str, Any]) -> list[str]:
     """What the sweep showed, a sentence per law and one per forecast.
 
     Args:
@@ -377,6 +377,6 @@ def scaling_tables(summary: dict[str, Any]) -> list[tuple[str, str, list[str], l
         "measured FLOPs, counted by torch, have attention and the output projection too."
     )
     return [
-        ("Scaling laws", " ".join(verdicts(summary)[4:]), ["law", "R²", "points", "α", "β", "E"], laws),
+        ("Scaling laws", " ".join(scaling_verdicts(summary)[4:]), ["law", "R²", "points", "α", "β", "E"], laws),
         ("Models of the sweep", note, heading, rows),
     ]

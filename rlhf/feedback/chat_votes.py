@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rlhf.comparisons import Task, preference_pairs
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
-from rlhf.feedback.votes import Vote, VoteFile, check_labeler, now
+from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import RUN_FILE
 
@@ -25,7 +25,7 @@ class ChatVotes:
     """
 
     def __init__(self, folder: str, labeler: str) -> None:
-        self.folder, self.labeler = Path(folder), check_labeler(labeler)
+        self.folder, self.labeler = Path(folder), check_labeler_name(labeler)
         check_folder(self.folder)
         self.file = VoteFile(self.folder / VOTES_FILE)
         self._stale = False

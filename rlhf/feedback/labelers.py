@@ -52,7 +52,7 @@ class LabelerArguments(LabelerSettings):
     labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
 
 
-def check_labeler(name: str) -> None:
+def check_labeler_kind(name: str) -> None:
     """Refuse a labeler that there isn't.
 
     Raises:

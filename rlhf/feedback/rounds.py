@@ -56,7 +56,7 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def summarize(output_dir: str, count: int) -> dict[str, Any]:
+def summarize_rounds(output_dir: str, count: int) -> dict[str, Any]:
     """What each round reached on held-out prompts, from the newest comparison; written to rounds.json.
 
     The truth is the gold score where there is one, else the win rate of the first judge.
@@ -93,7 +93,7 @@ def _name(number: int) -> str:
     return f"round_{number}" if number else "sft"
 
 
-def verdicts(summary: dict[str, Any]) -> list[str]:
+def round_verdicts(summary: dict[str, Any]) -> list[str]:
     """One sentence per round: does it beat the one before beyond doubt?"""
     sentences = []
     for entry in summary["rounds"][1:]:

@@ -6,7 +6,7 @@ from typing import Any
 from rlhf.comparisons import Comparison, Prompt, Task
 from rlhf.errors import InputError
 from rlhf.feedback.serving import gr, serve, wait
-from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, check_labeler, now
+from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, check_labeler_name, now
 from rlhf.run.files import write_json
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ class VotePage:
 
     def _answer(self, labeler: str, act: Any) -> dict[str, Any]:
         try:
-            name = check_labeler(labeler)
+            name = check_labeler_name(labeler)
             shown, message = act(name)
         except InputError as error:
             return {"error": str(error)}

@@ -215,7 +215,7 @@ class Assignment:
         Raises:
             InputError: if the vote doesn't fit its task.
         """
-        check_labeler(vote.labeler)
+        check_labeler_name(vote.labeler)
         task = self.tasks.get(vote.task)
         if task is None:
             raise InputError("This vote is for a reply that no longer exists. Reload the page.")
@@ -284,7 +284,7 @@ class Assignment:
         return Shown(self.tasks[task], self.order(task, labeler, repeat), repeat, None)
 
 
-def check_labeler(name: Any) -> str:
+def check_labeler_name(name: Any) -> str:
     """The name, trimmed.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig
-from rlhf.models.prefix import forward
+from rlhf.models.prefix import forward_sharing_prefix
 
 
 class Samples(NamedTuple):
@@ -32,7 +32,7 @@ class Samples(NamedTuple):
     ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn, not just the room used up
 
 
-def draw(
+def draw_tokens(
     logits: torch.Tensor, do_sample: bool = True, uniform: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverse-CDF sampling, or take the most likely one.
@@ -87,7 +87,7 @@ def sample(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
     sequences, cache = input_ids, model_kwargs.get("past_key_values")
-    output, _, mask, positions = forward(
+    output, _, mask, positions = forward_sharing_prefix(
         model, model.config.get_text_config(), input_ids, mask, mask.sum(1), cache=cache, logits_to_keep=1
     )
     cache = output.past_key_values
@@ -95,7 +95,7 @@ def sample(
     while True:
         logits = logits_processor(sequences, output.logits[:, -1].float())
         uniform = None if uniforms is None else uniforms[active, step]
-        tokens, logprob = draw(logits, generation_config.do_sample, uniform)
+        tokens, logprob = draw_tokens(logits, generation_config.do_sample, uniform)
         completions[active[going], step], logprobs[active[going], step] = tokens[going], logprob[going]
         sequences = torch.cat([sequences, tokens[:, None]], 1)
         step += 1

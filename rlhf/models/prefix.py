@@ -1,8 +1,8 @@
 """What all rows of a batch begin with is computed once.
 
-Chats begin with the same system prompt: 24 of the starter's 46 prompt tokens. `forward` runs them as one row,
-repeats the key-value cache for the others and goes on from there. Results and gradients are those of the plain forward,
-up to rounding.
+Chats begin with the same system prompt: 24 of the starter's 46 prompt tokens. `forward_sharing_prefix` runs them as one
+row, repeats the key-value cache for the others and goes on from there. Results and gradients are those of the plain
+forward, up to rounding.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ WORTH_IT = 64
 
 
 class Computed(NamedTuple):
-    """What `forward` returns. B rows; R of their L tokens were not shared."""
+    """What `forward_sharing_prefix` returns. B rows; R of their L tokens were not shared."""
 
     output: Any  # of the model, for the last R positions of each row
     cache: Cache | None  # filled, if the prefix was shared or a cache was given
@@ -47,7 +47,7 @@ def shared_length(input_ids: torch.Tensor, attention_mask: torch.Tensor, limits:
     return int(same.long().cumprod(0).sum())
 
 
-def forward(
+def forward_sharing_prefix(
     model: Callable[..., Any],
     config: PreTrainedConfig,
     input_ids: torch.Tensor,

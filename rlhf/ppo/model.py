@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.models.adapters import active_adapter, trunk
-from rlhf.models.prefix import forward
+from rlhf.models.prefix import forward_sharing_prefix
 
 
 class TokenOutputs(NamedTuple):
@@ -189,7 +189,9 @@ def _run(
     """The model's output for rows that share what they begin with, unless its activations are checkpointed."""
     checkpointed = body.training and body.is_gradient_checkpointing
     prompts = attention_mask.sum(1) - lengths
-    return forward(model, body.config, input_ids, attention_mask, prompts, share=not checkpointed, **settings).output
+    return forward_sharing_prefix(
+        model, body.config, input_ids, attention_mask, prompts, share=not checkpointed, **settings
+    ).output
 
 
 @torch.no_grad()

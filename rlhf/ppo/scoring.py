@@ -15,7 +15,7 @@ from rlhf.ppo.types import Rewards, Rollout, pack
 from rlhf.rewards import RewardFunction, call_rewards, reward_name
 
 
-def names_of(functions: list[RewardFunction]) -> list[str]:
+def reward_names(functions: list[RewardFunction]) -> list[str]:
     """A name for each function; namesakes are numbered."""
     names = [reward_name(function) for function in functions]
     return [name if names.count(name) == 1 else f"{name}_{names[:number].count(name) + 1}"
@@ -39,7 +39,7 @@ def collect_rewards(
     answers = call_rewards(functions, rollout.prompts, completions, ids, **{**rollout.columns, **columns})
     by_function, total = {}, torch.zeros(shape[0], device=device)
     per_token: torch.Tensor | None = None
-    for name, weight, scores in zip(names_of(functions), weights, answers, strict=True):
+    for name, weight, scores in zip(reward_names(functions), weights, answers, strict=True):
         sums = [sum(score) if isinstance(score, list) else score for score in scores]
         by_function[name] = torch.tensor([math.nan if s is None else s for s in sums], device=device)
         total += weight * by_function[name].nan_to_num(0.0)

@@ -26,7 +26,7 @@ def check_models(model: Any, ref_model: Any, reward_model: Any, value_model: Any
             raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError if the pad token is missing, or is also the eos token."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")

@@ -29,8 +29,8 @@ from rlhf.ppo.rollout import draws, prompt_order, sample_rollout
 from rlhf.ppo.scoring import RewardScale, before_update, collect_rewards, measure_scale, shape_scores
 from rlhf.ppo.setup import (
     check_models,
+    check_pad_token,
     check_prompts,
-    check_tokenizer,
     checkpoint_activations,
     disable_dropout,
     set_sizes,
@@ -97,7 +97,7 @@ class PPOTrainer(TRLPPOTrainer):
         ptx_dataset: Dataset | None = None,
     ) -> None:
         check_models(model, ref_model, reward_model, value_model)
-        check_tokenizer(processing_class)
+        check_pad_token(processing_class)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise InputError("--eval_strategy: needs an eval_dataset; this one has none. Give one, or use 'no'.")
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}

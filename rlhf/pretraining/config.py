@@ -120,7 +120,7 @@ def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreT
     return config
 
 
-def check_settings(args: PretrainingConfig, model_args: NewModelConfig) -> None:
+def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> None:
     """Refuse numbers that can't work, and objectives that the architecture can't do.
 
     Raises:
@@ -154,7 +154,7 @@ def check_settings(args: PretrainingConfig, model_args: NewModelConfig) -> None:
         raise InputError(f"--mean_noise_span_length {args.mean_noise_span_length}: must be at least 1.")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, args: PretrainingConfig) -> None:
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str, args: PretrainingConfig) -> None:
     """Refuse a tokenizer without the special tokens that the objective needs.
 
     Raises:

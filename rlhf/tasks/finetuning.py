@@ -21,7 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
-from rlhf.tasks.labelled import KINDS, Kind, Task
+from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
 
 
 @dataclass
@@ -48,7 +48,7 @@ class FinetuneArguments:
 # ---------------------------------------------------------------------------------------------- checks of the flags
 
 
-def finetuning_config(source: Source, task: Task) -> PretrainedConfig:
+def finetuning_config(source: Source, task: LabelledTask) -> PretrainedConfig:
     """The model's config with the label names and the head's kind of problem.
 
     Raises:
@@ -74,7 +74,7 @@ def finetuning_config(source: Source, task: Task) -> PretrainedConfig:
 
 
 def check_arguments(
-    args: FinetuneArguments, use_peft: bool, source: Source, config: PretrainedConfig, task: Task
+    args: FinetuneArguments, use_peft: bool, source: Source, config: PretrainedConfig, task: LabelledTask
 ) -> None:
     """Refuse flags that can't work together, with this model or on this task.
 
@@ -116,7 +116,7 @@ def check_arguments(
 def load_finetuning_model(
     source: Source,
     config: PretrainedConfig,
-    task: Task,
+    task: LabelledTask,
     args: FinetuneArguments,
     model_args: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -129,7 +129,7 @@ def load_finetuning_model(
     Raises:
         InputError: if the architecture has no such head, or its body isn't in the checkpoint.
     """
-    kind = KINDS[task.kind]
+    kind = LABEL_KINDS[task.kind]
     head_class = kind.auto_class._model_mapping.get(type(config), None)
     if head_class is None:
         raise InputError(f"--model_name_or_path {source.name}: {config.model_type} has no {kind.auto_class.__name__}.")
@@ -167,15 +167,15 @@ def body_names(config: PretrainedConfig, head_class: type[PreTrainedModel]) -> d
     return None if before == after else {rf"^{before}\.": f"{after}."}
 
 
-def load_options(task: Task, config: PretrainedConfig) -> dict[str, Any]:
+def load_options(task: LabelledTask, config: PretrainedConfig) -> dict[str, Any]:
     """What `from_pretrained` of the base has to be told before an adapter fits on it."""
-    head_class = KINDS[task.kind].auto_class._model_mapping[type(config)]
+    head_class = LABEL_KINDS[task.kind].auto_class._model_mapping[type(config)]
     names = {"id2label": dict(enumerate(task.labels)), "key_mapping": body_names(config, head_class)}
     return {name: value for name, value in names.items() if value}
 
 
 def _choose_trainable(
-    model: PreTrainedModel, missing: set[str], kind: Kind, args: FinetuneArguments, model_args: ModelConfig
+    model: PreTrainedModel, missing: set[str], kind: LabelKind, args: FinetuneArguments, model_args: ModelConfig
 ) -> PreTrainedModel | PeftModel:
     body = model.base_model_prefix + "."
     new = {name for name, _ in model.named_parameters() if not name.startswith(body) or name in missing}
@@ -218,7 +218,7 @@ def language_model_head(source: Source, config: PretrainedConfig, model: torch.n
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def language_model_loss(
+def auxiliary_loss(
     hidden: torch.Tensor, head: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """L1 of GPT-1: the mean loss per predicted token of each text, averaged over the texts.
@@ -257,7 +257,7 @@ class FinetuningTrainer(Trainer):
         if not self.lm_coef or not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         outputs = model(**inputs, output_hidden_states=True)
-        auxiliary = language_model_loss(
+        auxiliary = auxiliary_loss(
             outputs.hidden_states[-1], self.lm_head, inputs["input_ids"], inputs["attention_mask"]
         )
         self.lm_losses.append(auxiliary.detach())

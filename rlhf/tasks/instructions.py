@@ -127,9 +127,9 @@ def read_templates(path: Path) -> TemplateFile:
             raise InputError(f"{where}: template {number} has no 'prompt', a text. Give one.")
         if unknown := set(entry) - {"name", "prompt", "choices", "choice"}:
             raise InputError(f"{where}: template {number} has the unknown key {sorted(unknown)[0]!r}.")
-        worded = _texts(entry.get("choices"), f"{where}: template {number}")
+        word_instructions = _texts(entry.get("choices"), f"{where}: template {number}")
         name, choice = str(entry.get("name", number)), str(entry.get("choice", "{{ choice }}"))
-        templates.append(Template(name, entry["prompt"], worded, choice))
+        templates.append(Template(name, entry["prompt"], word_instructions, choice))
     if not templates or len({template.name for template in templates}) < len(templates):
         raise InputError(f"{where}: has {'two templates of one name' if templates else 'no templates'}.")
     return TemplateFile(str(content["task"]), str(content["cluster"]), _texts(content.get("choices"), where), templates)
@@ -301,7 +301,7 @@ def hold_out(tasks: list[InstructionTask], clusters: list[str]) -> tuple[list[In
     return left, [task for task in tasks if task.cluster in clusters]
 
 
-def worded(
+def word_instructions(
     task: InstructionTask, rows: Dataset, num_templates: int | None = None, include_options: bool = False
 ) -> list[dict[str, Any]]:
     """Rows as instructions, the task's first `num_templates` templates (default: all) taken in turn.

@@ -23,7 +23,7 @@ from rlhf.data.datasets import need_columns
 from rlhf.errors import InputError
 
 
-class Kind(NamedTuple):
+class LabelKind(NamedTuple):
     """A kind of task."""
 
     columns: frozenset[str]
@@ -31,16 +31,18 @@ class Kind(NamedTuple):
     task_type: TaskType
 
 
-KINDS = {
-    "tags": Kind(frozenset({"tokens", "tags"}), AutoModelForTokenClassification, TaskType.TOKEN_CLS),
-    "spans": Kind(frozenset({"question", "context", "answers"}), AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
-    "pairs": Kind(frozenset({"text", "text_pair", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-    "sentences": Kind(frozenset({"text", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+LABEL_KINDS = {
+    "tags": LabelKind(frozenset({"tokens", "tags"}), AutoModelForTokenClassification, TaskType.TOKEN_CLS),
+    "spans": LabelKind(
+        frozenset({"question", "context", "answers"}), AutoModelForQuestionAnswering, TaskType.QUESTION_ANS
+    ),
+    "pairs": LabelKind(frozenset({"text", "text_pair", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "sentences": LabelKind(frozenset({"text", "label"}), AutoModelForSequenceClassification, TaskType.SEQ_CLS),
 }
 LABEL_COLUMNS = {"tags": "tags", "pairs": "label", "sentences": "label"}
 
 
-class Task(NamedTuple):
+class LabelledTask(NamedTuple):
     """Labelled data whose labels are names."""
 
     kind: str  # a key of KINDS
@@ -49,7 +51,7 @@ class Task(NamedTuple):
     test: Dataset
 
 
-def read_task(train: Dataset, test: Dataset, name: str) -> Task:
+def read_task(train: Dataset, test: Dataset, name: str) -> LabelledTask:
     """Find the kind of task and its label set, and check every row.
 
     Args:
@@ -60,13 +62,13 @@ def read_task(train: Dataset, test: Dataset, name: str) -> Task:
             than two labels, test labels that training doesn't have, tags that don't match their tokens, or an answer
             that isn't in its context where it says.
     """
-    columns = need_columns(train, name, [set(kind.columns) for kind in KINDS.values()])
-    kind = next(key for key, entry in KINDS.items() if entry.columns == columns)
+    columns = need_columns(train, name, [set(kind.columns) for kind in LABEL_KINDS.values()])
+    kind = next(key for key, entry in LABEL_KINDS.items() if entry.columns == columns)
     need_columns(test, name, [columns])
     if kind == "spans":
         for split in (train, test):
             _check_spans(split, name)
-        return Task(kind, [], train, test)
+        return LabelledTask(kind, [], train, test)
     column = LABEL_COLUMNS[kind]
     feature = _class_label(train, column)
     train, test = (_with_names(split, column, name) for split in (train, test))
@@ -81,7 +83,7 @@ def read_task(train: Dataset, test: Dataset, name: str) -> Task:
     labels = list(feature.names) if feature else sorted(known)
     if len(labels) < 2:
         raise InputError(f"--dataset_name {name}: column {column!r} needs at least 2 different labels; found {labels}.")
-    return Task(kind, labels, train, test)
+    return LabelledTask(kind, labels, train, test)
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
@@ -118,7 +120,7 @@ def _with_names(dataset: Dataset, column: str, name: str) -> Dataset:
 
 
 def _check_texts(dataset: Dataset, kind: str, name: str) -> None:
-    for column in sorted(KINDS[kind].columns & {"text", "text_pair"}):
+    for column in sorted(LABEL_KINDS[kind].columns & {"text", "text_pair"}):
         for number, text in enumerate(dataset[column]):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"--dataset_name {name}: column {column!r}, row {number} is empty. Remove it.")

@@ -22,7 +22,7 @@ from rlhf.errors import InputError
 from rlhf.models.sources import Source, is_decoder
 from rlhf.models.tokenizers import set_pad_token
 from rlhf.run.processes import main_process
-from rlhf.tasks.labelled import Task
+from rlhf.tasks.labelled import LabelledTask
 
 PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
 STRIDE = 64  # tokens that two windows of a long context share
@@ -65,7 +65,7 @@ def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: 
 
 
 def finetuning_rows(
-    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
+    rows: Dataset, task: LabelledTask, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
 ) -> Dataset:
     """Rows for the Trainer: `input_ids`, `attention_mask` and what the head learns.
 
@@ -164,13 +164,13 @@ def _token_span(offsets: list[list[int]], start: int, end: int) -> tuple[int, in
     return inside[0], inside[-1]
 
 
-def data_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
+def data_collator(task: LabelledTask, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Pads a batch on the right, tags with -100."""
     collator = DataCollatorForTokenClassification if task.kind == "tags" else DataCollatorWithPadding
     return collator(tokenizer)
 
 
-def predicted(task: Task, rows: Dataset, logits: Any) -> list[Any]:
+def predict_labels(task: LabelledTask, rows: Dataset, logits: Any) -> list[Any]:
     """What the model says about each test row.
 
     Args:

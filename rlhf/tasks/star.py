@@ -27,7 +27,7 @@ Row = dict[str, Any]
 PASSED_ON = {"model_name_or_path", "model_revision", "dtype", "attn_implementation"}
 
 
-def check_settings(args: Any, model_args: ModelConfig) -> None:
+def check_star(args: Any, model_args: ModelConfig) -> None:
     """Refuse flags that would be ignored.
 
     Args:
@@ -83,7 +83,7 @@ def problem_rows(
     _refuse_overlap(name, [*examples, *problems], held_out)
     if not problems:
         raise InputError(f"--dataset_name {name}: no problem is left to train on beside the examples.")
-    tokens = max(len(prompt) for prompt in encoded(tokenizer, examples, [*problems, *held_out]))
+    tokens = max(len(prompt) for prompt in encode_problems(tokenizer, examples, [*problems, *held_out]))
     if longest is not None and tokens + args.max_new_tokens > longest:
         raise InputError(
             f"--num_fewshot {args.num_fewshot}: the longest prompt has {tokens} tokens and the solution up to "
@@ -103,7 +103,7 @@ def _refuse_overlap(name: str, train: list[Row], held_out: list[Row]) -> None:
         )
 
 
-def encoded(
+def encode_problems(
     tokenizer: PreTrainedTokenizerBase, examples: list[Row], rows: list[Row], hint: bool = False
 ) -> list[list[int]]:
     """Token ids of the prompts for `rows`, behind the examples."""
@@ -142,7 +142,7 @@ class Solver:
         completions = sample_completions(
             model,
             tokenizer,
-            encoded(tokenizer, examples, rows, hint=told is not None),
+            encode_problems(tokenizer, examples, rows, hint=told is not None),
             max_new_tokens=self.args.max_new_tokens,
             temperature=self.args.temperature,
             do_sample=seed is not None,
