@@ -29,8 +29,9 @@ road: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/road.sh
 
 # PPO beside stock TRL: time and memory of an update; a problem with a known optimum; kill and resume
+# prints the ratios beside those of benchmarks/ppo.json; make bench KEEP=1 replaces that file
 bench: $(DEV)
-	$(BIN)/python tests/bench_ppo.py
+	$(BIN)/python tests/bench_ppo.py $(if $(KEEP),--keep)
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py

@@ -3,7 +3,8 @@
 Both train a LoRA adapter of the starter on the starter's prompts: batch 32, 48 new tokens, two PPO epochs of two
 minibatches as in recipes/configs/ppo.yaml (--num_ppo_epochs changes it), microbatches of 8, the same reward adapter.
 TRL's class gets torch's attention, which it would get anywhere. Two processes take turns, one update each, so that
-whatever else the machine does hits both. The first update warms up and is left out.
+whatever else the machine does hits both. The first update warms up and is left out. At the end the ratios are compared
+with those of benchmarks/ppo.json, which --keep (`make bench KEEP=1`) replaces.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from benchmark_file import FOLDER, compare, measured, read_benchmark, write_benchmark
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "num_mini_batches": 2, "num_ppo_epochs": 2,
@@ -176,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=6, help="updates of each, the first to warm up")
     parser.add_argument("--num_ppo_epochs", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="write the ratios to benchmarks/ppo.json")
     parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -194,31 +198,63 @@ def main() -> None:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-    print_table({name: report[1:] for name, report in reports.items()})
+    reports = {name: report[1:] for name, report in reports.items()}
+    rows = table_rows(reports)
+    print_table(rows, reports)
+    command = f"python tests/bench_ppo.py --updates {arguments.updates} --num_ppo_epochs {epochs}"
+    compare_and_keep(FOLDER / "ppo.json", command, rows, arguments.keep)
     profiled = start("ours", 1, epochs, "--profile")
     turn(profiled)
     share = turn(profiled)["matrix multiplication"]
     print(f"Matrix multiplication is {share:.0%} of the processor time of one of our updates.")
 
 
-def print_table(reports: dict[str, list[dict[str, Any]]]) -> None:
-    """Means over the updates, and the ratios of the two."""
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    trl: float
+    ours: float
+    ratio: float
+
+
+def table_rows(reports: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """Means over the updates (of memory the peak), and the ratios ours / TRL's.
+
+    Args:
+        reports: by `trl` and `ours`, what each update took: `seconds` and `peak`, in GiB.
+    """
     seconds = {name: mean([r["seconds"] for r in report]) for name, report in reports.items()}
-    rates = {name: [32 / r["seconds"] for r in report] for name, report in reports.items()}
+    rates = {name: mean([32 / r["seconds"] for r in report]) for name, report in reports.items()}
     peaks = {name: max(r["peak"] for r in report) for name, report in reports.items()}
-    count = len(reports["ours"])
-    print(f"\n{'':24}{'TRL 1.12':>12}{'ours':>12}{'ratio':>10}    (means of {count} updates)")
-    rows = [
-        ("episodes/s", mean(rates["trl"]), mean(rates["ours"]), seconds["trl"] / seconds["ours"]),
-        ("s per update", seconds["trl"], seconds["ours"], seconds["ours"] / seconds["trl"]),
-        ("peak memory, GiB", peaks["trl"], peaks["ours"], peaks["ours"] / peaks["trl"]),
+    return [
+        Row("episodes/s", rates["trl"], rates["ours"], seconds["trl"] / seconds["ours"]),
+        Row("s per update", seconds["trl"], seconds["ours"], seconds["ours"] / seconds["trl"]),
+        Row("peak memory, GiB", peaks["trl"], peaks["ours"], peaks["ours"] / peaks["trl"]),
     ]
-    for name, trl, ours, ratio in rows:
-        print(f"{name:24}{trl:12.2f}{ours:12.2f}{ratio:9.2f}x")
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def print_table(rows: list[Row], reports: dict[str, list[dict[str, Any]]]) -> None:
+    """The table, and the mean time of each phase."""
+    print(f"\n{'':24}{'TRL 1.12':>12}{'ours':>12}{'ratio':>10}    (means of {len(reports['ours'])} updates)")
+    for row in rows:
+        print(f"{row.name:24}{row.trl:12.2f}{row.ours:12.2f}{row.ratio:9.2f}x")
     for name, report in reports.items():
         phases = {phase: mean([r["phases"][phase] for r in report]) for phase in report[0]["phases"]}
         print(f"{name:>4}: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in phases.items()))
+
+
+def compare_and_keep(file: Path, command: str, rows: list[Row], keep: bool) -> None:
+    """Print the ratios beside the kept ones, then replace those if asked to."""
+    new = measured(command, {row.name: row.ratio for row in rows})
+    print("\n".join(compare(new, read_benchmark(file) if file.exists() else None)))
+    if keep:
+        write_benchmark(file, new)
+        print(f"Wrote {file}.")
 
 
 if __name__ == "__main__":
