@@ -35,7 +35,7 @@ from eval.report import write_report
 from rlhf.comparisons import Labeler
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.sources import context_length, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -124,9 +124,7 @@ def main() -> None:
         __file__, ScriptArguments, CompareArguments, LabelerSettings, ModelConfig
     )
     need_one_process(__file__)
-    for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3), ("max_prompts", 1)):
-        if getattr(arguments, flag) < least:
-            raise InputError(f"--{flag} {getattr(arguments, flag)}: must be at least {least}.")
+    need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
     models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None

@@ -28,7 +28,7 @@ from eval.report import write_report
 from eval.stats.intervals import difference, interval
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
@@ -123,11 +123,7 @@ def shown(cell: dict[str, Any], style: str) -> str:
 def main() -> None:
     script_args, args, model_args = parse(__file__, ScriptArguments, CompressionArguments, ModelConfig)
     need_one_process(__file__)
-    for flag, least in (
-        ("ngram_order", 1), ("max_texts", 2), ("max_length", 2), ("per_device_eval_batch_size", 1)
-    ):  # fmt: skip
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
     pairs = dict(word.partition("=")[::2] for word in args.models)
     if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.report import read_log, read_run, write_report
+from eval.report import read_log, write_report
 from rlhf.errors import InputError, report_errors
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
-from rlhf.run.folders import finish_run, start_run
+from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 
 # what each recipe calls the raw reward; all of them log `episode` and `objective/kl`, in nats per completion

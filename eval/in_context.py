@@ -35,7 +35,7 @@ from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
@@ -118,9 +118,7 @@ def check(args: InContextArguments) -> None:
     args.num_fewshot = sorted(set(args.num_fewshot))
     if not args.num_fewshot or args.num_fewshot[0] < 0 or args.num_fewshot[-1] > POOL:
         raise InputError(f"--num_fewshot {args.num_fewshot}: give numbers from 0 to {POOL}.")
-    for flag in ("limit", "num_templates", "per_device_eval_batch_size"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1.")
+    need_at_least(args, limit=1, num_templates=1, per_device_eval_batch_size=1)
     try:
         import lm_eval  # noqa: F401
     except ImportError:
@@ -186,7 +184,7 @@ def main() -> None:
     results = {
         "model": public_base(source.name),
         "num_fewshot": args.num_fewshot,
-        **harness.summarize(answers, args.seed),
+        **harness.summarize_answers(answers, args.seed),
         "chance": {
             name: sum(1 / len(row["choices"]) for row in splits["test"]) / len(splits["test"])
             for name, splits in rows.items()

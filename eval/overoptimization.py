@@ -11,7 +11,6 @@ sqrt(KL), the curves of Gao et al. 2022 fitted to them, and the checkpoint to ke
 checkpoints with --save_total_limit when training. What is not given here is taken from the run.
 """
 
-import json
 import math
 import operator
 from dataclasses import dataclass, field
@@ -32,13 +31,14 @@ from rlhf.data.datasets import load_splits
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
+from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
-from rlhf.run.folders import RUN_FILE, checkpoints, finish_run, start_run
+from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 
@@ -70,8 +70,7 @@ def read_ppo_run(folder: str | None) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or it has no checkpoints.
     """
-    file = Path(folder or "") / RUN_FILE
-    run = json.loads(file.read_text(encoding="utf-8")) if folder and file.exists() else {}
+    run = (folder and read_run(Path(folder))) or {}
     if run.get("recipe") != "ppo":
         raise InputError(f"--model_name_or_path {folder}: no run of recipes/ppo.py. Give its output folder.")
     if not checkpoints(str(folder)):
@@ -120,10 +119,13 @@ def measure_policies(
     texts: dict[str, list[str]] = {}
     sampled, own = {}, {}
     most = max(1, arguments.best_of_n)
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
+    )
     for name, source in sources.items():
         with loaded_model(source, model_args) as (model, tokenizer):
             ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-            sampled[name] = sample_replies(model, tokenizer, ids, 1 if texts else most, arguments, name)
+            sampled[name] = sample_replies(model, tokenizer, ids, 1 if texts else most, sampling, name)
             if not texts:
                 candidates, sampled[name] = sampled[name], {k: v[::most] for k, v in sampled[name].items()}
             own[name] = reply_logprobs(model, tokenizer, ids, sampled[name]["ids"], description=f"{name}: itself").sums

@@ -8,7 +8,6 @@ remarks, the reward model's accuracy and calibration, win rates with intervals, 
 and commands and versions to repeat it. It needs no network and no other file. The recipes write it when they finish.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,8 +22,8 @@ from eval.drawing.tables import number, tables_of
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
 from rlhf.run.arguments import parse
-from rlhf.run.files import read_json
-from rlhf.run.folders import RUN_FILE, checkpoints
+from rlhf.run.files import read_json, read_jsonl
+from rlhf.run.folders import RUN_FILE, checkpoints, read_run
 from rlhf.run.processes import main_process
 
 REPORT = "report.html"
@@ -56,11 +55,6 @@ class ReportArguments:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder of a run, or a folder of runs."})
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Content of a run's run.json, or None where there is none."""
-    return read_json(folder / RUN_FILE)
-
-
 def find_runs(folder: Path) -> list[Path]:
     """Run folders to report on, what a run was made from before the run.
 
@@ -80,7 +74,7 @@ def find_runs(folder: Path) -> list[Path]:
     found: dict[Path, Path] = {}
 
     def follow(path: Path) -> None:
-        run = read_json(path / RUN_FILE)
+        run = read_run(path)
         if run is None or path.resolve() in found:
             return
         found[path.resolve()] = path  # holds its place, against circles
@@ -156,7 +150,7 @@ def samples_of(folders: list[Path]) -> dict[str, Any] | None:
     newest_first = folders[::-1]
     for folder in sorted(newest_first, key=lambda path: not (path / "results.json").exists()):
         if (folder / "samples.jsonl").exists():
-            lines = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
+            lines = read_jsonl(folder / "samples.jsonl")
             rows = [
                 {"prompt": row["prompt"] if isinstance(row["prompt"], str) else
                  "\n".join(message["content"] for message in row["prompt"]),

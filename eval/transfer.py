@@ -9,7 +9,6 @@ and its difference to --reference, paired by row and by seed. The score is accur
 Intervals are bootstrapped over the held-out rows and the seeds together.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from eval.report import write_report
 from eval.stats.intervals import RESAMPLES
 from rlhf.errors import InputError, report_errors
 from rlhf.run.arguments import parse
-from rlhf.run.files import write_json
-from rlhf.run.folders import RUN_FILE, finish_run, start_run
+from rlhf.run.files import read_json, read_jsonl, write_json
+from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 
 TRANSFER_FILE = "transfer.json"
@@ -55,15 +54,14 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
     for word in models:
         name, _, folder = word.partition("=")
         path = Path(folder).expanduser()
-        file = path / RUN_FILE
-        run = json.loads(file.read_text(encoding="utf-8")) if folder and file.exists() else {}
+        run = (folder and read_run(path)) or {}
         if not name or run.get("recipe") != "finetune" or not run["finished"]:
             raise InputError(f"--models {word}: give name=folder of finished runs of recipes/finetune.py.")
         seed = run["settings"].get("seed", 42)  # transformers' default
         if seed in runs.setdefault(name, {}):
             raise InputError(f"--models {word}: {name} has a run with --seed {seed} already. Train with another seed.")
         runs[name][seed] = path
-        kinds[word] = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["task"]
+        kinds[word] = read_json(path / "evaluation.json")["task"]
     if reference not in runs:
         raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs) or 'none'}.")
     for name, by_seed in runs.items():
@@ -88,8 +86,7 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
     for name, by_seed in runs.items():
         scores[name] = []
         for _, path in sorted(by_seed.items()):
-            lines = (path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
+            rows = read_jsonl(path / "predictions.jsonl")
             inputs = [{key: value for key, value in row.items() if key not in ("prediction", "score")} for row in rows]
             first = inputs if first is None else first
             if inputs != first:

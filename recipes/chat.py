@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.chat import Chat, chat_in_terminal, chosen_models, load_speakers
 from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.models.sources import refuse_single_model
@@ -50,9 +50,7 @@ def main() -> None:
     # Arguments
     args, model_args = parse(__file__, ChatArguments, ModelConfig)
     need_one_process(__file__)
-    for flag, least in (("max_new_tokens", 1), ("temperature", 1e-3)):
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    need_at_least(args, max_new_tokens=1, temperature=1e-3)
     refuse_single_model(model_args)
     sources = chosen_models(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None

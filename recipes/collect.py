@@ -22,10 +22,11 @@ from eval.report import write_report
 from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, push_request
+from rlhf.models.generation import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -61,10 +62,7 @@ def main() -> None:
     need_one_process(__file__)
     push = push_request(collect_args)
     check_labeler_kind(labeler_args.labeler)
-    for flag, least in (("num_generations", 2), ("max_prompts", 1), ("max_new_tokens", 1), ("temperature", 1e-3)):
-        value = getattr(collect_args, flag)
-        if value is not None and value < least:
-            raise InputError(f"--{flag} {value}: must be at least {least}.")
+    need_at_least(collect_args, num_generations=2, max_prompts=1, max_new_tokens=1, temperature=1e-3)
 
     # Data
     train, test = load_splits(script_args, "preference")
@@ -95,9 +93,13 @@ def main() -> None:
         model = load_causal_lm(
             source, model_args, tokenizer, trainable=False, trust_remote_code=collect_args.trust_remote_code
         )
+        sampling = Sampling(
+            collect_args.max_new_tokens, collect_args.temperature, collect_args.per_device_eval_batch_size,
+            collect_args.seed,
+        )  # fmt: skip
         tasks = []
         for split, rows in splits.items():
-            tasks += sample_tasks(model, tokenizer, split, rows, collect_args, source.name)
+            tasks += sample_tasks(model, tokenizer, split, rows, sampling, collect_args.num_generations, source.name)
         write_tasks(collect_args.output_dir, tasks)
         del model
 

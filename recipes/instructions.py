@@ -23,7 +23,7 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from eval.report import write_report
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import need_at_least, report_errors
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
@@ -47,9 +47,7 @@ def main() -> None:
     # Arguments
     script_args, task_args, args = parse(__file__, ScriptArguments, TaskArguments, InstructionArguments)
     need_one_process(__file__)
-    for flag in ("max_examples_per_task", "max_test_examples_per_task", "num_templates"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1.")
+    need_at_least(args, max_examples_per_task=1, max_test_examples_per_task=1, num_templates=1)
 
     # Data
     tasks = load_tasks(

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.report import write_report
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
+
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -46,27 +48,26 @@ def run_round(args: RoundsArguments, number: int) -> bool:
     newest = str(rounds[-2] / "ppo") if number > 1 else sft
     data = {"dataset_name": args.dataset_name, "seed": seed}
     collected = {"model_name_or_path": newest, **data}
-    if not run_stage("recipes/collect.py", args.collect_config, folder / "preferences", collected):
+    if not run_stage(HERE / "collect.py", args.collect_config, folder / "preferences", collected):
         return False
     counts = gather_comparisons(rounds, folder / "comparisons")
     print(f"Round {number}: {counts['train']} comparisons so far, {counts['test']} held out.")
     reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed}
-    run_stage("recipes/reward.py", args.reward_config, folder / "reward", reward)
+    run_stage(HERE / "reward.py", args.reward_config, folder / "reward", reward)
     start = {"model_name_or_path": newest, "sft_model_path": sft if number > 1 else None}
     ppo = {**start, "reward_model_path": str(folder / "reward"), **data}
-    run_stage("recipes/ppo.py", args.ppo_config, folder / "ppo", ppo)
+    run_stage(HERE / "ppo.py", args.ppo_config, folder / "ppo", ppo)
     models = [f"sft={sft}", *(f"round_{r}={path / 'ppo'}" for r, path in enumerate(rounds, 1))]
     compared = {"models": models, "reference": "sft", "reward_model_path": str(folder / "reward")}
     compared |= {"dataset_name": args.dataset_name, "seed": args.seed}
-    return run_stage("eval/compare.py", args.compare_config, folder / "comparison", compared)
+    return run_stage(HERE.parent / "eval" / "compare.py", args.compare_config, folder / "comparison", compared)
 
 
 def main() -> None:
     # Arguments
     (args,) = parse(__file__, RoundsArguments)
     need_one_process(__file__)
-    if args.rounds < 1:
-        raise InputError(f"--rounds {args.rounds}: must be at least 1.")
+    need_at_least(args, rounds=1)
     for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
         if not Path(getattr(args, flag)).is_file():
             raise InputError(f"--{flag} {getattr(args, flag)}: no such file.")

@@ -50,6 +50,10 @@ from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 
+PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
+# what each of its runs imports, once for all
+PRELOAD = ("transformers.trainer", "trl", "rlhf.pretraining.trainer", "rlhf.hub", "eval.report")
+
 
 def main() -> None:
     # Arguments
@@ -67,10 +71,11 @@ def main() -> None:
     if not start_run(__file__, args.output_dir, script_args, args):
         return
     folders = write_texts(texts, args.output_dir)
+    train_with = (folders, PRETRAIN, PRELOAD)
 
     # Sweep
     points = sweep_points(args)
-    summary = {"points": train_points(args, points, folders)}
+    summary = {"points": train_points(args, points, *train_with)}
     summary["fits"] = fit_sweep(summary["points"])
 
     # Forecast
@@ -78,12 +83,12 @@ def main() -> None:
     size = transformer_parameters(larger.hidden_size, larger.num_hidden_layers)
     summary["forecast"] = forecast_larger(summary["points"], summary["fits"], size)
     write_json(Path(args.output_dir) / SCALING_FILE, summary)  # before the model is trained
-    summary["forecast"] = check_forecast(summary["forecast"], train_points(args, [larger], folders)[0])
+    summary["forecast"] = check_forecast(summary["forecast"], train_points(args, [larger], *train_with)[0])
 
     # LSTM
     if args.lstm_num_hidden_layers:
         lstm = lstm_point(args, summary["points"][-1]["counted_parameters"])
-        summary["lstm"] = train_points(args, [lstm], folders)[0]
+        summary["lstm"] = train_points(args, [lstm], *train_with)[0]
         pair = {"Transformer": folder_of(args, points[-1]), "LSTM": folder_of(args, lstm)}
         blocks = packed_blocks(texts[lstm.tokens]["test"], tokenizer, block_size_of(args.base_config))
         summary["positions"] = compare_positions(pair, blocks)

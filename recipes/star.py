@@ -24,7 +24,8 @@ from trl import ModelConfig, ScriptArguments
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
 from rlhf.data.datasets import load_splits
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
@@ -58,10 +59,8 @@ def main() -> None:
     # Arguments
     script_args, args, model_args = parse(__file__, ScriptArguments, StarArguments, ModelConfig)
     need_one_process(__file__)
-    for flag, least in (("rounds", 1), ("num_generations", 1), ("num_fewshot", 0), ("max_new_tokens", 1),
-                        ("temperature", 1e-3), ("max_train_samples", 1), ("max_eval_samples", 1)):  # fmt: skip
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}.")
+    need_at_least(args, rounds=1, num_generations=1, num_fewshot=0, max_new_tokens=1, temperature=1e-3)
+    need_at_least(args, max_train_samples=1, max_eval_samples=1)
     if not Path(args.sft_config).is_file():
         raise InputError(f"--sft_config {args.sft_config}: no such file.")
     check_star(args, model_args)
@@ -79,10 +78,10 @@ def main() -> None:
         return
 
     # Rounds
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.per_device_eval_batch_size)
     for number, folder in enumerate(folders):
-        solver = Solver(
-            resolve(str(folder / "model")) if number else base, [] if number else examples, model_args, args
-        )
+        newest = resolve(str(folder / "model")) if number else base
+        solver = Solver(newest, [] if number else examples, model_args, sampling)
         if not (folder / HELD_OUT_FILE).exists():
             count = 0 if number else args.num_generations  # the base's samples are the baselines
             write_jsonl(folder / HELD_OUT_FILE, solve_held_out(solver, held_out, count, args.seed))
@@ -96,7 +95,7 @@ def main() -> None:
                      "dataset_name": following / SOLUTIONS, "seed": args.seed + number,
                      "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16",
                      "attn_implementation": model_args.attn_implementation}  # fmt: skip
-            run_stage("recipes/sft.py", args.sft_config, following / "model", flags)
+            run_stage(Path(__file__).resolve().with_name("sft.py"), args.sft_config, following / "model", flags)
 
     # Report
     print_solving(summary)

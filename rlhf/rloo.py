@@ -17,7 +17,7 @@ from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
 from rlhf.data.encoding import encode_prompt
-from rlhf.errors import InputError
+from rlhf.errors import InputError, need_at_least
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.prefix import positions_of
 from rlhf.rewards import call_rewards
@@ -46,9 +46,7 @@ class RLOOConfig(TRLRLOOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("max_completion_length", 1), ("temperature", 1e-6), ("beta", 0), ("num_iterations", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}.")
+        need_at_least(self, max_completion_length=1, temperature=1e-6, beta=0, num_iterations=1)
         accumulated = self.gradient_accumulation_steps
         apart = math.lcm(self.passes_per_batch, accumulated) // accumulated
         if self.save_strategy == "steps" and self.save_steps % apart:

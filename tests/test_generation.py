@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.models.generation import draw_tokens, generate, left_pad, sample_completions
+from rlhf.models.generation import Sampling, draw_tokens, generate, left_pad, sample_completions
 from rlhf.models.prefix import positions_of
 
 
@@ -72,14 +72,8 @@ def test_the_models_own_generation_config_does_not_leak(tiny, tokenizer):
 def test_same_seed_same_completions_in_the_prompts_order(tiny, tokenizer):
     model = _model(tiny)
     prompts = [[5] * 9, [6], [7] * 4]
-    first = sample_completions(
-        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=3
-    )
-    again = sample_completions(
-        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=3
-    )
-    other = sample_completions(
-        model, tokenizer, prompts, max_new_tokens=5, num_return_sequences=2, batch_size=2, seed=4
-    )
+    first = sample_completions(model, tokenizer, prompts, Sampling(5, batch_size=2, seed=3), num_return_sequences=2)
+    again = sample_completions(model, tokenizer, prompts, Sampling(5, batch_size=2, seed=3), num_return_sequences=2)
+    other = sample_completions(model, tokenizer, prompts, Sampling(5, batch_size=2, seed=4), num_return_sequences=2)
     assert first == again != other
     assert [len(several) for several in first] == [2, 2, 2]

@@ -1,12 +1,12 @@
 """What eval/compare.py computes: replies, log-probabilities and scores of every model, and the metrics of them."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.measuring.judges import ask, win_rates
@@ -15,10 +15,10 @@ from eval.metrics import metric
 from eval.stats.intervals import difference, interval
 from rlhf.comparisons import Labeler, Prompt
 from rlhf.data.encoding import encode_conversation, encode_prompt
-from rlhf.models.generation import sample_completions
+from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource, load_reward
-from rlhf.run.files import write_json
+from rlhf.run.files import read_json, write_json
 from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
 
@@ -117,14 +117,17 @@ def _replies(
         has the first ones; log-probabilities of each model's replies under itself; those of the human replies.
     """
     replies, own, human = {}, {}, {}
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
+    )
     kept = Path(arguments.output_dir) / REPLIES_FILE
-    sampled = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    sampled = read_json(kept) or {}
     for name, source in sources.items():
         with loaded_model(source, model_args) as (model, tokenizer):
             prompts = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
             count = max(1, arguments.best_of_n) if name == arguments.reference else 1
             if name not in sampled:
-                sampled[name] = sample_replies(model, tokenizer, prompts, count, arguments, name)
+                sampled[name] = sample_replies(model, tokenizer, prompts, count, sampling, name)
                 write_json(kept, sampled)  # people may be judging these very replies when the run is interrupted
             everything = Replies(**sampled[name])
             replies[name] = Replies(everything.ids[::count], everything.texts[::count])
@@ -141,24 +144,20 @@ def _replies(
 
 
 def sample_replies(
-    model: Any, tokenizer: Any, prompts: list[list[int]], count: int, arguments: Any, name: str
-) -> dict[str, Any]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    count: int,
+    sampling: Sampling,
+    name: str,
+) -> dict[str, list[Any]]:
     """`count` replies to each prompt, prompt by prompt, as the fields of Replies.
 
     Args:
-        arguments: has `max_new_tokens`, `temperature`, `per_device_eval_batch_size` and `seed`.
         name: what the progress bar calls the model.
     """
     sampled = sample_completions(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        num_return_sequences=count,
-        batch_size=arguments.per_device_eval_batch_size,
-        seed=arguments.seed,
-        description=f"{name}: sampling",
+        model, tokenizer, prompts, sampling, num_return_sequences=count, description=f"{name}: sampling"
     )
     flat = [ids for several in sampled for ids in several]
     return {"ids": flat, "texts": [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat]}

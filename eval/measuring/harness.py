@@ -14,7 +14,6 @@ import copy
 import difflib
 import functools
 import itertools
-import json
 import logging
 import random
 import re
@@ -36,7 +35,7 @@ from eval.stats.intervals import difference, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
 from rlhf.models.prefix import forward_sharing_prefix
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
 # that a model is handed over loaded, and the number of examples set, is meant
@@ -300,10 +299,8 @@ def _score(task: str, sample: dict[str, Any]) -> float:
 
 def _read(file: Path) -> dict[str, Rows]:
     tasks: dict[str, Rows] = {}
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            tasks.setdefault(row["task"], []).append(row)
+    for row in read_jsonl(file):
+        tasks.setdefault(row["task"], []).append(row)
     return tasks
 
 

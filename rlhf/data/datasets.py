@@ -19,11 +19,8 @@ from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
 from rlhf.errors import InputError
-from rlhf.starter.conversations import starter_dataset
-from rlhf.starter.labeler import starter_preferences
-from rlhf.starter.labels import finetuning_dataset
 from rlhf.starter.model import STARTER
-from rlhf.starter.problems import starter_problems
+from rlhf.starter.splits import starter_splits
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20
@@ -95,14 +92,8 @@ def _prompt_of(row: dict[str, Any], number: int) -> Any:
 
 
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
-    if name == STARTER and part == "preference_pairs":
-        return {split: Dataset.from_list(rows) for split, rows in starter_preferences(config).items()}
-    if name == STARTER and part == "finetune":
-        return dict(finetuning_dataset(config))
-    if name == STARTER and part == "problems":
-        return dict(starter_problems(config))
     if name == STARTER:
-        return dict(starter_dataset(part, config))
+        return starter_splits(part, config)
     path = Path(name).expanduser()
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):

@@ -9,7 +9,7 @@ from rlhf.comparisons import Task, preference_pairs
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
 VOTES_FILE = "votes.jsonl"
@@ -86,7 +86,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{where}: is a file. Give a folder.")
     found = {path.name for path in folder.iterdir()}
     if RUN_FILE in found:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run = read_json(folder / RUN_FILE)
         if run["recipe"] != "collect" or run["settings"].get("labeler") != "human":
             raise InputError(
                 f"{where}: holds another run (recipes/{run['recipe']}.py). Give a new folder, or that of "

@@ -8,7 +8,7 @@ import yaml
 
 from rlhf.errors import InputError
 from rlhf.models.sources import Source
-from rlhf.run.files import write_json, write_jsonl
+from rlhf.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
 ROUNDS_FILE = "rounds.json"
@@ -42,8 +42,7 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     splits: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "test"):
         files = [folder / "preferences" / f"{split}.jsonl" for folder in rounds]
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
-        splits[split] = [json.loads(line) for line in lines]
+        splits[split] = [row for file in files for row in read_jsonl(file)]
     held_out = {json.dumps(row["prompt"]) for row in splits["test"]}
     found = len(splits["train"])
     splits["train"] = [row for row in splits["train"] if json.dumps(row["prompt"]) not in held_out]
@@ -67,7 +66,7 @@ def summarize_rounds(output_dir: str, count: int) -> dict[str, Any]:
         truth to the round before.
     """
     folder = Path(output_dir)
-    results = json.loads((folder / f"round-{count}" / "comparison" / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / f"round-{count}" / "comparison" / "results.json")
     first = results["models"]["sft"]
     truth = "gold_score" if "gold_score" in first else next((n for n in first if n.startswith("win_rate/")), "")
     entries: list[dict[str, Any]] = []
@@ -76,7 +75,7 @@ def summarize_rounds(output_dir: str, count: int) -> dict[str, Any]:
         cells = results["models"][name]
         entry = {"round": number, "truth": cells.get(truth), "proxy": cells.get("reward_score"), "kl": cells["kl"]}
         if number:
-            reward = json.loads((folder / f"round-{number}" / "reward" / RUN_FILE).read_text(encoding="utf-8"))
+            reward = read_json(folder / f"round-{number}" / "reward" / RUN_FILE)
             pairs = folder / f"round-{number}" / "comparisons" / "train.jsonl"
             entry["comparisons"] = sum(1 for _ in pairs.open(encoding="utf-8"))
             entry["reward_accuracy"] = reward["metrics"]["eval_accuracy"]

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.comparisons import Task, make_task
 from rlhf.errors import InputError
-from rlhf.models.generation import sample_completions
+from rlhf.models.generation import Sampling, sample_completions
 from rlhf.run.files import write_jsonl
 
 TASKS_FILE = "tasks.jsonl"
@@ -39,25 +40,26 @@ def read_tasks(folder: str) -> list[Task] | None:
     return tasks
 
 
-def sample_tasks(model: Any, tokenizer: Any, split: str, rows: Dataset, args: Any, name: str) -> list[Task]:
+def sample_tasks(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    rows: Dataset,
+    sampling: Sampling,
+    num_generations: int,
+    name: str,
+) -> list[Task]:
     """Different replies to each prompt of a split.
 
     Args:
         rows: `prompt` and `input_ids`.
-        args: CollectArguments of recipes/collect.py.
+        num_generations: replies per prompt; equal ones count once.
         name: of the model, recorded with each reply.
     """
     completions = sample_completions(
-        model,
-        tokenizer,
-        rows["input_ids"][:],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        num_return_sequences=args.num_generations,
-        batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
+        model, tokenizer, rows["input_ids"][:], sampling, num_return_sequences=num_generations,
         description=f"Sampling {split} replies",
-    )
+    )  # fmt: skip
     tasks = []
     for prompt, replies in zip(rows["prompt"], completions, strict=True):
         texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]

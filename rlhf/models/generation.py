@@ -178,38 +178,47 @@ def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Ba
     return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
 
 
+class Sampling(NamedTuple):
+    """How completions are sampled: purely from the model's distribution, no top-k and no top-p."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int = 64  # completions at once
+    seed: int = 0
+
+
 @torch.no_grad()
 def sample_completions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
     do_sample: bool = True,
     num_return_sequences: int = 1,
-    batch_size: int = 64,
-    seed: int = 0,
     description: str = "Sampling",
 ) -> list[list[list[int]]]:
     """Token ids of `num_return_sequences` completions per prompt, ending with the stop token where one was drawn.
 
-    Pure sampling from the model's distribution at `temperature` (no top-k, no top-p), or the most likely tokens without
-    `do_sample`. Prompts are batched by length.
+    Args:
+        prompts: their token ids; they are batched by length.
+        do_sample: False takes the most likely tokens.
+        description: of the progress bar.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     completions: list[list[list[int]]] = [[] for _ in prompts]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         do_sample=do_sample,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}),
+        **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}),
         num_return_sequences=num_return_sequences,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id,
     )
-    per_batch = max(1, batch_size // num_return_sequences)
-    with seeded(seed), tqdm(total=len(prompts) * num_return_sequences, desc=description, unit="reply") as progress:
+    per_batch = max(1, sampling.batch_size // num_return_sequences)
+    count = len(prompts) * num_return_sequences
+    with seeded(sampling.seed), tqdm(total=count, desc=description, unit="reply") as progress:
         for start in range(0, len(order), per_batch):
             numbers = order[start : start + per_batch]
             batch = left_pad(tokenizer, [prompts[number] for number in numbers]).to(model.device)

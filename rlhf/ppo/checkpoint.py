@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from rlhf.errors import InputError
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import checkpoints, damage, write_digests
 
 
@@ -127,7 +127,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, rank: i
     optimizer.load_state_dict(states["optimizer"])
     scheduler.load_state_dict(states["scheduler"])
     restore_random_state(torch.load(file, weights_only=True))
-    return json.loads((folder / "ppo_state.json").read_text(encoding="utf-8"))
+    return read_json(folder / "ppo_state.json")
 
 
 def save_samples(args: TrainingArguments, step: int, prefix: str, rows: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, need_at_least
 from rlhf.ppo.upstream import TRLPPOConfig
 
 
@@ -143,6 +143,4 @@ class PPOConfig(TRLPPOConfig):
             value: Any = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name in above_zero)):
                 raise InputError(f"--{name} {value}: must be {'above 0' if name in above_zero else '0 or more'}.")
-        for name in ("response_length", "num_ppo_epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        need_at_least(self, response_length=1, num_ppo_epochs=1)

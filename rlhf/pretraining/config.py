@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, need_at_least
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.pretraining.collators import (
     count_spans,
@@ -127,16 +127,13 @@ def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> No
         InputError: naming the flag.
     """
     check_objective(args, model_args)
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(model_args, name) < 1:
-            raise InputError(f"--{name} {getattr(model_args, name)}: must be at least 1.")
+    need_at_least(model_args, hidden_size=1, num_hidden_layers=1, num_attention_heads=1)
+    need_at_least(args, block_size=8, mean_noise_span_length=1)
     if model_args.hidden_size % model_args.num_attention_heads:
         raise InputError(
             f"--num_attention_heads {model_args.num_attention_heads}: must divide --hidden_size "
             f"{model_args.hidden_size}."
         )
-    if args.block_size < 8:
-        raise InputError(f"--block_size {args.block_size}: must be at least 8.")
     positions = model_args.max_position_embeddings
     if positions is not None and positions < args.block_size:
         raise InputError(f"--max_position_embeddings {positions}: less than --block_size {args.block_size}.")
@@ -150,8 +147,6 @@ def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> No
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     if args.use_muon and (args.fsdp or args.deepspeed or sharded):
         raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed cut up. Give --use_muon false.")
-    if args.mean_noise_span_length < 1:
-        raise InputError(f"--mean_noise_span_length {args.mean_noise_span_length}: must be at least 1.")
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str, args: PretrainingConfig) -> None:

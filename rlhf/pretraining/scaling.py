@@ -1,6 +1,5 @@
 """A sweep over model sizes and amounts of text: its points, their text, and the runs of recipes/pretrain.py."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,10 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, need_at_least
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 from rlhf.run.stages import run_all
 
@@ -83,12 +82,10 @@ def check_sweep(args: ScalingArguments) -> None:
                 f"--{flag}: {count} different {what}, fewer than the {LAW_PARAMETERS} parameters of the fit "
                 f"L = E + (x_c / x)^alpha. Give at least {LAW_PARAMETERS}, better 5."
             )
-    for flag, values in (("hidden_sizes", sizes), ("num_hidden_layers", layers), ("token_budgets", budgets),
-                         ("max_workers", [args.max_workers]), ("max_eval_tokens", [args.max_eval_tokens])):  # fmt: skip
+    for flag, values in (("hidden_sizes", sizes), ("num_hidden_layers", layers), ("token_budgets", budgets)):
         if min(values) < 1:
             raise InputError(f"--{flag} {min(values)}: must be at least 1.")
-    if args.lstm_num_hidden_layers < 0:
-        raise InputError(f"--lstm_num_hidden_layers {args.lstm_num_hidden_layers}: must be at least 0, for no LSTM.")
+    need_at_least(args, max_workers=1, max_eval_tokens=1, lstm_num_hidden_layers=0)
     for width in (*sizes, args.forecast_hidden_size):
         if args.head_dim < 1 or width % args.head_dim:
             raise InputError(f"--head_dim {args.head_dim}: must divide every width; found {width}.")
@@ -181,8 +178,15 @@ def _first(texts: list[str], lengths: list[int], tokens: int) -> list[str]:
     return chosen
 
 
-def train_points(args: ScalingArguments, points: list[Point], texts: dict[int, Path]) -> list[dict[str, Any]]:
+def train_points(
+    args: ScalingArguments, points: list[Point], texts: dict[int, Path], script: Path, preload: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Train the points, `max_workers` at a time; what is finished is left alone.
+
+    Args:
+        texts: folder of each budget's text.
+        script: the recipe that trains one point.
+        preload: modules that are imported once for all points.
 
     Returns:
         what is known about each, see `describe_point`.
@@ -199,7 +203,7 @@ def train_points(args: ScalingArguments, points: list[Point], texts: dict[int, P
         }
         for point in points
     }  # fmt: skip
-    run_all("recipes/pretrain.py", args.base_config, runs, args.max_workers)
+    run_all(script, args.base_config, runs, args.max_workers, preload)
     return [describe_point(args, point) for point in points]
 
 
@@ -255,7 +259,7 @@ def describe_point(args: ScalingArguments, point: Point) -> dict[str, Any]:
         (non-embedding); `tokens` (D, as trained on); `compute` (6 N D) and `measured_compute`, FLOPs; `loss`, nats per
         token of held-out text; `bits_per_byte`; `tokens_per_second`.
     """
-    metrics = json.loads((folder_of(args, point) / RUN_FILE).read_text(encoding="utf-8"))["metrics"]
+    metrics = read_json(folder_of(args, point) / RUN_FILE)["metrics"]
     counted, tokens = metrics["num_non_embedding_parameters"], metrics["train_tokens"]
     of_transformer = transformer_parameters(point.hidden_size, point.num_hidden_layers)
     size = counted if point.model_type == "lstm" else of_transformer

@@ -35,9 +35,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, beside the target first, so that the file is complete or not there."""
+    """Write JSON, beside the target first, so that the file is complete or not there. Numbers of NumPy are floats."""
     working = path.with_name(path.name + ".partial")
-    working.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    working.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
     working.replace(path)
 
 

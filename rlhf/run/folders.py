@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError, at_failure
-from rlhf.run.files import digest
+from rlhf.run.files import digest, read_json, write_json
 from rlhf.run.processes import main_process
 
 RUN_FILE = "run.json"
@@ -83,17 +83,15 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
     run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
     folder = Path(output_dir)
-    file = folder / RUN_FILE
     if not main_process():  # the main process checks and writes; the others only ask whether there is work
-        return not (file.exists() and json.loads(file.read_text(encoding="utf-8"))["finished"])
-    if file.exists():
-        old = json.loads(file.read_text(encoding="utf-8"))
+        return not is_finished(folder)
+    if old := read_run(folder):
         if old["recipe"] != run["recipe"] or old["settings"] != json.loads(json.dumps(settings)):
             differ = sorted(
                 key for key in {*old["settings"], *settings} if old["settings"].get(key) != settings.get(key)
             )
             raise InputError(
-                f"--output_dir {output_dir}: holds another run (recipes/{old['recipe']}.py"
+                f"--output_dir {output_dir}: holds another run ({old['command'].split()[2]}"
                 + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
                 + "). Give another --output_dir, or the same settings to go on with it."
             )
@@ -103,7 +101,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, run)
+    write_json(folder / RUN_FILE, run)
     at_failure(lambda: _release(folder))
     return True
 
@@ -118,13 +116,23 @@ def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:
     """Mark the run as finished and keep its final metrics. Only the main process writes."""
     if main_process():
         file = Path(output_dir) / RUN_FILE
-        _write(file, {**json.loads(file.read_text(encoding="utf-8")), "finished": True, "metrics": metrics})
+        write_json(file, {**read_json(file), "finished": True, "metrics": metrics})
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Content of a run's run.json: recipe, command, settings, finished, and perhaps metrics; None if there is none."""
+    return read_json(folder / RUN_FILE)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    return (read_run(folder) or {"finished": False})["finished"]
 
 
 def note_in_run(output_dir: str, key: str, value: Any) -> None:
     """Add an entry to run.json."""
     file = Path(output_dir) / RUN_FILE
-    _write(file, {**json.loads(file.read_text(encoding="utf-8")), key: value})
+    write_json(file, {**read_json(file), key: value})
 
 
 def checkpoints(output_dir: str) -> list[Path]:
@@ -161,10 +169,8 @@ def write_digests(folder: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Checkpoints without digests, transformers' own, pass."""
-    if not (folder / DIGEST_FILE).exists():
-        return None
     try:
-        digests = json.loads((folder / DIGEST_FILE).read_text(encoding="utf-8"))
+        digests = read_json(folder / DIGEST_FILE) or {}
     except ValueError:
         return f"{DIGEST_FILE} is unreadable"
     for name, expected in digests.items():
@@ -200,9 +206,7 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
     seeds: dict[str, Any] = {}
 
     def follow(name: Any) -> None:
-        file = Path(str(name)) / RUN_FILE
-        if isinstance(name, str) and name and file.exists():
-            run = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(name, str) and name and (run := read_run(Path(name))):
             for value in run["settings"].values():
                 follow(value)
             commands.append(run["command"])
@@ -211,9 +215,3 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
     for folder in folders:
         follow(folder)
     return list(dict.fromkeys([*commands, command(sys.argv[0])])), seeds
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    working = file.with_name(file.name + ".partial")
-    working.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
-    working.replace(file)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, need_at_least
 from rlhf.models.attention import group_attention
 from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
 from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
@@ -82,8 +82,7 @@ def check_arguments(
         InputError: with the flag and what to do.
     """
     text = config.get_text_config()
-    if args.lm_coef < 0:
-        raise InputError(f"--lm_coef {args.lm_coef}: must be at least 0.")
+    need_at_least(args, lm_coef=0)
     if args.lm_coef and not is_decoder(config):
         raise InputError(
             f"--lm_coef {args.lm_coef}: {config.model_type} is an encoder, which has no next token to predict. Leave "

@@ -15,7 +15,7 @@ from rlhf.comparisons import Messages
 from rlhf.data.datasets import check_messages, need_columns
 from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
-from rlhf.models.generation import sample_completions
+from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
@@ -116,11 +116,11 @@ class Solver:
     Args:
         source: the model.
         examples: shown before each problem.
-        args: has `max_new_tokens`, `temperature`, `per_device_eval_batch_size`.
+        sampling: its seed is that of no call.
     """
 
-    def __init__(self, source: Source, examples: list[Row], model_args: ModelConfig, args: Any) -> None:
-        self.source, self.examples, self.model_args, self.args = source, examples, model_args, args
+    def __init__(self, source: Source, examples: list[Row], model_args: ModelConfig, sampling: Sampling) -> None:
+        self.source, self.examples, self.model_args, self.sampling = source, examples, model_args, sampling
 
     @functools.cached_property
     def _loaded(self) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -143,12 +143,9 @@ class Solver:
             model,
             tokenizer,
             encode_problems(tokenizer, examples, rows, hint=told is not None),
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
+            self.sampling._replace(seed=seed or 0),
             do_sample=seed is not None,
             num_return_sequences=count,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=seed or 0,
             description=f"{self.source.name}: {what}",
         )
         return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in several] for several in completions]
