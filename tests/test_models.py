@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
-from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
+from rlhf.models.loading import draw_score_head, load_causal_lm, load_policy, load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
@@ -93,7 +93,12 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     shutil.copytree(tiny, snapshot)
     (tmp_path / "hub" / "models--you--tiny" / "refs").mkdir()
     (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
-    code = "from rlhf.models.loading import *; s = resolve('you/tiny'); print(s.base, len(load_tokenizer(s)))"
+    code = """
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
+source = resolve('you/tiny')
+print(source.base, len(load_tokenizer(source)))
+"""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]
@@ -125,6 +130,23 @@ def test_new_reward_heads_are_small_and_seeded(tiny, tokenizer):
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
     assert heads[0].weight.std() < 3 / 17**0.5
+    wide = torch.nn.Linear(9999, 1, bias=False)
+    draw_score_head(wide, seed=1)
+    assert wide.weight.std().item() == pytest.approx(0.01, rel=0.05)  # 1/sqrt(d + 1)
+
+
+def test_a_full_classifier_keeps_its_head_and_gets_an_adapter_to_train(tiny, tokenizer, tmp_path):
+    whole = load_reward_model(resolve(tiny), ModelConfig(dtype="float32"), tokenizer, seed=5)
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    source = resolve(str(tmp_path))
+    again = load_reward_model(source, ModelConfig(dtype="float32"), tokenizer, seed=6)
+    assert not isinstance(again, PeftModel) and torch.equal(again.score.weight, whole.score.weight)
+    adapted = load_reward_model(source, ARGS, tokenizer, seed=6)
+    assert isinstance(adapted, PeftModel) and adapted.peft_config["default"].task_type == "SEQ_CLS"
+    assert torch.equal(adapted(IDS).logits, whole(IDS).logits)
+    frozen = load_reward_model(source, ARGS, tokenizer, trainable=False)
+    assert not isinstance(frozen, PeftModel)
 
 
 def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(sft, tokenizer):

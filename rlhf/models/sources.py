@@ -9,14 +9,8 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from peft import (
-    PeftConfig,
-)
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PretrainedConfig,
-)
+from peft import PeftConfig, TaskType
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig
 
@@ -40,6 +34,11 @@ class Source(NamedTuple):
     adapter: str | None  # what `PeftModel.from_pretrained` takes, or None for a full model
     revision: str | None  # of the adapter if there is one, else of the base
     peft_config: PeftConfig | None
+
+    @property
+    def is_reward_adapter(self) -> bool:
+        """Whether this is an adapter of a sequence classifier."""
+        return self.peft_config is not None and self.peft_config.task_type == TaskType.SEQ_CLS
 
 
 def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
@@ -176,7 +175,7 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
     return start
 
 
-def is_decoder(config: PretrainedConfig) -> bool:
+def is_decoder(config: PreTrainedConfig) -> bool:
     """Whether the model reads from left to right: a causal language model that is no masked one too."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
