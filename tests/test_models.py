@@ -17,7 +17,7 @@ from trl import ModelConfig
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import draw_score_head, load_causal_lm, load_policy, load_reward_model
-from rlhf.models.sources import resolve
+from rlhf.models.sources import named_models, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
 
@@ -38,6 +38,16 @@ def test_an_adapter_without_its_base_is_refused(tmp_path, config, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     with pytest.raises(InputError, match=message):
         resolve(str(tmp_path))
+
+
+def test_models_are_given_as_pairs_of_name_and_model():
+    assert named_models(["a=b=c", "a=d"], repeated=True) == [("a", "b=c"), ("a", "d")]
+    for words in ([], ["a"], ["=a"], ["a="], ["a=b", "a=c"]):
+        with pytest.raises(InputError, match=" ".join(["--models", *words]) + ": give name=model pairs with different"):
+            named_models(words)
+    for words in ([""], ["=a"], ["a="], ["a", "a"]):
+        with pytest.raises(InputError, match="give name=model pairs"):
+            named_models(words, bare=True)
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path):

@@ -62,8 +62,8 @@ def load_causal_lm(
 ) -> PreTrainedModel | PeftModel:
     """A language model to train or to sample from.
 
-    Training continues an adapter's own weights. With `model_args.use_peft` a full model gets a new LoRA adapter; without,
-    all its weights are trained.
+    Training continues an adapter's own weights. With `model_args.use_peft` a full model gets a new LoRA adapter;
+    without, all its weights are trained.
 
     Raises:
         InputError: if `source` is a reward adapter, or an adapter and `use_peft` is off.

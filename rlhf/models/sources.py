@@ -115,6 +115,34 @@ def base_revision(source: Source) -> str | None:
     return source.revision if source.peft_config is None else source.peft_config.revision
 
 
+def named_models(
+    words: list[str], flag: str = "--models", *, repeated: bool = False, bare: bool = False
+) -> list[tuple[str, str]]:
+    """(name, model) for each of a flag's words `name=model`.
+
+    >>> named_models(["sft=outputs/sft", "starter"], bare=True)
+    [('sft', 'outputs/sft'), ('starter', 'starter')]
+
+    Args:
+        repeated: a name may occur several times, for one method with several seeds.
+        bare: a word may be a model alone, which is then its own name.
+
+    Raises:
+        InputError: if there is no word, a name or model is missing, or a name is repeated.
+    """
+    pairs = []
+    for word in words:
+        name, equals, model = word.partition("=")
+        pairs.append((name, model if equals or not bare else name))
+    distinct = repeated or len(dict(pairs)) == len(pairs)
+    if not pairs or not distinct or not all(name and model for name, model in pairs):
+        raise InputError(
+            f"{' '.join([flag, *words])}: give name=model pairs{'' if repeated else ' with different names'}, as in: "
+            "base=starter sft=outputs/sft."
+        )
+    return pairs
+
+
 def refuse_single_model(model_args: ModelConfig) -> None:
     """Refuse the flags for one model where --models names them all, as they would reach none.
 
