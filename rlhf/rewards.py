@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel, TaskType
@@ -26,7 +26,7 @@ from trl import ModelConfig
 from rlhf.comparisons import Messages, Prompt, as_message
 from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
-from rlhf.models.adapters import REWARD, active_adapter, add_frozen_adapter, trunk
+from rlhf.models.adapters import REWARD, active_adapter, add_frozen_adapter, fits_beside, trunk
 from rlhf.models.loading import load_reward_model, place
 from rlhf.models.prefix import forward_sharing_prefix
 from rlhf.models.sources import Source, resolve, usable_context
@@ -262,12 +262,15 @@ class RewardSource(NamedTuple):
     function: RewardFunction | None
 
 
-def resolve_reward(name: str, flag: str = "--reward_model_path", base: str | None = None) -> RewardSource:
+def resolve_reward(
+    name: str, flag: str = "--reward_model_path", *, allow_functions: bool = False, base: str | None = None
+) -> RewardSource:
     """Find a reward by name, before any model is loaded.
 
     Args:
-        name: `starter`, a reward model (folder or Hub id), or with the flag `--reward_funcs` also the import path of a
-            function, like `my_package.my_module.my_function`.
+        name: `starter`, or a reward model (folder or Hub id).
+        flag: the flag that gave the name, for error messages.
+        allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
         base: the policy's base model, which a reward adapter has to share.
 
     Raises:
@@ -276,25 +279,37 @@ def resolve_reward(name: str, flag: str = "--reward_model_path", base: str | Non
     if name == STARTER:
         return RewardSource(name, None, starter_reward)
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
-    if flag != "--reward_model_path" and is_import_path:
+    if allow_functions and is_import_path:
         return RewardSource(name, None, _imported(name, flag))
     return RewardSource(name, _resolve_reward_model(name, flag, base), None)
 
 
-def resolve_rewards(args: Any, base: str | None = None) -> tuple[list[RewardSource], list[RewardSource]]:
-    """The rewards that PPOConfig or RLOOConfig names, to train on and only to evaluate with; else the starter's scorer.
+class RewardFlags(Protocol):
+    """The flags that name rewards, of PPOConfig, RLOOConfig and eval/overoptimization.py."""
+
+    reward_model_path: str | None
+    reward_funcs: list[str] | None
+    reward_weights: list[float] | None
+
+
+def resolve_rewards(args: RewardFlags, base: str | None = None) -> list[RewardSource]:
+    """The rewards that the flags name; the starter's scorer if they name none.
 
     Raises:
         InputError: see `resolve_reward`; or if `reward_weights` are not as many as rewards.
     """
     rewards = [resolve_reward(args.reward_model_path, base=base)] if args.reward_model_path else []
-    rewards += [resolve_reward(name, "--reward_funcs", base) for name in args.reward_funcs or []]
+    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base)
     rewards = rewards or [resolve_reward(STARTER)]
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         names = [reward.name for reward in rewards]
         raise InputError(f"--reward_weights: {len(args.reward_weights)} weights for the rewards {names}.")
-    held_out = getattr(args, "eval_reward_funcs", None) or []  # RLOOConfig has none
-    return rewards, [resolve_reward(name, "--eval_reward_funcs", base) for name in held_out]
+    return rewards
+
+
+def resolve_reward_functions(names: list[str] | None, flag: str, base: str | None = None) -> list[RewardSource]:
+    """The rewards of a flag that takes functions as well as models; see `resolve_reward`."""
+    return [resolve_reward(name, flag, allow_functions=True, base=base) for name in names or []]
 
 
 def _imported(name: str, flag: str) -> RewardFunction:
@@ -355,21 +370,8 @@ def load_reward(
         assert source.function is not None
         return source.function
     tokenizer = load_tokenizer(source.model, trust_remote_code=trust_remote_code)
-    if isinstance(policy, PeftModel) and _fits_beside(policy, source.model):
+    if isinstance(policy, PeftModel) and fits_beside(policy, source.model, REWARD):
         head = add_frozen_adapter(policy, source.model, REWARD)
         return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
     model = load_reward_model(source.model, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code)
     return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
-
-
-def _fits_beside(policy: PeftModel, source: Source) -> bool:
-    """Whether a reward model is a plain LoRA adapter over the policy's base, and the first such one."""
-    config = source.peft_config
-    return (
-        config is not None
-        and REWARD not in policy.peft_config
-        and config.peft_type == policy.peft_type
-        and source.base == policy.get_base_model().name_or_path
-        and config.revision == policy.peft_config[policy.active_adapter].revision
-        and set(config.modules_to_save or []) <= {"score", "classifier"}
-    )

@@ -25,7 +25,6 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.attention import group_attention
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source, base_revision
 
 

@@ -9,7 +9,6 @@ from transformers import (
 
 from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source, base_revision, hub_file, resolve
 
 # Tokens that model families keep for padding or never use, in order of preference.
