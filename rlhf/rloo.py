@@ -132,7 +132,7 @@ class RLOOTrainer(TRLRLOOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        """Rewards (B over all processes, functions) as rlhf/rewards.py takes them: per token too; NaN is refused.
+        """Rewards (B over all processes, functions) as `call_rewards` takes them: per token too; NaN is refused.
 
         None, no opinion, is NaN in the result.
         """
