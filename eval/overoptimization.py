@@ -70,8 +70,8 @@ def read_ppo_run(folder: str | None) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or it has no checkpoints.
     """
-    run = (folder and read_run(Path(folder))) or {}
-    if run.get("recipe") != "ppo":
+    run = read_run(Path(folder)) if folder else None
+    if run is None or run["recipe"] != "ppo":
         raise InputError(f"--model_name_or_path {folder}: no run of recipes/ppo.py. Give its output folder.")
     if not checkpoints(str(folder)):
         raise InputError(

@@ -20,7 +20,7 @@ from eval.measuring.held_out import evaluate_finetuned
 from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
@@ -43,7 +43,7 @@ def main() -> None:
     script_args, args, training_args, model_args = parse(
         __file__, ScriptArguments, FinetuneArguments, TrainingArguments, ModelConfig
     )
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "finetune")

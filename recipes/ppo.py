@@ -19,7 +19,7 @@ from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
@@ -33,7 +33,7 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")

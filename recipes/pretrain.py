@@ -20,7 +20,7 @@ from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_pretraining, check_special_tokens
 from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
@@ -34,7 +34,7 @@ def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
     check_pretraining(training_args, model_args)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "pretrain")

@@ -18,7 +18,7 @@ from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -31,7 +31,7 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, RewardConfig, ModelConfig)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "preference_pairs")

@@ -18,7 +18,7 @@ from eval.report import write_report
 from rlhf.data.datasets import load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -37,7 +37,7 @@ MEASURED = {
 def main() -> None:
     # Arguments
     script_args, training_args, model_args = parse(__file__, ScriptArguments, RLOOConfig, ModelConfig)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")
