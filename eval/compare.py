@@ -26,14 +26,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.measuring.comparison import ComparedModels, compare, differences_of
 from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
@@ -109,7 +109,7 @@ def print_comparison(results: dict[str, Any], comparison: ComparedModels, refere
 
 def main() -> None:
     script_args, arguments, settings, model_args = parse(
-        __file__, ScriptArguments, CompareArguments, LabelerSettings, ModelConfig
+        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
     )
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)

@@ -16,11 +16,11 @@ a reward model or function. Output: train.jsonl and test.jsonl, of different pro
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
 from rlhf.comparisons import preference_pairs
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
@@ -57,7 +57,7 @@ class CollectArguments:
 def main() -> None:
     # Arguments
     script_args, collect_args, labeler_args, model_args = parse(
-        __file__, ScriptArguments, CollectArguments, LabelerArguments, ModelConfig
+        __file__, DatasetArguments, CollectArguments, LabelerArguments, ModelConfig
     )
     need_one_process(__file__)
     push = take_push_request(collect_args)

@@ -13,10 +13,10 @@ adapter of the same base joins them, so one base in memory serves all. Every fla
 ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
@@ -32,7 +32,7 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PPOConfig, ModelConfig)
     push = take_push_request(training_args)
 
     # Data

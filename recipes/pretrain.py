@@ -13,11 +13,9 @@ of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), m
 ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
 """
 
-from trl import ScriptArguments
-
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
@@ -32,7 +30,7 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PretrainingConfig, NewModelConfig)
     check_pretraining(training_args, model_args)
     push = take_push_request(training_args)
 

@@ -11,11 +11,11 @@ as the model (the SFT adapter, say) the reward adapter starts from its weights. 
 the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
+from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
@@ -30,7 +30,7 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, RewardConfig, ModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, RewardConfig, ModelConfig)
     push = take_push_request(training_args)
 
     # Data

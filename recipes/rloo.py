@@ -12,10 +12,10 @@ recipes/ppo.py does, so that the two can be compared (eval/curves.py). With an a
 as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
@@ -36,7 +36,7 @@ MEASURED = {
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, RLOOConfig, ModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, RLOOConfig, ModelConfig)
     push = take_push_request(training_args)
 
     # Data

@@ -9,10 +9,10 @@ Without arguments it reads recipes/configs/sft.yaml: the starter model and conve
 laptop. The loss is taken on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
@@ -25,7 +25,7 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, SFTConfig, ModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, SFTConfig, ModelConfig)
     push = take_push_request(training_args)
 
     # Data
