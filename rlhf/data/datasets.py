@@ -35,8 +35,7 @@ class DatasetArguments(ScriptArguments):
     """TRL's ScriptArguments; without `dataset_name` the dataset is the starter."""
 
     def __post_init__(self) -> None:
-        if not self.dataset_name:
-            self.dataset_name = STARTER
+        self.dataset_name: str = self.dataset_name or STARTER
 
 
 def looks_local(name: str) -> bool:
