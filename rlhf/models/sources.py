@@ -1,7 +1,7 @@
 """What a model name stands for, before any weights are loaded.
 
-Wherever a recipe takes a model it takes a Hub id, a local folder, the word `starter`, or the adapter of any of them (a
-folder or a repo); an adapter's base is found from its `adapter_config.json`.
+A model's name is a Hub id, a local folder, the word `starter`, or the folder or repo of an adapter. The base of an
+adapter is found from its `adapter_config.json`.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
 
-# their positions begin behind that of the pad token
+# the positions of these begin behind the pad token's id
 ROBERTA = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
     "ibert", "luke", "mpnet",
@@ -67,6 +67,11 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
 
 
 def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
+    """Whether a Hub repo has a file; it is downloaded into the cache.
+
+    Raises:
+        InputError: if the repo doesn't exist, or the Hub can't be reached and the repo is not in the cache.
+    """
     cached = try_to_load_from_cache(repo, file, revision=revision)
     if isinstance(cached, str):
         return True
@@ -78,7 +83,7 @@ def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
         hf_hub_download(repo, file, revision=revision)
         return True
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        if in_cache:  # the repo was downloaded before, and without this file
+        if in_cache:  # the repo was downloaded before and lacks this file
             return False
         raise InputError(
             f"{flag} {repo}: not a local folder, and the Hub can't be reached to look for it there. Go online, "
@@ -100,7 +105,7 @@ def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -
     if not base:
         raise InputError(f"{flag} {name}: adapter_config.json names no base model (base_model_name_or_path). Add it.")
     if Path(base).name.startswith("starter-") and not Path(base).exists():
-        base = starter_model()  # the cache was cleared or is elsewhere: the starter can be made again
+        base = starter_model()  # the cache was cleared or moved: make the starter again
     try:
         source = resolve(base, flag)
     except InputError as error:
@@ -144,7 +149,7 @@ def named_models(
 
 
 def refuse_single_model(model_args: ModelConfig) -> None:
-    """Refuse the flags for one model where --models names them all, as they would reach none.
+    """Refuse the flags for one model where --models names all models: they would have no effect.
 
     Raises:
         InputError: if --model_name_or_path or --model_revision is given.
@@ -159,7 +164,7 @@ def refuse_single_model(model_args: ModelConfig) -> None:
 
 
 def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
-    """How many tokens the base takes at once, or None where its config sets no limit."""
+    """The base's context length in tokens, or None if its config sets no limit."""
     config = AutoConfig.from_pretrained(
         source.base, revision=base_revision(source), trust_remote_code=trust_remote_code
     )
@@ -167,25 +172,29 @@ def context_length(source: Source, trust_remote_code: bool = False) -> int | Non
 
 
 def first_position(model_type: str, pad_token_id: int | None) -> int:
-    """Where a model's positions begin: for RoBERTa's kind behind that of the pad token, for MPNet always at 2."""
+    """The first position: behind the pad token's id for RoBERTa and its relatives (for MPNet always 2), else 0.
+
+    >>> first_position("roberta", 1), first_position("llama", 1)
+    (2, 0)
+    """
     return max(pad_token_id or 0, 1) + 1 if model_type in ROBERTA else 0
 
 
 def usable_context(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model takes at once, or None where its config sets no limit."""
+    """A model's context length in tokens, or None if its config sets no limit."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     return positions and positions - first_position(config.model_type, config.pad_token_id)
 
 
 def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:
-    """What PPO's policy starts from: an adapter that differs from the SFT model `source`, or else the SFT model itself.
+    """The model that PPO's policy starts from: the named adapter if it differs from the SFT model `source`, else that.
 
     Args:
         revision: of `model_name_or_path`.
 
     Raises:
-        InputError: if the adapter's base is not that of the SFT model, or the revision would reach nothing.
+        InputError: if the adapter's base is not that of the SFT model, or the revision would have no effect.
     """
     start = resolve(model_name_or_path, revision=revision)
     if start.adapter is None or start.adapter == source.adapter:
@@ -204,6 +213,6 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:
-    """Whether the model reads from left to right: a causal language model that is no masked one too."""
+    """Whether the architecture is a causal language model and not also a masked one."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
