@@ -11,15 +11,16 @@ Intervals are bootstrapped over the held-out rows and the seeds together.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from eval.drawing.tables import transfer_rows
+from eval.measuring.named_models import split_pairs
 from eval.report import write_report
-from eval.stats.intervals import RESAMPLES
+from eval.stats.intervals import RESAMPLES, Interval, JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl, write_json
@@ -43,19 +44,18 @@ class TransferArguments:
 
 
 def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Path]], str]:
-    """The runs by name and seed, and what their score is.
+    """The runs by name and seed, and the name of their score.
 
     Raises:
-        InputError: if a word is no name=folder pair, a folder is no finished fine-tuning run, two of a name have the
-            same seed, seeds differ between names, or the reference is missing.
+        InputError: if a word is no name=folder pair, a folder has no finished fine-tuning run, two runs of a name have
+            the same seed, seeds differ between names, or the reference is missing.
     """
     runs: dict[str, dict[int, Path]] = {}
     kinds = {}
-    for word in models:
-        name, _, folder = word.partition("=")
-        path = Path(folder).expanduser()
-        run = (folder and read_run(path)) or {}
-        if not name or run.get("recipe") != "finetune" or not run["finished"]:
+    for name, folder in split_pairs(models, "scratch=outputs/scratch-1 full=outputs/full-1"):
+        word, path = f"{name}={folder}", Path(folder).expanduser()
+        run = read_run(path) or {}
+        if run.get("recipe") != "finetune" or not run["finished"]:
             raise InputError(f"--models {word}: give name=folder of finished runs of recipes/finetune.py.")
         seed = run["settings"].get("seed", 42)  # transformers' default
         if seed in runs.setdefault(name, {}):
@@ -63,12 +63,12 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
         runs[name][seed] = path
         kinds[word] = read_json(path / "evaluation.json")["task"]
     if reference not in runs:
-        raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs) or 'none'}.")
+        raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs)}.")
     for name, by_seed in runs.items():
         if set(by_seed) != set(runs[reference]):
             raise InputError(
                 f"--models: {name} has the seeds {sorted(by_seed)}, {reference} {sorted(runs[reference])}. They are "
-                "compared seed by seed: give the same ones."
+                "compared seed by seed: give the same seeds."
             )
     if len(set(kinds.values())) > 1:
         raise InputError(f"--models: runs on different kinds of tasks ({', '.join(sorted(set(kinds.values())))}).")
@@ -91,23 +91,30 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
             first = inputs if first is None else first
             if inputs != first:
                 raise InputError(
-                    f"--models {name}={path}: was evaluated on other rows than the first run. Take the same."
+                    f"--models {name}={path}: was evaluated on other rows than the first run. Give runs on the same."
                 )
             scores[name].append([row["score"] for row in rows])
     weights = [float(len(row.get("tags", "1"))) for row in first or []]
     return {name: np.asarray(values, dtype=float) for name, values in scores.items()}, np.asarray(weights)
 
 
-def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
+class SeedScores(NamedTuple):
+    """What one way of training reaches."""
+
+    cell: Interval  # over rows and seeds; n is the number of rows
+    seeds: list[float]  # mean of each seed
+
+    def to_json(self) -> JsonObject:
+        return {**self.cell.to_json(), "seeds": self.seeds}
+
+
+def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> SeedScores:
     """Mean of scores (seeds, rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
 
     Each row counts by its weight, as in the runs' own accuracy per word.
 
-    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap": it errs on the wide side, except that few
-    seeds say little about how much seeds differ.
-
-    Returns:
-        `mean`, `low`, `high`, `n` (rows) and `seeds`, the mean of each.
+    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval is rather too wide than too
+    narrow, except that few seeds say little about how much seeds differ.
     """
     count, rows = scores.shape
     rng = np.random.default_rng(seed)
@@ -116,7 +123,7 @@ def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> d
     means = ((seed_weights @ scores) * row_weights).sum(axis=1) / row_weights.sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     by_seed = (scores @ weights / weights.sum()).tolist()
-    return {"mean": float(np.mean(by_seed)), "low": float(low), "high": float(high), "n": rows, "seeds": by_seed}
+    return SeedScores(Interval(float(np.mean(by_seed)), float(low), float(high), rows), by_seed)
 
 
 def main() -> None:
@@ -131,10 +138,15 @@ def main() -> None:
         return
 
     # Comparison
-    cells = {name: over_rows_and_seeds(values, weights, args.seed) for name, values in scores.items()}
-    differences = {name: over_rows_and_seeds(values - scores[args.reference], weights, args.seed)
-                   for name, values in scores.items() if name != args.reference}  # fmt: skip
-    result = {"score": score, "reference": args.reference, "models": cells, "differences": differences}
+    reached = {name: over_rows_and_seeds(values, weights, args.seed) for name, values in scores.items()}
+    gained = {name: over_rows_and_seeds(values - scores[args.reference], weights, args.seed)
+              for name, values in scores.items() if name != args.reference}  # fmt: skip
+    result = {
+        "score": score,
+        "reference": args.reference,
+        "models": {name: one.to_json() for name, one in reached.items()},
+        "differences": {name: one.to_json() for name, one in gained.items()},
+    }
     write_json(Path(args.output_dir) / TRANSFER_FILE, result)
 
     # Report
@@ -143,7 +155,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    finish_run(args.output_dir, {f"{score} of {name}": cell["mean"] for name, cell in cells.items()})
+    finish_run(args.output_dir, {f"{score} of {name}": one.cell.mean for name, one in reached.items()})
     print(f"Report: {write_report(args.output_dir)}")
 
 

@@ -1,4 +1,4 @@
-"""Which pictures a run has: what each is drawn from, its file name and its caption."""
+"""Which pictures a run has: the file each is drawn from, its name and its caption."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,7 @@ from eval.drawing.figures import (
     scaling_figure,
     transfer_figure,
 )
+from eval.stats.intervals import JsonObject
 from eval.stats.scaling_laws import SCALING_FILE
 from rlhf.run.files import read_json
 
@@ -28,9 +29,9 @@ class Picture(NamedTuple):
 
     source: str
     name: str
-    content: Callable[[dict[str, Any]], Any]  # of the source's content what is drawn, or nothing
+    content: Callable[[JsonObject], Any]  # takes from the source's content what is drawn, or None
     figure: Callable[[Any], Figure | None]
-    caption: str  # filled from what is drawn
+    caption: str  # with fields of what is drawn
 
 
 PICTURES = (

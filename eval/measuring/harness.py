@@ -31,7 +31,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.stats.intervals import difference, interval
+from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
 from rlhf.models.prefix import forward_sharing_prefix
@@ -43,7 +43,7 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
 # stands in for a control token that is meant as text, until it is encoded
 STAND_IN = re.compile("\U000f0000(\\d+)\U000f0001")
@@ -238,7 +238,7 @@ def find_tasks(names: list[str]) -> list[str]:
     return names
 
 
-def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]:
+def write_task(name: str, rows: dict[str, Rows], folder: Path) -> JsonObject:
     """Write a task's rows into the folder, and return its lm-eval configuration: eval/measuring/multiple_choice.yaml.
 
     Args:
@@ -252,28 +252,38 @@ def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]
     return {**config, "task": name, "dataset_kwargs": {"data_files": files}, "fewshot_config": examples}
 
 
-def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str, Rows]:
-    """Let lm-eval ask all tasks with so many examples; what was answered before an interruption is read.
+def answer(
+    lm: HFLM,
+    tasks: list[str | JsonObject],
+    num_fewshot: int,
+    folder: Path,
+    *,
+    limit: int,
+    apply_chat_template: bool,
+    seed: int,
+) -> dict[str, Rows]:
+    """Let lm-eval ask all tasks with so many examples; answers of an interrupted run are read from its folder.
 
     Args:
         tasks: what `lm_eval.simple_evaluate` takes: names, files, configurations.
-        args: `output_dir`, `limit`, `apply_chat_template` and `seed`.
+        folder: of the run, for answers-<num_fewshot>.jsonl.
+        limit: the most test rows per task.
 
     Returns:
         by task, one row per test row: `task`, `number`, `score` (of the task's first metric), `responses` and `doc`.
 
     Raises:
-        InputError: if a task can't be loaded (the Hub out of reach, say) or has fewer examples to draw than are to be
-            shown, or its metric isn't one of single rows.
+        InputError: if a task can't be loaded (for example because the Hub can't be reached) or has too few rows to draw
+            `num_fewshot` examples from, or its metric has no value for a single row.
     """
-    file = Path(args.output_dir) / f"answers-{num_fewshot}.jsonl"
+    file = folder / f"answers-{num_fewshot}.jsonl"
     if not file.exists():
         manager = _task_manager(any(isinstance(task, str) and not _is_file(task) for task in tasks))
         try:
             results = lm_eval.simple_evaluate(
-                lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=args.limit, bootstrap_iters=0,
-                apply_chat_template=args.apply_chat_template, task_manager=manager, random_seed=args.seed,
-                numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
+                lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0,
+                apply_chat_template=apply_chat_template, task_manager=manager, random_seed=seed,
+                numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
         except InputError:
             raise
@@ -290,7 +300,7 @@ def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str,
     return _read(file)
 
 
-def _score(task: str, sample: dict[str, Any]) -> float:
+def _score(task: str, sample: JsonObject) -> float:
     score = sample[sample["metrics"][0]]
     if not isinstance(score, int | float):
         raise InputError(f"--tasks {task}: its metric {sample['metrics'][0]} has no value for a single row.")
@@ -329,7 +339,7 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
 # ---------------------------------------------------------------------------------------------- results
 
 
-def _cells(rows_by_task: dict[str, Rows], seed: int) -> dict[str, dict[str, Any]]:
+def _cells(rows_by_task: dict[str, Rows], seed: int) -> dict[str, Interval]:
     return {task: interval([row["score"] for row in rows], seed=seed) for task, rows in rows_by_task.items()}
 
 
@@ -343,37 +353,36 @@ def by_cluster(tasks: dict[str, Rows]) -> dict[str, Rows]:
     return clusters
 
 
-def summarize_answers(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
-    """Means with intervals, and what the most examples change against the fewest.
+def summarize_answers(answers: dict[int, dict[str, Rows]], seed: int) -> JsonObject:
+    """Means with intervals, and the differences between the most and the fewest examples.
 
     Returns:
         `tasks.<task>.<number of examples>`, `clusters.<cluster>.<number>` and `differences.<task>`, each
         {mean, low, high, n}.
     """
 
-    def plain(cells: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-        keys = ("mean", "low", "high", "n")
-        return {
-            name: {str(number): {key: cells[number][name][key] for key in keys} for number in cells}
-            for name in next(iter(cells.values()))
-        }
+    def by_name(cells: dict[int, dict[str, Interval]]) -> JsonObject:
+        names = next(iter(cells.values()))
+        return {name: {str(number): cells[number][name].to_json() for number in cells} for name in names}
 
     tasks = {number: _cells(rows, seed) for number, rows in answers.items()}
     clusters = {number: _cells(by_cluster(rows), seed) for number, rows in answers.items()}
     most, fewest = max(answers), min(answers)
-    gains = {task: difference(tasks[most][task], tasks[fewest][task], seed) for task in tasks[most] if most > fewest}
-    return {"tasks": plain(tasks), "clusters": plain(clusters), "differences": gains}
+    gains = {}
+    if most > fewest:
+        gains = {name: cell.minus(tasks[fewest][name], seed).to_json() for name, cell in tasks[most].items()}
+    return {"tasks": by_name(tasks), "clusters": by_name(clusters), "differences": gains}
 
 
-def against(
+def compare_with_baseline(
     answers: dict[int, dict[str, Rows]], baseline: dict[int, dict[str, Rows]], seed: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Paired differences from the baseline: `task.<task>.<number of examples>`, `cluster.<cluster>.<number>`.
 
     Raises:
         InputError: if a task's rows are not those of the baseline.
     """
-    result: dict[str, dict[str, Any]] = {"task": {}, "cluster": {}}
+    result: dict[str, JsonObject] = {"task": {}, "cluster": {}}
     for number, tasks in answers.items():
         tasks = {task: rows for task, rows in tasks.items() if task in baseline[number]}
         before = {task: baseline[number][task] for task in tasks}
@@ -386,5 +395,6 @@ def against(
         for kind, ours, theirs in (("task", tasks, before), ("cluster", by_cluster(tasks), by_cluster(before))):
             first, second = _cells(ours, seed), _cells(theirs, seed)
             for name in second:
-                result[kind].setdefault(name, {})[str(number)] = difference(first[name], second[name], seed)
+                difference = first[name].minus(second[name], seed)
+                result[kind].setdefault(name, {})[str(number)] = difference.to_json()
     return result

@@ -35,4 +35,4 @@ class Distinct2(evaluate.Metric):
 
     def _compute(self, predictions) -> dict:
         groups = [predictions[start : start + GROUP] for start in range(0, len(predictions), GROUP)]
-        return interval([distinct_share(group) for group in groups])
+        return interval([distinct_share(group) for group in groups]).to_result()

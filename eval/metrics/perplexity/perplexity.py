@@ -22,4 +22,4 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict:
-        return interval([-logprob for logprob in predictions], weights=references, transform="exp")
+        return interval([-logprob for logprob in predictions], weights=references, transform="exp").to_result()

@@ -28,4 +28,4 @@ class Repetition(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval([repeated_share(reply) for reply in predictions])
+        return interval([repeated_share(reply) for reply in predictions]).to_result()

@@ -51,7 +51,7 @@ def accuracy(margins: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     right = 0.5 + 0.5 * np.sign(margins)
     _, index = np.unique(groups, return_inverse=True)
     result = interval(np.bincount(index, right).tolist(), np.bincount(index).astype(float).tolist())
-    return {"mean": result["mean"], "low": result["low"], "high": result["high"], "n": len(margins)}
+    return {**result.to_json(), "n": len(margins)}
 
 
 class RewardAccuracy(evaluate.Metric):

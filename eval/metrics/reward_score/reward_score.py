@@ -22,4 +22,4 @@ class RewardScore(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval(predictions)
+        return interval(predictions).to_result()

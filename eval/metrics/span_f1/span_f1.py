@@ -48,4 +48,4 @@ class SpanF1(evaluate.Metric):
         pairs = list(zip(predictions, references, strict=True))
         scores = [max(word_f1(found, answer) for answer in answers) for found, answers in pairs]
         exact = [float(any(words_of(found) == words_of(answer) for answer in answers)) for found, answers in pairs]
-        return {**interval(scores), "exact_match": interval(exact)}
+        return {**interval(scores).to_result(), "exact_match": interval(exact).to_result()}

@@ -42,6 +42,6 @@ class TagF1(evaluate.Metric):
         pairs = [(entities(found), entities(true)) for found, true in zip(predictions, references, strict=True)]
         pairs = [(found, true) for found, true in pairs if found or true]  # the others have nothing to be right about
         if not pairs:
-            return interval([0.0])
+            return interval([0.0]).to_result()
         right = [2.0 * len(found & true) for found, true in pairs]
-        return interval(right, [float(len(found) + len(true)) for found, true in pairs])
+        return interval(right, [float(len(found) + len(true)) for found, true in pairs]).to_result()
