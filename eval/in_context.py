@@ -110,7 +110,7 @@ def verdict(gain: Interval) -> str:
     return word if gain.excludes_zero else f"{word}, not significant"
 
 
-def check_arguments(args: InContextArguments) -> None:
+def check_in_context(args: InContextArguments) -> None:
     """Refuse impossible numbers, and say how to install lm-eval if it is missing.
 
     Args:
@@ -158,7 +158,7 @@ def main() -> None:
     )
     need_one_process(__file__)
     args.num_fewshot = sorted(set(args.num_fewshot))
-    check_arguments(args)
+    check_in_context(args)
     from eval.measuring import harness  # takes seconds, so mistakes above answer first
 
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)

@@ -11,7 +11,7 @@ Intervals are bootstrapped over the held-out rows and the seeds together.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -81,7 +81,7 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
     Raises:
         InputError: if two runs were not evaluated on the same rows.
     """
-    first: list[Any] | None = None
+    first: list[JsonObject] | None = None
     scores: dict[str, list[list[float]]] = {}
     for name, by_seed in runs.items():
         scores[name] = []

@@ -249,7 +249,7 @@ def test_bad_input_gets_one_clear_line(arguments, message, monkeypatch, tmp_path
 def test_other_questions_are_no_baseline(evaluated, sharp, monkeypatch, tmp_path):
     out, _, arguments = evaluated
     other = [*arguments, "--seed", 7, "--model_name_or_path", sharp, "--baseline_dir", out / "a"]
-    with pytest.raises(InputError, match="other questions were asked in task 'question'"):
+    with pytest.raises(InputError, match="has other questions in task 'question'"):
         again(monkeypatch, *other, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -264,7 +264,7 @@ def test_more_examples_than_training_rows_are_refused_before_a_model_is_loaded(e
 
 def test_a_task_file_with_too_few_examples_is_refused_in_one_line(evaluated, sharp, monkeypatch, tmp_path):
     out, _, _ = evaluated
-    with pytest.raises(InputError, match="--num_fewshot 20: lm-eval can't ask one"):
+    with pytest.raises(InputError, match="--num_fewshot 20: lm-eval can't ask a task"):
         again(monkeypatch, "--tasks", out / "colours.yaml", "--num_fewshot", 20, "--model_name_or_path", sharp,
               "--limit", 2, "--dtype", "float32", "--output_dir", tmp_path / "out")  # fmt: skip
 

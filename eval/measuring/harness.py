@@ -1,13 +1,13 @@
 """lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) over this project's models and tasks.
 
-The harness builds prompts, draws examples and scores answers. What is ours: models come from rlhf/models/, and
+The harness builds prompts, draws examples and scores answers. Two things are ours: models come from rlhf/models/, and
 log-likelihoods are computed with less work and more precision than by its `HFLM`:
 
-- a question runs once, not once for each answer, and what the questions of a batch begin with, such as the examples,
+- a question runs once, not once for each answer, and the common beginning of a batch's questions, such as the examples,
   runs once for all of them (rlhf/models/prefix.py);
-- logits are computed where an answer stands, not at every token: with 49,152 words, log-probabilities of all positions
-  take as long as the model itself;
-- the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and answers tie that are not equal.
+- logits are computed at the tokens of answers, not at every token: with a vocabulary of 49,152, log-probabilities of
+  all positions take as long as the model itself;
+- the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and different answers tie.
 """
 
 import copy
@@ -38,14 +38,14 @@ from rlhf.models.prefix import forward_sharing_prefix
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
-# that a model is handed over loaded, and the number of examples set, is meant
+# lm-eval warns of a model that is handed over loaded and of a number of examples that is set; both are intended
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
 Rows = list[JsonObject]
-Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
-# stands in for a control token that is meant as text, until it is encoded
+Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context ids, continuation ids)
+# in place of a control token that is meant as text, until the text is encoded
 STAND_IN = re.compile("\U000f0000(\\d+)\U000f0001")
 
 
@@ -61,12 +61,12 @@ class SharedExamples(ContextSampler):
         self.seed, self.calls = rnd, 0
         return self
 
-    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **kwargs: Any) -> Sequence[dict[str, Any]]:
+    def sample(self, n: int, eval_doc: JsonObject | None = None, df: object = None, **_: Any) -> Sequence[JsonObject]:
         group, self.calls = self.calls // SAME_EXAMPLES, self.calls + 1
         docs = [doc for doc in self.fewshot_docs() if doc != eval_doc]
         rng = random.Random(f"{self.seed} {group}")
         rng.shuffle(docs)
-        by_label: dict[Any, list[dict[str, Any]]] = {}
+        by_label: dict[object, list[JsonObject]] = {}
         for doc in docs:
             by_label.setdefault(doc["label"], []).append(doc)
         rounds = [[doc for doc in turn if doc is not None] for turn in itertools.zip_longest(*by_label.values())]
@@ -74,7 +74,7 @@ class SharedExamples(ContextSampler):
 
 
 def sharpen_head(model: PreTrainedModel) -> None:
-    """Let the output head compute in float32 with weights of its own, also where it shares them with the embeddings."""
+    """Make the output head compute in float32, with its own weights even if it shared the embeddings'."""
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
         head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
@@ -82,10 +82,10 @@ def sharpen_head(model: PreTrainedModel) -> None:
 
 
 class SharedPrefixLM(HFLM):
-    """HFLM whose log-likelihoods are computed as said above; generation is HFLM's own.
+    """HFLM with the log-likelihoods that this module's docstring describes; generation is HFLM's own.
 
-    Only the chat template makes control tokens. In questions, examples and answers they are encoded as the ordinary
-    characters they are written with, as rlhf.data.encoding.encode_messages does.
+    Only the chat template makes control tokens. In questions, examples and answers they are encoded as ordinary
+    characters, as rlhf.data.encoding.encode_messages does.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -120,14 +120,14 @@ class SharedPrefixLM(HFLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """For generation, which is HFLM's own: control tokens stay what they are written as."""
+        """For generation, which is HFLM's own: control tokens in texts stay control tokens."""
         plain = [STAND_IN.sub(lambda found: self.controls[int(found[1])], string) for string in strings]
         return super().tok_batch_encode(plain, *args, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy decoding would have said it) of each request."""
+        """(log p(continuation | context), whether greedy decoding gives the continuation) of each request."""
         contexts: dict[tuple[int, ...], list[int]] = {}
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
@@ -154,7 +154,7 @@ class SharedPrefixLM(HFLM):
 
     @staticmethod
     def _batches(contexts: list[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
-        """Contexts of equal beginnings together, of similar lengths beside each other."""
+        """Batches of contexts with the same beginning, sorted by length."""
         beginnings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for context in contexts:
             beginnings.setdefault(context[:64], []).append(context)
@@ -174,7 +174,7 @@ class SharedPrefixLM(HFLM):
 
         Args:
             contexts: D token sequences of two tokens or more.
-            places: for each continuation, which of the contexts it follows.
+            places: number of the context that each continuation follows.
         """
         device, config = self.device, self.model.config.get_text_config()
         # the last token of a context runs with the answers, whose first token it predicts
@@ -211,7 +211,7 @@ class SharedPrefixLM(HFLM):
 
 @functools.cache
 def _task_manager(known: bool) -> TaskManager:
-    """With the tasks that lm-eval knows, which takes seconds, or without."""
+    """With lm-eval's own tasks, which takes seconds, or without."""
     return TaskManager(include_defaults=known)
 
 
@@ -220,10 +220,10 @@ def _is_file(name: str) -> bool:
 
 
 def find_tasks(names: list[str]) -> list[str]:
-    """Names that lm-eval knows, and YAML files in its format.
+    """The names, if each is one of lm-eval's tasks or a YAML file in its format.
 
     Raises:
-        InputError: for anything else.
+        InputError: if one is neither.
     """
     for name in names:
         if _is_file(name):
@@ -242,7 +242,7 @@ def write_task(name: str, rows: dict[str, Rows], folder: Path) -> JsonObject:
     """Write a task's rows into the folder, and return its lm-eval configuration: eval/measuring/multiple_choice.yaml.
 
     Args:
-        rows: `train`, which examples are drawn from, and `test`, of rlhf.tasks.instructions.word_instructions.
+        rows: `train`, from which examples are drawn, and `test`, both of rlhf.tasks.instructions.word_instructions.
     """
     files = {split: str(folder / f"{name}.{split}.jsonl") for split in rows}
     for split, file in files.items():
@@ -289,7 +289,7 @@ def answer(
             raise
         except (OSError, KeyError, ValueError, DatasetsError) as error:  # ValueError: too few examples to draw, say
             raise InputError(
-                f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask one ({type(error).__name__}: {error})."
+                f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask a task ({type(error).__name__}: {error})."
             ) from error
         write_jsonl(file, [
             {"task": task, "number": sample["doc_id"], "score": _score(task, sample),
@@ -315,10 +315,10 @@ def _read(file: Path) -> dict[str, Rows]:
 
 
 def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str, Rows]]) -> dict[int, dict[str, Rows]]:
-    """The answers of another run, the baseline, by number of examples and task.
+    """The answers of the baseline, another run, by number of examples and task.
 
     Raises:
-        InputError: if it asked other questions.
+        InputError: if its questions were other ones.
     """
     answers = {}
     for number in num_fewshot:
@@ -330,7 +330,7 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
             asked = [row["doc"]["prompt"] for row in answers[number].get(task, [])]
             if asked != [row["prompt"] for row in rows["test"]]:
                 raise InputError(
-                    f"--baseline_dir {folder}: other questions were asked in task {task!r}. Run both with the same "
+                    f"--baseline_dir {folder}: has other questions in task {task!r}. Run both with the same "
                     "--tasks, --limit, --num_templates and --seed."
                 )
     return answers
@@ -390,7 +390,7 @@ def compare_with_baseline(
             if [row["doc"] for row in rows] != [row["doc"] for row in before[task]]:
                 raise InputError(
                     f"--baseline_dir: task {task!r} has {len(rows)} rows here and {len(before[task])} in the baseline, "
-                    "or other ones. Run both with the same --limit and --seed, on the same data."
+                    "or different rows. Run both with the same --limit and --seed, on the same data."
                 )
         for kind, ours, theirs in (("task", tasks, before), ("cluster", by_cluster(tasks), by_cluster(before))):
             first, second = _cells(ours, seed), _cells(theirs, seed)

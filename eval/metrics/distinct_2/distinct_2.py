@@ -14,7 +14,11 @@ GROUP = 20
 
 
 def distinct_share(replies: list[str]) -> float:
-    """Distinct bigrams of lower-cased words / all of them, over some replies; 1.0 where there is none."""
+    """Distinct bigrams of lower-cased words / all of them, over some replies; 1.0 if there are none.
+
+    >>> distinct_share(["a b a b"])
+    0.6666666666666666
+    """
     pairs = []
     for reply in replies:
         words = reply.lower().split()
