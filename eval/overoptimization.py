@@ -16,14 +16,13 @@ import math
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from eval.drawing.figures import overoptimization_figure, save_figure
-from eval.measuring.replies import Replies, reply_logprobs, sample_replies, use_model
+from eval.measuring.replies import ModelReplies, Replies, reply_logprobs, sample_replies, use_model
 from eval.report import write_report
 from eval.stats.fits import KEEP_RULE, CurveKind, ScoredPoint, best_of_n, best_of_n_kl, fit_curve, to_keep
 from eval.stats.intervals import Interval, JsonObject, interval
@@ -111,14 +110,6 @@ class Scorer:
         return sums[0], proxy
 
 
-class PolicyReplies(NamedTuple):
-    """Replies of one policy."""
-
-    all: Replies  # all of each prompt
-    chosen: Replies  # one to each prompt: the first
-    own: list[float]  # log-probability of each chosen reply under the policy
-
-
 def _sample_policy(
     name: str,
     prompts: list[Prompt],
@@ -126,16 +117,16 @@ def _sample_policy(
     sampling: Sampling,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> PolicyReplies:
+) -> ModelReplies:
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     replies = sample_replies(model, tokenizer, ids, count, sampling, name)
     chosen = replies.first_of(count)
-    own = reply_logprobs(model, tokenizer, ids, chosen.ids, description=f"{name}: itself").sums
-    return PolicyReplies(replies, chosen, own)
+    own = reply_logprobs(model, tokenizer, ids, chosen.ids, description=f"{name}: itself")
+    return ModelReplies(replies, chosen, own)
 
 
 def _logprobs_under_start(
-    policies: dict[str, PolicyReplies],
+    policies: dict[str, ModelReplies],
     prompts: list[Prompt],
     start: str,
     model: PreTrainedModel,
@@ -148,7 +139,7 @@ def _logprobs_under_start(
         name: reply_logprobs(model, tokenizer, ids, replies, description=f"{name} under {start}").sums
         for name, replies in others.items()
     }
-    return {start: policies[start].own, **under}
+    return {start: policies[start].own.sums, **under}
 
 
 def measure_policies(
@@ -158,7 +149,7 @@ def measure_policies(
     sampling: Sampling,
     candidates: int,
     model_args: ModelConfig,
-) -> tuple[list[ScoredPoint], dict[str, PolicyReplies]]:
+) -> tuple[list[ScoredPoint], dict[str, ModelReplies]]:
     """Sample from every policy, one of which is in memory at a time, and score the replies.
 
     Args:
@@ -176,7 +167,7 @@ def measure_policies(
     points = []
     for name, policy in policies.items():
         gold, proxy = scorer(prompts, policy.chosen)
-        kl = [a - b for a, b in zip(policy.own, under[name], strict=True)]
+        kl = [a - b for a, b in zip(policy.own.sums, under[name], strict=True)]
         points.append(ScoredPoint(name, interval(kl), interval(gold), interval(proxy)))
     return points, policies
 
@@ -239,7 +230,7 @@ def main() -> None:
     )
     most = max(1, arguments.best_of_n)
     points, policies = measure_policies(sources, prompts, scorer, sampling, most, model_args)
-    chosen = best_of_n_points(prompts, policies["start"].all, scorer, most) if most > 1 else []
+    chosen = best_of_n_points(prompts, policies["start"].candidates, scorer, most) if most > 1 else []
     best, keep = to_keep(points)
     results = {
         "ppo": [point.to_json() for point in points],

@@ -56,7 +56,7 @@ class ReportArguments:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run folders to report on, what a run was made from before the run.
+    """Run folders to report on; the sources of a run come before it.
 
     Args:
         folder: of a run, or one whose subfolders (and theirs) are runs.
@@ -77,7 +77,7 @@ def find_runs(folder: Path) -> list[Path]:
         run = read_run(path)
         if run is None or path.resolve() in found:
             return
-        found[path.resolve()] = path  # holds its place, against circles
+        found[path.resolve()] = path  # marked as found, against circles
         for key in SOURCES:
             values = run["settings"].get(key) or []
             for value in [values] if isinstance(values, str) else values:
@@ -185,7 +185,7 @@ def write_report(output_dir: str, metrics: dict[str, float] | None = None) -> Pa
     tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]
     sections = [("lineage", "Lineage"), *((table["id"], table["title"]) for table in tables)]
     shown = [run for run in runs if run["pictures"] or run["remarks"]]
-    # of many runs, those that have nothing but training curves are folded up at the end
+    # with many runs on the page, runs that have only training curves are folded up at its end
     folded = [run for run in shown if len(runs) > MANY_RUNS and run["training_only"]]
     shown = [run for run in shown if run not in folded]
     sections += [(f"run-{number}", run["name"]) for number, run in enumerate(shown, 1)]

@@ -61,7 +61,7 @@ def test_overoptimization(loaded, tiny, sft):
     sources = {"start": resolve(tiny), "checkpoint-1": resolve(sft), "checkpoint-2": resolve(sft)}
     points, policies = measure_policies(sources, [user("Hello"), user("Well?")], scorer, SAMPLING, 4, FLOAT32)
     assert [point.name for point in points] == list(sources) and points[0].kl.mean == 0
-    assert (len(policies["start"].all.ids), len(policies["start"].chosen.ids)) == (8, 2)
+    assert (len(policies["start"].candidates.ids), len(policies["start"].chosen.ids)) == (8, 2)
     assert len(loaded) == 4 and all_gone(loaded)
 
 

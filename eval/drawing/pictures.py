@@ -25,7 +25,7 @@ from rlhf.run.files import read_json
 
 
 class Picture(NamedTuple):
-    """A picture that is drawn if the run's folder has `source` and there is something in it to draw."""
+    """A picture, drawn if the run's folder has the file `source` and `content` finds something in it."""
 
     source: str
     name: str

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.measuring.judges import ask, win_rates
-from eval.measuring.replies import LogProbs, Replies, reply_logprobs, sample_replies, use_model
+from eval.measuring.replies import LogProbs, ModelReplies, Replies, reply_logprobs, sample_replies, use_model
 from eval.metrics import metric, metric_results
 from eval.stats.fits import best_of_n_kl
 from eval.stats.intervals import Interval, JsonObject, interval
@@ -56,15 +56,6 @@ class ComparedModels(NamedTuple):
     reward_accuracy: JsonObject  # all results of reward_accuracy, with the gold score as the truth
 
 
-class ModelReplies(NamedTuple):
-    """The replies of one model, and log-probabilities under it."""
-
-    all: Replies  # `replies_of` to each prompt
-    chosen: Replies  # one to each prompt: the first
-    own: LogProbs  # of the chosen ones
-    human: LogProbs | None  # of people's replies, where there are some
-
-
 def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str, Labeler]) -> ComparedModels:
     """Measure every model on the prompts.
 
@@ -75,7 +66,7 @@ def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str,
     prompts, reference, count = plan.prompts, plan.reference, plan.best_of_n
     measured = _sample_all(plan)
     replies = {name: one.chosen for name, one in measured.items()}
-    candidates = measured[reference].all
+    candidates = measured[reference].candidates
     scores: dict[str, list[float]] = {}
     accuracy: JsonObject = {}
     if reward is not None:
@@ -137,15 +128,15 @@ def _sample_one(
         replies = sample_replies(model, tokenizer, prompts, plan.replies_of(name), plan.sampling, name)
         sampled[name] = replies._asdict()
         write_json(plan.folder / REPLIES_FILE, sampled)  # people may be judging these replies when a run is interrupted
-    everything = Replies(**sampled[name])
-    chosen = everything.first_of(plan.replies_of(name))
+    candidates = Replies(**sampled[name])
+    chosen = candidates.first_of(plan.replies_of(name))
     own = reply_logprobs(model, tokenizer, prompts, chosen.ids, description=f"{name}: own log-probabilities")
     human, rows = None, plan.rows
     if "completion" in rows.column_names and not isinstance(rows[0]["completion"], str):
         pairs = [encode_conversation(tokenizer, row["prompt"] + row["completion"]) for row in rows]
         targets = [[label for label in pair["labels"] if label != -100] for pair in pairs]
         human = reply_logprobs(model, tokenizer, prompts, targets, description=f"{name}: human replies")
-    return ModelReplies(everything, chosen, own, human)
+    return ModelReplies(candidates, chosen, own, human)
 
 
 def _score_all(

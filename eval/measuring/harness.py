@@ -136,7 +136,7 @@ class SharedPrefixLM(HFLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             contexts.setdefault(tuple(ids[: len(ids) - len(continuation)]), []).append(number)
         answers: dict[int, tuple[float, bool]] = {}
-        # a context of one token leaves nothing to compute before the answers
+        # a context of one token has nothing to compute before the answers
         if alone := [number for context, numbers in contexts.items() if len(context) < 2 for number in numbers]:
             scored = super()._loglikelihood_tokens([requests[number] for number in alone], disable_tqdm, override_bs)
             answers.update(zip(alone, scored, strict=True))

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Replies(NamedTuple):
-    """Replies to N prompts, as many to each, prompt by prompt."""
+    """Replies to N prompts, equally many to each, prompt by prompt."""
 
     ids: list[list[int]]  # token ids, ending with the stop token where one was drawn
     texts: list[str]
@@ -38,6 +38,15 @@ class LogProbs(NamedTuple):
 
     sums: list[float]  # over the tokens of each reply, nats
     tokens: list[int]  # number of each reply's tokens
+
+
+class ModelReplies(NamedTuple):
+    """What one model replied, and log-probabilities under it."""
+
+    candidates: Replies  # all replies
+    chosen: Replies  # one to each prompt: its first candidate
+    own: LogProbs  # of the chosen replies
+    human: LogProbs | None = None  # of people's replies to the prompts, if they are known
 
 
 def use_model(

@@ -10,7 +10,7 @@ from eval.stats.intervals import Interval, JsonObject
 
 CurveKind = Literal["best_of_n", "ppo"]
 RESAMPLES = 2000
-KEEP_RULE = "the lowest KL of those not significantly worse than the best"  # what `to_keep` goes by
+KEEP_RULE = "the lowest KL of those not significantly worse than the best"  # of `to_keep`
 
 
 class ScoredPoint(NamedTuple):
