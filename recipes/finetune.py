@@ -79,9 +79,8 @@ def main() -> None:
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
     result = evaluate_finetuned(trainer, task, test)
-    measured = {f"held-out {name}": "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
-                for name, cell in result["metrics"].items()}  # fmt: skip
-    metrics = {"eval_loss": result["eval_loss"], **{name: cell["mean"] for name, cell in result["metrics"].items()}}
+    measured = {f"held-out {name}": f"{cell:.3f}" for name, cell in result.metrics.items()}
+    metrics = {"eval_loss": result.loss, **{name: cell.mean for name, cell in result.metrics.items()}}
 
     # Save, report, card, push
     trainer.save_model()

@@ -74,12 +74,13 @@ def main() -> None:
     # Sweep
     points = sweep_points(args)
     summary = {"points": train_points(args, points, *train_with)}
-    summary["fits"] = fit_sweep(summary["points"])
+    fits = fit_sweep(summary["points"])
+    summary["fits"] = {law: fit and fit.to_json() for law, fit in fits.items()}
 
     # Forecast
     larger = forecast_point(args)
     size = transformer_parameters(larger.hidden_size, larger.num_hidden_layers)
-    summary["forecast"] = forecast_larger(summary["points"], summary["fits"], size)
+    summary["forecast"] = forecast_larger(summary["points"], fits, size)
     write_json(Path(args.output_dir) / SCALING_FILE, summary)  # before the model is trained
     summary["forecast"] = check_forecast(summary["forecast"], train_points(args, [larger], *train_with)[0])
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from eval.measuring.bits import bytes_per_token
 from eval.report import write_report
-from eval.stats.intervals import difference
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
@@ -23,8 +22,6 @@ from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
-
-ENDS = {"": "mean", "_low": "low", "_high": "high"}
 
 
 @dataclass
@@ -59,9 +56,10 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir)
     own, other = bytes_per_token(tokenizer, test), bytes_per_token(resolve_tokenizer(STARTER), test)
     metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
-    for name, cell in (("own", own), (STARTER, other), ("own less starter", difference(own, other))):
-        print(f"{name:>16}: {cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}] held-out bytes per token")
-        metrics |= {f"bytes_per_token/{name}{end}": cell[key] for end, key in ENDS.items()}
+    for name, cell in (("own", own), (STARTER, other), ("own less starter", own.minus(other))):
+        print(f"{name:>16}: {cell:.2f} held-out bytes per token")
+        ends = (("", cell.mean), ("_low", cell.low), ("_high", cell.high))
+        metrics |= {f"bytes_per_token/{name}{end}": value for end, value in ends}
     finish_run(args.output_dir, metrics)
     print(f"Report: {write_report(args.output_dir)}")
 

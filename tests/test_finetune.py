@@ -32,7 +32,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from eval.metrics import metric
+from eval.metrics import metric, metric_results
 from eval.transfer import over_rows_and_seeds
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve
@@ -399,21 +399,21 @@ def test_accumulated_batches_take_the_step_of_the_whole_batch(bases, tmp_path):
 
 
 def test_span_f1_by_hand():
-    result = metric("span_f1", predictions=["in the old house", "Lima!", "", "a dog"],
-                    references=[["an old house"], ["Oslo", "the lima"], [""], ["a cat"]])  # fmt: skip
+    result = metric_results("span_f1", predictions=["in the old house", "Lima!", "", "a dog"],
+                            references=[["an old house"], ["Oslo", "the lima"], [""], ["a cat"]])  # fmt: skip
     assert result["values"] == pytest.approx([0.8, 1, 1, 0])  # 2 shared words of 3 and 2: 2 · 2 / 5
     assert result["mean"] == pytest.approx(0.7) and result["exact_match"]["mean"] == 0.5
 
 
 def test_tag_f1_by_hand():
     entity = metric("tag_f1", predictions=[["B-PER", "I-PER", "O", "I-LOC"]], references=[["B-PER", "I-PER", "O", "O"]])
-    assert entity["mean"] == pytest.approx(2 / 3)
+    assert entity.mean == pytest.approx(2 / 3)
     half = metric("tag_f1", predictions=[["B-PER", "O"]], references=[["B-PER", "I-PER"]])
-    assert half["mean"] == 0  # only a whole entity is right
+    assert half.mean == 0  # only a whole entity is right
     plain = metric("tag_f1", predictions=[["X", "O", "Y"], ["O", "O"]], references=[["X", "Y", "Y"], ["O", "O"]])
-    assert plain["mean"] == pytest.approx(2 * 2 / 5) and plain["n"] == 1
+    assert plain.mean == pytest.approx(2 * 2 / 5) and plain.n == 1
     two = metric("tag_f1", predictions=[["B-A", "B-A"]], references=[["B-A", "I-A"]])
-    assert two["mean"] == 0
+    assert two.mean == 0
 
 
 # ---------------------------------------------------------------------------------------------- the starter's labels
@@ -556,19 +556,19 @@ def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, ca
 
 
 def test_long_rows_of_tags_weigh_more():
-    cell = over_rows_and_seeds(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([9.0, 1.0]), 0)
-    assert cell["seeds"] == pytest.approx([0.9, 0.45]) and cell["mean"] == pytest.approx(0.675)
-    assert cell["low"] >= 0 and cell["high"] <= 1
+    cell, seeds = over_rows_and_seeds(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([9.0, 1.0]), 0)
+    assert seeds == pytest.approx([0.9, 0.45]) and cell.mean == pytest.approx(0.675)
+    assert cell.low >= 0 and cell.high <= 1
 
 
 def test_the_two_way_bootstrap_knows_rows_and_seeds():
     rng = np.random.default_rng(0)
     rows = rng.random((1, 400)) < 0.7
-    alike = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
+    alike, _ = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
     width = 1.96 * (0.7 * 0.3 / 400) ** 0.5  # of one seed's mean: equal seeds add nothing
-    assert alike["high"] - alike["mean"] == pytest.approx(width, rel=0.15)
-    apart = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), np.ones(400), 0)
-    assert (apart["low"], apart["mean"], apart["high"]) == pytest.approx((0, 0.5, 1))
+    assert alike.high - alike.mean == pytest.approx(width, rel=0.15)
+    apart, _ = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), np.ones(400), 0)
+    assert (apart.low, apart.mean, apart.high) == pytest.approx((0, 0.5, 1))
 
 
 BAD_FLAGS = {

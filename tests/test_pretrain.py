@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -599,18 +600,24 @@ def test_discounts_are_chen_and_goodmans():
     assert discounts(counts)[1:] == pytest.approx([1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2])
 
 
-def test_xz_is_paid_in_full():
-    texts = [f"text number {number}" for number in range(10)]
-    whole = b"".join(text.encode() + b"\0" for text in texts)
-    assert sum(xz_bits(texts, [], 10)) == 8 * len(lzma.compress(whole, preset=9))
-    both = b"".join(text.encode() + b"\0" for text in texts[:4]) + whole
-    before = b"".join(text.encode() + b"\0" for text in texts[:4])
-    primed = xz_bits(texts, texts[:4], 3)
-    assert len(primed) == 3
-    assert sum(primed) == 8 * (len(lzma.compress(both, preset=9)) - len(lzma.compress(before, preset=9)))
+def test_xz_is_paid_in_full(monkeypatch):
+    texts = [f"text number {number}, größer than {number * 7919}" for number in range(10)]
+    monkeypatch.setattr(os, "fork", None)  # torch has threads here
+
+    def compressed(texts):
+        return 8 * len(lzma.compress(b"".join(text.encode() + b"\0" for text in texts), preset=9))
+
+    sizes = [compressed(texts[:end]) for end in range(1, 11)]
+    assert xz_bits(texts, [], 10) == [sizes[0], *np.diff(sizes)]
+    before = texts[3:7]
+    sizes = [compressed(before + texts[:end]) for end in (0, 4, 7, 10)]
+    assert xz_bits(texts, before, 3) == np.diff(sizes).tolist()
+
+
+def test_texts_are_put_into_groups():
     assert in_groups(list(range(7)), 3) == [[0, 1, 2], [3, 4], [5, 6]]
     grouped = by_groups(interval([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0]), 2)
-    assert (grouped["values"], grouped["weights"], grouped["mean"]) == ([3.0, 7.0], [2.0, 4.0], 10 / 6)
+    assert grouped.mean == 10 / 6 and grouped.sample == ([3.0, 7.0], [2.0, 4.0], "none")
 
 
 def test_compression_writes_a_table_with_intervals_and_a_picture(causal, data, tmp_path):

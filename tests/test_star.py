@@ -179,9 +179,9 @@ def test_bad_problems(train, test, changes, context, said, tokenizer):
 
 def test_accuracy_of_one_of_the_majority_and_of_the_best():
     solutions, references = [["1", "2", "2"], ["3", "3", "4"], ["5", "6", "7"]], ["1", "3", None]
-    assert solved_share(solutions, references)["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert solved_share(solutions, references, "majority")["mean"] == 0.5
-    assert solved_share(solutions, references, "best")["mean"] == 1.0
+    assert solved_share(solutions, references).mean == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert solved_share(solutions, references, "majority").mean == 0.5
+    assert solved_share(solutions, references, "best").mean == 1.0
     assert references_of([{"reference": None, "samples": ["1", "2", "2"]}])[0] == ["2"]
 
 
