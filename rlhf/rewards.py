@@ -28,7 +28,7 @@ from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.errors import InputError
 from rlhf.models.adapters import REWARD, active_adapter, add_frozen_adapter, trunk
 from rlhf.models.loading import load_reward_model, place
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 from rlhf.models.sources import Source, resolve, usable_context
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.starter.labeler import gold_scores
@@ -127,9 +127,8 @@ class RewardModel:
         # a pad token may lie outside of the embeddings; masked, any other token does as well
         ids = input_ids.masked_fill(attention_mask == 0, 0)
         with nullcontext() if self.adapter is None else active_adapter(self.model, self.adapter):
-            hidden = forward_sharing_prefix(body, body.config, ids, attention_mask, attention_mask.sum(1)).output[0][
-                :, -1
-            ]
+            output = forward_sharing_prefix(body, body.config, rows_of_prompts(ids, attention_mask)).output
+        hidden = output[0][:, -1]
         if self.head is None:
             classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             return classifier.score(hidden).float()[:, 0]

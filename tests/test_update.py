@@ -74,8 +74,8 @@ def _gradient(micro_batch_size):
     weight = torch.zeros(4, 6, requires_grad=True)
     gradients = []
 
-    def forward(input_ids, attention_mask, lengths, temperature, **_):
-        rows, length = input_ids[:, -1], int(lengths.max())
+    def forward(packed, temperature, **_):
+        rows, length = packed.input_ids[:, -1], int(packed.lengths.max())
         return TokenOutputs(scored.logprobs[rows, :length] + weight[rows, :length], torch.ones(len(rows), length),
                             weight[rows, :length])  # fmt: skip
 

@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 
 
 class Samples(NamedTuple):
@@ -88,7 +88,7 @@ def sample(
     mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
     sequences, cache = input_ids, model_kwargs.get("past_key_values")
     output, _, mask, positions = forward_sharing_prefix(
-        model, model.config.get_text_config(), input_ids, mask, mask.sum(1), cache=cache, logits_to_keep=1
+        model, model.config.get_text_config(), rows_of_prompts(input_ids, mask), cache=cache, logits_to_keep=1
     )
     cache = output.past_key_values
     step = 0

@@ -117,8 +117,8 @@ def before_update(
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
         packed = pack(rollout, rows)
-        policy = model(*packed, temperature)
-        reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, *packed, temperature)
+        policy = model(packed, temperature)
+        reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, packed, temperature)
         mask = rollout.completion_mask[rows, : policy.logprobs.shape[1]]
         for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
             result[rows, : part.shape[1]] = part * mask

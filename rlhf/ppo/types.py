@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlhf.models.prefix import Rows
+
 
 class Rollout(NamedTuple):
     """Prompts with the completions that the policy sampled for them."""
@@ -76,21 +78,13 @@ class LossSums(NamedTuple):
     ratio: torch.Tensor
 
 
-class Rows(NamedTuple):
-    """Some rows of a rollout, as the models take them. (B, L) int64, left-padded, and (B,) int64."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    lengths: torch.Tensor  # completion tokens
-
-
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest of them."""
+    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest row."""
     mask = rollout.attention_mask[rows].bool()
     totals = mask.sum(1)
     width = int(totals.max())
     packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
     kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
-    # padding becomes 0: a pad token may lie outside of the embeddings, and masked, any other token does as well
+    # 0 stands for padding: a pad token may lie outside of the embeddings, and no masked token matters
     packed[kept] = rollout.input_ids[rows][mask]
     return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf.models.prefix import Rows
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.types import Advantages, LossSums, Rollout, Scored, UpdateStats, pack
 
@@ -168,7 +169,7 @@ def micro_batch_losses(
     """The losses of some rows under the model as it is now."""
     packed = pack(rollout, rows)
     length = int(packed.lengths.max())
-    new = forward(*packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
+    new = forward(packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
     return ppo_loss(
         new,
         scored.logprobs[rows, :length],
@@ -183,7 +184,7 @@ def micro_batch_losses(
 def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
     """Mean negative log-probability of the masked tokens, at temperature 1."""
     lengths = batch.attention_mask.sum(1) - 1  # every token but the first is a completion token
-    new = forward(batch.input_ids, batch.attention_mask, lengths, 1.0, with_values=False)
+    new = forward(Rows(batch.input_ids, batch.attention_mask, lengths), 1.0, with_values=False)
     return -(new.logprobs * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
 
 
