@@ -10,7 +10,7 @@ from datasets import Dataset
 from rlhf.errors import InputError
 from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.model import TokenOutputs
-from rlhf.ppo.update import ppo_loss, ptx_batches
+from rlhf.ppo.update import UpdateSettings, ppo_loss, ptx_batches
 from rlhf.rewards import completion_text
 
 
@@ -110,8 +110,8 @@ def test_entropy_bonus_by_hand_and_through_the_model(sft, tokenizer, prompts, tm
     new = TokenOutputs(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
     mask = torch.ones(1, 2, dtype=torch.bool)
     zeros = torch.zeros(1, 2)
-    sums = ppo_loss(new, zeros, zeros, zeros, zeros, mask, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1,
-                    entropy_coef=0.5)  # fmt: skip
+    settings = UpdateSettings(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.5)
+    sums = ppo_loss(new, zeros, zeros, zeros, zeros, mask, settings)
     assert sums.loss == -2.0
     entropies = []
     for coefficient in (0.0, 1.0):

@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig
+from rlhf.models.precision import exact
 from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 
 
@@ -46,14 +47,12 @@ def draw_tokens(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     if do_sample:
-        # in float64, where there is one: else the rounding of a long sum, not the logits, decides between neighbours
-        exact = torch.float32 if logits.device.type == "mps" else torch.float64
-        cumulative = logprobs.exp().cumsum(-1, dtype=exact)
-        # scaled by the last entry: rounding leaves it a little off 1, and the draw must not fall behind it
+        # in float32 the rounding of a long sum, not the logits, would decide between neighbours
+        cumulative = exact(logprobs.exp()).cumsum(-1)
         uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
-        tokens = torch.searchsorted(cumulative, uniform.to(exact)[:, None] * cumulative[:, -1:], right=True).clamp_(
-            max=logits.shape[-1] - 1
-        )
+        # scaled by the last entry, which rounding leaves slightly off 1: the draw must not lie beyond it
+        points = exact(uniform)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
     else:
         tokens = logprobs.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)

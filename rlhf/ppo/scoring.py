@@ -1,7 +1,6 @@
 """Rollout → Scored: rewards, their scale, and log-probabilities and values before the update."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from transformers import PreTrainedModel
 
 from rlhf.comparisons import as_message
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
-from rlhf.ppo.moments import exact
+from rlhf.ppo.moments import moments
+from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Rewards, Rollout, pack
 from rlhf.rewards import RewardFunction, call_rewards, reward_name
 
@@ -57,17 +57,15 @@ class RewardScale(NamedTuple):
     std: float
 
 
-def measure_scale(scores: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> RewardScale:
-    """The scale of raw scores (B,) over all processes; `reduce` sums over them. That of a constant reward is 1.
+def measure_scale(scores: torch.Tensor, processes: Processes = ONE_PROCESS) -> RewardScale:
+    """The scale of raw scores (B,) over all processes. The standard deviation of a constant reward counts as 1.
 
     lm-human-preferences normalizes likewise, on samples of the policy before training:
     https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/train_reward.py#L207
     """
-    values = exact(scores)
-    count, total, total_squares = reduce(torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()]))
-    mean, squares = float(total / count), float(total_squares / count)
-    std = math.sqrt(max(0.0, squares - mean**2))
-    return RewardScale(mean, std if std > 1e-6 else 1.0)
+    _, mean, variance = moments(scores, processes=processes)
+    std = math.sqrt(variance)
+    return RewardScale(float(mean), std if std > 1e-6 else 1.0)
 
 
 def shape_scores(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.metrics import batch_metrics, reward_metrics, sample_table, update_metrics
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.monitor import remarks
+from rlhf.ppo.processes import Processes
 from rlhf.ppo.rollout import draws, prompt_order, sample_rollout
 from rlhf.ppo.scoring import RewardScale, before_update, collect_rewards, measure_scale, shape_scores
 from rlhf.ppo.setup import (
@@ -36,7 +37,7 @@ from rlhf.ppo.setup import (
     set_sizes,
 )
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
-from rlhf.ppo.update import PtxBatch, minibatches, ptx_batches, update
+from rlhf.ppo.update import PtxBatch, UpdateSettings, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction, RewardModel
 
@@ -186,6 +187,7 @@ class PPOTrainer(TRLPPOTrainer):
         self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
+        self.processes = Processes.of(self.accelerator, self.model)
         self.seconds: dict[str, float] = {}
         self.reward_scale: RewardScale | None = None
         self.kl_coef = args.kl_coef
@@ -279,7 +281,7 @@ class PPOTrainer(TRLPPOTrainer):
         """Fix the scale of the scores on the first batch, and start an adapter value function on it."""
         self.reward_scale = RewardScale(0.0, 1.0)
         if self.args.normalize_reward:
-            self.reward_scale = measure_scale(rewards.scores, self._sum)
+            self.reward_scale = measure_scale(rewards.scores, self.processes)
         module = self.accelerator.unwrap_model(self.model)
         for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             if module.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
@@ -302,7 +304,7 @@ class PPOTrainer(TRLPPOTrainer):
             lam=args.lam,
             whiten_rewards=args.whiten_rewards,
             per_token=scored.per_token,
-            reduce=self._sum,
+            processes=self.processes,
         )
 
     def update(self, rollout: Rollout, scored: Scored, advantages: Advantages) -> UpdateStats:
@@ -325,20 +327,23 @@ class PPOTrainer(TRLPPOTrainer):
                 scored,
                 advantages,
                 order,
-                backward=self.accelerator.backward,
-                synchronized=lambda last: nullcontext() if last else self.accelerator.no_sync(self.model),
-                reduce=self._sum,
-                processes=self.accelerator.num_processes,
-                temperature=args.temperature,
-                target_kl=args.target_kl,
-                ptx_coef=0.0 if self._warming_up() else args.ptx_coef,
-                ptx_batches=self._ptx_batches(seed),
-                cliprange=args.cliprange,
-                cliprange_value=args.cliprange_value,
-                vf_coef=args.vf_coef,
-                entropy_coef=args.entropy_coef,
-                train_policy=not self._warming_up(),
+                self._update_settings(),
+                self.processes,
+                self._ptx_batches(seed),
             )
+
+    def _update_settings(self) -> UpdateSettings:
+        args, warming_up = self.args, self._warming_up()
+        return UpdateSettings(
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            entropy_coef=args.entropy_coef,
+            ptx_coef=0.0 if warming_up else args.ptx_coef,
+            temperature=args.temperature,
+            target_kl=args.target_kl,
+            train_policy=not warming_up,
+        )
 
     def _ptx_batches(self, seed: int) -> Iterator[PtxBatch]:
         return ptx_batches(self.ptx_dataset, self.args.per_device_train_batch_size, seed, self.accelerator.device)
@@ -364,10 +369,6 @@ class PPOTrainer(TRLPPOTrainer):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over processes."""
-        return self.accelerator.reduce(values, "sum")
 
     # ------------------------------------------------------------------------------------------ around it
 
@@ -418,7 +419,7 @@ class PPOTrainer(TRLPPOTrainer):
         state.global_step += 1
         state.epoch = state.episode / self.train_dataset_len
         metrics = {
-            **batch_metrics(rollout, scored, advantages, self._sum),
+            **batch_metrics(rollout, scored, advantages, self.processes),
             **update_metrics(stats),
             "objective/kl_coef": self.kl_coef,
             "lr": self.lr_scheduler.get_last_lr()[0],
@@ -521,8 +522,10 @@ class PPOTrainer(TRLPPOTrainer):
             "score": rewards.scores, "kl": kl, "length": rollout.completion_mask.sum(1), "ended": rollout.ended
         }  # fmt: skip
         metrics = {name: float(self.accelerator.reduce(v.float().mean(), "mean")) for name, v in own_metrics.items()}
-        metrics.update({k: v for k, v in reward_metrics(rewards.by_function, self._sum).items() if k.endswith("mean")})
-        for name, value in reward_metrics(held_out.by_function, self._sum).items():
+        metrics.update(
+            {k: v for k, v in reward_metrics(rewards.by_function, self.processes).items() if k.endswith("mean")}
+        )
+        for name, value in reward_metrics(held_out.by_function, self.processes).items():
             if name.endswith("/mean"):
                 metrics[f"held_out/{name.split('/')[1]}"] = value
         save_samples(self.args, self.state.global_step, prefix, sample_table(rollout, rewards.scores, 32))
