@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import count_a, logged, ppo_config, ppo_trainer
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from rlhf.errors import InputError
 from rlhf.ppo.control import adapted_kl_coef
@@ -196,22 +197,21 @@ def test_evaluation_without_prompts_is_refused(sft, tokenizer, prompts, tmp_path
 
 @pytest.mark.parametrize("saving", [("steps", 1), ("steps", 4), ("best", 1)])
 def test_the_best_checkpoint_is_kept_and_loaded(saving, sft, tokenizer, prompts, tmp_path):
+    weights = []
+
+    class KeepWeights(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, metrics, **_):
+            name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B.default" in n)
+            if state.global_step:  # before the first update there is no checkpoint to go back to
+                weights.append((metrics["eval_length"], name, parameter.detach().clone()))
+
+    extra = {"eval_dataset": prompts, "callbacks": [KeepWeights()]}
     ppo = ppo_trainer(
-        sft, tokenizer, prompts, tmp_path, extra={"eval_dataset": prompts}, eval_strategy="steps", eval_steps=1,
+        sft, tokenizer, prompts, tmp_path, extra=extra, eval_strategy="steps", eval_steps=1,
         save_strategy=saving[0], save_steps=saving[1], save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="eval_length", greater_is_better=False, learning_rate=5e-2, total_episodes=32,
         eval_on_start=True,
     )  # fmt: skip
-    weights = []
-    note = ppo._note_best
-
-    def spy(metrics):
-        name, parameter = next((n, p) for n, p in ppo.model.named_parameters() if "lora_B.default" in n)
-        if ppo.state.global_step:  # there is nothing to go back to before the first update
-            weights.append((metrics["eval_length"], name, parameter.detach().clone()))
-        note(metrics)
-
-    ppo._note_best = spy
     ppo.train()
     best = min(range(4), key=lambda number: weights[number][0])
     assert ppo.state.best_global_step == best + 1

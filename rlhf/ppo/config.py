@@ -1,7 +1,7 @@
 """PPOConfig: TRL's fields, new ones where TRL has none, and refusals of what can't work."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf.errors import InputError, need_at_least
 from rlhf.ppo.upstream import TRLPPOConfig
@@ -140,7 +140,7 @@ class PPOConfig(TRLPPOConfig):
             "vf_coef", "max_grad_norm",
         )  # fmt: skip
         for name in above_zero + not_below_zero:
-            value: Any = getattr(self, name)
+            value = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name in above_zero)):
                 raise InputError(f"--{name} {value}: must be {'above 0' if name in above_zero else '0 or more'}.")
         need_at_least(self, response_length=1, num_ppo_epochs=1)

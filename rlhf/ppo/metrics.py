@@ -6,7 +6,7 @@ import torch
 
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
-from rlhf.ppo.types import Advantages, Rollout, Row, Scored, UpdateStats
+from rlhf.ppo.types import Advantages, Rewards, Rollout, Row, Scored, UpdateStats
 
 
 def batch_metrics(
@@ -47,8 +47,33 @@ def reward_metrics(by_function: dict[str, torch.Tensor], processes: Processes = 
     return metrics
 
 
+def evaluation_metrics(
+    rollout: Rollout, rewards: Rewards, held_out: Rewards, logratios: torch.Tensor, processes: Processes = ONE_PROCESS
+) -> dict[str, float]:
+    """Means over the evaluation prompts of all processes.
+
+    Args:
+        held_out: rewards that training never sees.
+        logratios: (B, T) log-probability of each token under the policy minus that under the reference.
+    """
+    per_row = {
+        "score": rewards.scores,
+        "kl": (logratios * rollout.completion_mask).sum(1),
+        "length": rollout.completion_mask.sum(1),
+        "ended": rollout.ended,
+    }
+    metrics = {name: float(processes.sum(row.float().mean()) / processes.number) for name, row in per_row.items()}
+    for name, value in reward_metrics(rewards.by_function, processes).items():
+        if name.endswith("/mean"):
+            metrics[name] = value
+    for name, value in reward_metrics(held_out.by_function, processes).items():
+        if name.endswith("/mean"):
+            metrics[f"held_out/{name.split('/')[1]}"] = value
+    return metrics
+
+
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
-    """What an update's optimizer steps did."""
+    """Means over the optimizer steps of an update."""
     metrics = {
         "policy/approxkl_avg": stats.approxkl,
         "policy/clipfrac_avg": stats.clipfrac,

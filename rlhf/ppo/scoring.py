@@ -1,4 +1,4 @@
-"""Rollout → Scored: rewards, their scale, and log-probabilities and values before the update."""
+"""Rollout → Scored: rewards, their scale, and the log-probabilities and values before the update."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Rewards, Rollout, pack
-from rlhf.rewards import RewardFunction, call_rewards, reward_name
+from rlhf.rewards import RewardFunction, RewardModel, call_rewards, reward_name
 
 
 def reward_names(functions: list[RewardFunction]) -> list[str]:
-    """A name for each function; namesakes are numbered."""
+    """A name for each function; functions of the same name are numbered."""
     names = [reward_name(function) for function in functions]
     return [name if names.count(name) == 1 else f"{name}_{names[:number].count(name) + 1}"
             for number, name in enumerate(names)]  # fmt: skip
@@ -25,9 +25,12 @@ def reward_names(functions: list[RewardFunction]) -> list[str]:
 def collect_rewards(
     rollout: Rollout, functions: list[RewardFunction], weights: list[float], **columns: list[Any]
 ) -> Rewards:
-    """Ask every reward function about the rollout and add up the weighted answers.
+    """Call every reward function on the rollout and add up the weighted rewards.
 
-    A function without an opinion on a completion (None) adds nothing to its score.
+    A function that returns None for a completion adds nothing to its score.
+
+    Args:
+        columns: passed to the functions beside the dataset's columns.
 
     Raises:
         RewardError: see rlhf.rewards.call_rewards.
@@ -79,16 +82,16 @@ def shape_scores(
     missing_eos_penalty: float | None,
     missing_eos_score: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the policy learns from: scores (B,), and the part of them that belongs to tokens (B, T) or None.
+    """The scores to learn from (B,), and the part of them that belongs to single tokens (B, T) or None.
 
-    In this order: shift and scale, clip, length penalty, then what replaces or lowers the score of a completion that
+    The steps in order: shift and scale, clip, length penalty, then the penalty or the fixed score of completions that
     never ended.
     """
     scores = (rewards.scores - scale.mean) / scale.std
     per_token = None if rewards.per_token is None else rewards.per_token / scale.std
     if score_clip is not None:
         clipped = scores.clamp(-score_clip, score_clip)
-        if per_token is not None:  # rewards of tokens shrink with their sum; 1 where nothing was clipped
+        if per_token is not None:  # rewards of tokens shrink with their sum, by a factor of 1 where nothing was clipped
             per_token = per_token * torch.where(scores == 0, 1.0, clipped / scores)[:, None]
         scores = clipped
     scores = scores - length_penalty * lengths
@@ -100,8 +103,23 @@ def shape_scores(
     return scores, per_token
 
 
+def start_value_head(
+    model: PolicyAndValue, functions: list[RewardFunction], weights: list[float], scale: RewardScale
+) -> None:
+    """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
+
+    Other value functions start at 0, and so does this one where no reward function is an adapter of the policy.
+    """
+    for function, weight in zip(functions, weights, strict=True):
+        if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
+            continue
+        with torch.no_grad():
+            model.value_head.weight.copy_(function.head.weight * weight / scale.std)
+            model.value_head.bias.fill_(-scale.mean / scale.std)
+
+
 @torch.no_grad()
-def before_update(
+def logprobs_and_values(
     model: PolicyAndValue,
     ref_model: PreTrainedModel | PeftModel | None,
     ref_adapter_name: str | None,
@@ -110,7 +128,7 @@ def before_update(
     batch_size: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs, values and reference logprobs, (B, T) float32, computed on rows of similar length at a time."""
+    """Logprobs, values and reference logprobs, (B, T) float32. Rows of similar length are computed together."""
     model.eval()
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):

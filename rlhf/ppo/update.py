@@ -1,15 +1,20 @@
 """The PPO loss and the minibatch loop."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
 from rlhf.models.prefix import Rows
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages, LossSums, Rollout, Scored, UpdateStats, pack
@@ -25,7 +30,21 @@ class UpdateSettings(NamedTuple):
     ptx_coef: float = 0.0
     temperature: float = 1.0
     target_kl: float | None = None
-    train_policy: bool = True  # False during the value warm-up
+    train_policy: bool = True
+
+    @classmethod
+    def of(cls, args: PPOConfig, warming_up: bool) -> "UpdateSettings":
+        """The settings of a run. The value warm-up (`warming_up`) trains the value function alone."""
+        return cls(
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            entropy_coef=args.entropy_coef,
+            ptx_coef=0.0 if warming_up else args.ptx_coef,
+            temperature=args.temperature,
+            target_kl=args.target_kl,
+            train_policy=not warming_up,
+        )
 
 
 def ppo_loss(
@@ -155,6 +174,26 @@ def update(
         if settings.target_kl is not None and float(sums[-1].means().approxkl) > settings.target_kl:
             break
     return update_stats(sums, norms, ptx_losses)
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float, only: set[str] | None = None
+) -> float:
+    """Clip the gradients, take a step and set the gradients to zero; returns the gradient norm before clipping.
+
+    Args:
+        max_grad_norm: 0 doesn't clip.
+        only: names of the parameters to train. The others get no gradient at all, so that weight decay and momentum
+            leave them alone too. None: all.
+    """
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        if only is not None and name not in only:
+            parameter.grad = None
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
 
 
 def micro_batch_losses(
