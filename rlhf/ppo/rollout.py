@@ -1,4 +1,4 @@
-"""Prompts → completions sampled by the policy."""
+"""Prompts → Rollout: completions sampled by the policy."""
 
 import torch
 from peft import PeftModel

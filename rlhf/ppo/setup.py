@@ -73,7 +73,7 @@ def check_prompts(dataset: Dataset | None, name: str, response_length: int, mode
 
 
 def policy_and_value(model: Model, value_model: Model | None, adapter_name: str, args: PPOConfig) -> PolicyAndValue:
-    """What is trained, with the value function that `args.value_function` asks for unless there is a `value_model`.
+    """The module to train: the policy, and `value_model` or else the value function that `args.value_function` names.
 
     Args:
         adapter_name: the policy's adapter, from which an adapter of the value function takes its shape.
