@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -24,6 +23,7 @@ from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError, need_at_least
 from rlhf.models.generation import generate, left_pad
+from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import positions_of
 from rlhf.rewards import Completion, call_rewards
 
@@ -116,11 +116,8 @@ class RLOOTrainer(TRLRLOOTrainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         policy, training = self.accelerator.unwrap_model(self.model), self.model.training
         batch = left_pad(self.processing_class, prompt_ids).to(self.accelerator.device)
-        undone = isinstance(policy, PeftModel) and self.accelerator.mixed_precision in ("bf16", "fp16")
         self.model.eval()
-        with (
-            torch.no_grad(), self.accelerator.autocast(), disable_input_dtype_casting(policy, active=undone)
-        ):  # fmt: skip
+        with torch.no_grad(), mixed_precision(self.accelerator, policy):
             samples = generate(policy, batch, self.generation_config)
         self.model.train(training)
         completions = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()

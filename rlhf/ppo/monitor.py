@@ -1,7 +1,7 @@
-"""What is going wrong in a run, said in one plain sentence each.
+"""Rules that notice problems of a run and describe each in a sentence or two.
 
-A rule looks at the metrics logged so far and returns a remark or None. Thresholds are rules of thumb; the number that
-crossed one is always in the sentence.
+A rule looks at the metrics logged so far and returns a text or None. Thresholds are rules of thumb; the text always has
+the number that crossed one.
 """
 
 import math
@@ -13,7 +13,7 @@ History = list[Entry]
 
 
 class Remark(NamedTuple):
-    """One thing that looks wrong at one update."""
+    """A problem that a rule noticed at an update."""
 
     step: int
     name: str
@@ -21,19 +21,21 @@ class Remark(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a rule looks at."""
+    """The input of a rule."""
 
     updates: History  # metrics of every update so far, oldest first
     evaluations: History  # metrics of every evaluation so far, with keys `eval_…`
-    response_length: int  # most tokens that a completion can have
+    response_length: int  # the largest number of tokens a completion can have
     can_end: bool  # whether there is a stop token or stop string at all
 
 
 def remarks(history: History, response_length: int, can_end: bool = True) -> list[Remark]:
-    """What the rules say about the newest of the logged updates.
+    """The remarks of all rules on the newest logged update.
 
     Args:
         history: the trainer's log, oldest first.
+        response_length: the largest number of tokens a completion can have.
+        can_end: whether there is a stop token or stop string at all.
     """
     updates = [entry for entry in history if "objective/kl" in entry]
     if not updates:
@@ -42,6 +44,15 @@ def remarks(history: History, response_length: int, can_end: bool = True) -> lis
     step = int(updates[-1].get("step", len(updates)))
     said = ((rule.__name__.lstrip("_"), rule(run)) for rule in RULES)
     return [Remark(step, name, text) for name, text in said if text is not None]
+
+
+def without_repeats(found: list[Remark], last: dict[str, int]) -> list[Remark]:
+    """The remarks of rules that said nothing in the last ten updates.
+
+    Args:
+        last: the update of the last printed remark, by rule.
+    """
+    return [remark for remark in found if remark.step - last.get(remark.name, -10) >= 10]
 
 
 def _kl_negative(run: Run) -> str | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.comparisons import Prompt, as_message
 from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.models.adapters import active_adapter, trunk
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 from rlhf.models.sources import usable_context
 from rlhf.rewards.calling import Completion, completion_text
 
@@ -89,9 +89,8 @@ class RewardModel:
         # the id of a pad token may lie outside of the embeddings; masked positions can have any id
         ids = input_ids.masked_fill(attention_mask == 0, 0)
         with nullcontext() if self.adapter is None else active_adapter(self.model, self.adapter):
-            hidden = forward_sharing_prefix(body, body.config, ids, attention_mask, attention_mask.sum(1)).output[0][
-                :, -1
-            ]
+            output = forward_sharing_prefix(body, body.config, rows_of_prompts(ids, attention_mask)).output
+        hidden = output[0][:, -1]
         if self.head is None:
             classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             return classifier.score(hidden).float()[:, 0]
