@@ -206,8 +206,8 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
         return source
     if start.base != source.base:
         raise InputError(
-            f"--model_name_or_path {start.name}: the policy goes on from this adapter, so --sft_model_path "
-            f"{source.name} has to be its base ({start.base}), or another adapter of that."
+            f"--model_name_or_path {start.name}: the policy starts from this adapter, so --sft_model_path "
+            f"{source.name} must be its base ({start.base}) or another adapter of that base."
         )
     return start
 

@@ -131,7 +131,7 @@ def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more:
             raise InputError(
                 f"--output_dir {output_dir}: holds another run ({old['command'].split()[2]}"
                 + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
-                + "). Give another --output_dir, or the same settings to go on with it."
+                + "). Give another --output_dir, or the same settings to continue it."
             )
         if old["finished"] and not more:
             print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
