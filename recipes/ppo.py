@@ -52,7 +52,8 @@ def main() -> None:
         return push_model(training_args.output_dir, push)
 
     # Model
-    policy, size = load_policy(source, model_args, tokenizer, start=start), training_args.per_device_eval_batch_size
+    policy = load_policy(source, model_args, tokenizer, start=start)
+    size = training_args.per_device_eval_batch_size
     rewards, held_out_rewards = (
         [load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
         for sources in (reward_sources, held_out_sources)
