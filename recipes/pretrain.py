@@ -1,4 +1,4 @@
-"""Pretraining: a language model from nothing but text.
+"""Pretraining: train a new language model on text.
 
     accelerate launch recipes/pretrain.py
     accelerate launch recipes/pretrain.py --model_type gpt2 --hidden_size 768 --num_hidden_layers 12 \
@@ -9,8 +9,8 @@
 
 Without arguments it reads recipes/configs/pretrain.yaml: a causal model on the starter conversations with the tokenizer
 of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), masked (BERT), replaced (ELECTRA) or span
-(T5); any --model_type of transformers that has a head for it works. What is saved can be given to sft.py, reward.py and
-ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
+(T5). Any --model_type of transformers with a head for it works. The model can be the --model_name_or_path of sft.py,
+reward.py and ppo.py. Every flag of transformers' TrainingArguments works.
 """
 
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices

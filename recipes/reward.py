@@ -6,9 +6,9 @@
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/qwen-reward
     accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
 
-Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. With an adapter
-as the model (the SFT adapter, say) the reward adapter starts from its weights. The task type is always SEQ_CLS, so that
-the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
+Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. If the model is an
+adapter (the SFT adapter, for example), the reward adapter starts from its weights. The task type is always SEQ_CLS, so
+that the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
 
 from trl import ModelConfig, RewardConfig, RewardTrainer

@@ -1,4 +1,4 @@
-"""Rounds: samples → comparisons → reward model → PPO → new samples, as often as you like.
+"""Rounds: samples → comparisons → reward model → PPO → new samples, again and again.
 
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 2
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 3 --collect_config people.yaml

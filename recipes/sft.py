@@ -6,7 +6,7 @@
     accelerate launch recipes/sft.py --use_peft false --learning_rate 2e-5 --output_dir outputs/sft-full
 
 Without arguments it reads recipes/configs/sft.yaml: the starter model and conversations, LoRA, a few minutes on a
-laptop. The loss is taken on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
+laptop. The loss is on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
 """
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -48,7 +48,7 @@ def main() -> None:
     model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
 
     # Trainer
-    training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # the rows are so already
+    training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows
     trainer = SFTTrainer(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
     )
