@@ -15,6 +15,11 @@ score), `reward` (--reward_funcs: best a reward model that was not trained again
 `judge` (a model that goes by --principle), `human` (opens the voting page; the same command goes on after Ctrl-C).
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
 import json
 import sys
@@ -40,7 +45,6 @@ from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.sources import context_length, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
@@ -126,7 +130,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
-    models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
+    models = {name: resolve(path, "--models") for name, path in named_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))

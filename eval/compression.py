@@ -11,6 +11,11 @@ behind it; `3-gram` is an interpolated Kneser-Ney model of the training text ove
 Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +36,6 @@ from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -128,7 +132,7 @@ def main() -> None:
     pairs = dict(word.partition("=")[::2] for word in args.models)
     if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):
         raise InputError(f"--models {' '.join(args.models)}: give names, as in: mine=outputs/pretrain starter=starter")
-    sources = {name: resolve(path, f"--models {name}=") for name, path in pairs.items()}
+    sources = {name: resolve(path, "--models") for name, path in pairs.items()}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")

@@ -8,13 +8,17 @@ have to start from the same model, on the same data and reward, else they could 
 curves.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="no finished run of recipes/ppo.py or recipes/rloo.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval.report import read_log, write_report
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process

@@ -22,6 +22,11 @@ report.html. Intervals are 95% bootstrap intervals over test rows, and differenc
 examples are drawn: ten test rows in a row share theirs. The same command goes on after an interruption.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
 import json
 import sys
@@ -40,7 +45,6 @@ from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process

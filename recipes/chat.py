@@ -14,6 +14,11 @@ voting page do, and its train.jsonl has the preference pairs. Skipped replies ar
 `recipes/collect.py --labeler human` may be given too: the votes are then added to those.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 
 from trl import ModelConfig
@@ -23,7 +28,6 @@ from rlhf.feedback.chat import Chat, chat_in_terminal, chosen_models, load_speak
 from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.models.sources import refuse_single_model
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.processes import need_one_process
 
 

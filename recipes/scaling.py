@@ -14,6 +14,11 @@ Transformer, with the loss by position in the context. Output: points/, scaling.
 report.html. The same command goes on after an interruption.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from pathlib import Path
 
 from trl import ScriptArguments
@@ -45,7 +50,6 @@ from rlhf.pretraining.scaling import (
     write_texts,
 )
 from rlhf.pretraining.tokenization import resolve_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

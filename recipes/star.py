@@ -16,6 +16,11 @@ the problems are held out for its loss. Output: round-<r>/{solutions, model, hel
 and report.html. The same command goes on after an interruption, also with more --rounds.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,13 +29,13 @@ from trl import ModelConfig, ScriptArguments
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
 from rlhf.data.datasets import load_splits
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.errors import need_at_least, report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
+from rlhf.run.paths import need_file
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
 from rlhf.tasks.star import Solver, check_star, gather_solutions, problem_rows, solve_held_out, write_solutions
@@ -61,8 +66,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, rounds=1, num_generations=1, num_fewshot=0, max_new_tokens=1, temperature=1e-3)
     need_at_least(args, max_train_samples=1, max_eval_samples=1)
-    if not Path(args.sft_config).is_file():
-        raise InputError(f"--sft_config {args.sft_config}: no such file.")
+    need_file(args.sft_config, "--sft_config")
     check_star(args, model_args)
 
     # Data

@@ -11,6 +11,7 @@ from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source, base_revision, hub_file, resolve
+from rlhf.run.paths import TEMPLATE_FILES, need_file
 
 # Tokens that model families keep for padding or never use, in order of preference.
 PAD_CANDIDATES = (
@@ -58,9 +59,8 @@ def load_tokenizer(
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
     set_pad_token(tokenizer, source, pad_token)
-    if chat_template_path and chat_template_path.endswith((".jinja", ".j2")):
-        if not Path(chat_template_path).is_file():
-            raise InputError(f"--chat_template_path {chat_template_path}: no such file.")
+    if chat_template_path and chat_template_path.endswith(TEMPLATE_FILES):
+        need_file(chat_template_path, "--chat_template_path")
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     elif chat_template_path:
         other = resolve(chat_template_path, "--chat_template_path")

@@ -14,6 +14,7 @@ from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
 from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
+from rlhf.run.paths import need_file
 from rlhf.run.stages import run_all
 
 LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
@@ -94,8 +95,7 @@ def check_sweep(args: ScalingArguments) -> None:
             f"--forecast_hidden_size {args.forecast_hidden_size}: with {args.forecast_num_hidden_layers} layers no "
             "larger than the largest fitted model. A forecast is about a size outside of the fit."
         )
-    if not Path(args.base_config).is_file():
-        raise InputError(f"--base_config {args.base_config}: no such file.")
+    need_file(args.base_config, "--base_config")
 
 
 # ---------------------------------------------------------------------------------------------- points

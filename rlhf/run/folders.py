@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf.errors import InputError, at_failure
 from rlhf.run.files import digest, read_json, write_json
+from rlhf.run.paths import need_checkpoint
 from rlhf.run.processes import main_process
 
 RUN_FILE = "run.json"
@@ -79,8 +80,7 @@ def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False)
     """
     settings = settings_of(*arguments) | _contents(arguments)
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
-    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
-        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+    need_checkpoint(asked)
     run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
     folder = Path(output_dir)
     if not main_process():  # the main process checks and writes; the others only ask whether there is work
@@ -147,8 +147,7 @@ def last_checkpoint(training_args: Any) -> str | None:
     if asked in (False, "false", "False"):  # in YAML it is a bool
         return None
     if asked and asked not in ("true", "True", True):
-        if not Path(asked).is_dir():
-            raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+        need_checkpoint(asked)
         return asked
     for folder in reversed(checkpoints(training_args.output_dir)):
         # both trainers write their state last, so a checkpoint without it was cut off while it was written
