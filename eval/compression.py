@@ -11,6 +11,11 @@ an interpolated Kneser-Ney model of the training text over the tokens of the fir
 Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import functools
 import sys
 from dataclasses import dataclass, field
@@ -31,7 +36,6 @@ from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

@@ -13,6 +13,11 @@ reward model or function. Output: train.jsonl and test.jsonl with different prom
 `prompt`, `chosen`, `rejected`, `labeler`, `certainty` and `model`. tasks.jsonl has all sampled replies.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +35,6 @@ from rlhf.models.generation import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

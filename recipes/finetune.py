@@ -13,6 +13,11 @@ false trains the whole model, --freeze_body true the head only, and --from_scrat
 weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -22,7 +27,6 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.sources import resolve
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 from rlhf.tasks.finetuning import (
     FinetuneArguments,

@@ -15,6 +15,11 @@ Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `t
 held_out.jsonl has the rows of held-out clusters.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +29,6 @@ from trl import ScriptArguments
 
 from eval.report import write_report
 from rlhf.errors import need_at_least, report_errors
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

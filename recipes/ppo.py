@@ -13,6 +13,11 @@ the same base joins them, so that all share one base in memory. Every flag of PP
 ModelConfig works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from trl import ModelConfig
 
 from eval.report import write_report
@@ -26,7 +31,6 @@ from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 

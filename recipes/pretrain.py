@@ -13,6 +13,11 @@ of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), m
 reward.py and ppo.py. Every flag of transformers' TrainingArguments works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
@@ -24,7 +29,6 @@ from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer
 from rlhf.pretraining.trainer import PretrainingTrainer, choices_of, pretraining_collator, pretraining_metrics
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 

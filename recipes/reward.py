@@ -11,6 +11,11 @@ adapter (the SFT adapter, for example), the reward adapter starts from its weigh
 that the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from eval.measuring.held_out import evaluate_reward_model
@@ -22,7 +27,6 @@ from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibration_error"}

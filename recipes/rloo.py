@@ -12,6 +12,11 @@ in recipes/ppo.py, so that the two can be compared (eval/curves.py). If the mode
 copy of it and the frozen adapter is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from trl import ModelConfig
 
 from eval.report import write_report
@@ -24,7 +29,6 @@ from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {

@@ -14,6 +14,11 @@ largest fitted Transformer. Output: points/, scaling.json, scaling.png, position
 interruption, run the same command again to continue.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from pathlib import Path
 
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
@@ -43,7 +48,6 @@ from rlhf.pretraining.scaling import (
     write_texts,
 )
 from rlhf.pretraining.tokenization import resolve_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

@@ -9,6 +9,11 @@ Without arguments it reads recipes/configs/sft.yaml: the starter model and conve
 laptop. The loss is on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from eval.report import write_report
@@ -19,7 +24,6 @@ from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 

@@ -10,6 +10,11 @@ template, for recipes/pretrain.py and every later recipe. It can encode any text
 vocabulary. The report compares bytes per token on held-out text with the starter's tokenizer.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 
 from eval.measuring.bits import bytes_per_token
@@ -18,7 +23,6 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig
 
-from rlhf.data.datasets import looks_local
+from rlhf.data.paths import need_model
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
@@ -56,8 +56,7 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
         if (path / "config.json").exists():
             return Source(name, str(path), None, None, None)
         raise InputError(f"{flag} {name}: neither config.json nor adapter_config.json in this folder. Is it a model?")
-    if path.exists() or looks_local(name):
-        raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
+    need_model(name, flag)
     revision = None if revision == "main" else revision
     if hub_file(name, "adapter_config.json", flag, revision):
         return _resolve_adapter(name, name, flag, revision)

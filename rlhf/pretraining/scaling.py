@@ -9,6 +9,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rlhf.data.paths import need_file
 from rlhf.errors import InputError, need_at_least
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
@@ -100,8 +101,7 @@ def check_sweep(args: ScalingArguments) -> None:
             f"--forecast_hidden_size {args.forecast_hidden_size}: with {args.forecast_num_hidden_layers} layers no "
             "larger than the largest fitted model. Give a larger size: a forecast is for a size outside the fit."
         )
-    if not Path(args.base_config).is_file():
-        raise InputError(f"--base_config {args.base_config}: no such file.")
+    need_file(args.base_config, "--base_config")
 
 
 # ---------------------------------------------------------------------------------------------- points

@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data.datasets import looks_local
 from rlhf.data.encoding import control_ids
+from rlhf.data.paths import need_tokenizer
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import PAD_CANDIDATES
@@ -121,11 +121,7 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name != STARTER and (folder / "tokenizer_config.json").exists():
         name = str(folder)
     elif name != STARTER:
-        if folder.exists() or looks_local(name):
-            raise InputError(
-                f"--tokenizer_name {name}: no tokenizer there. Train one first (accelerate launch recipes/tokenizer.py "
-                f"--output_dir {name}), or give 'starter' or a Hub id."
-            )
+        need_tokenizer(name)
         name = resolve(name, "--tokenizer_name").base
     tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER).base if name == STARTER else name)
     # a new model has room for one more token; with pad = eos the collator would hide the ends of texts from the loss
