@@ -180,7 +180,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
-    models = {name: resolve(path, f"--models {name}=") for name, path in compared_models(arguments).items()}
+    models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))

@@ -123,7 +123,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
-    sources = {name: resolve(path, f"--models {name}=") for name, path in named_models(args.models)}
+    sources = {name: resolve(path, "--models") for name, path in named_models(args.models)}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")
