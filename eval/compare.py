@@ -15,6 +15,11 @@ score), `reward` (--reward_funcs, preferably a reward model that no model was tr
 `judge` (a model that follows --principle), `human` (opens the voting page; after Ctrl-C the same command continues).
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -26,24 +31,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.measuring.comparison import ComparedModels, ComparisonPlan, compare, differences_of
 from eval.measuring.judges import make_judges
-from eval.measuring.named_models import read_named_models
 from eval.metrics import table_rows
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.generation import Sampling
-from rlhf.models.sources import Source, context_length, refuse_single_model, resolve
+from rlhf.models.sources import Source, context_length, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
@@ -72,9 +75,9 @@ class CompareArguments:
     max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
 
 
-def named_models(arguments: CompareArguments) -> dict[str, str]:
+def compared_models(arguments: CompareArguments) -> dict[str, str]:
     """The models of --models by name, the reference among them."""
-    pairs = read_named_models(arguments.models, "base=starter sft=outputs/sft")
+    pairs = dict(named_models(arguments.models))
     if arguments.reference not in pairs:
         raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(pairs)}.")
     return pairs
@@ -156,7 +159,7 @@ def results_of_comparison(comparison: ComparedModels, arguments: CompareArgument
             name: {metric: cell.to_json() for metric, cell in cells.items()} for name, cells in cells_by_name.items()
         }
 
-    commands, seeds = history_of([*named_models(arguments).values(), arguments.reward_model_path or ""])
+    commands, seeds = history_of([*compared_models(arguments).values(), arguments.reward_model_path or ""])
     return {
         "models": to_json(comparison.metrics),
         "differences": to_json(differences_of(comparison.metrics, arguments.seed)),
@@ -172,12 +175,12 @@ def results_of_comparison(comparison: ComparedModels, arguments: CompareArgument
 
 def main() -> None:
     script_args, arguments, settings, model_args = parse(
-        __file__, ScriptArguments, CompareArguments, LabelerSettings, ModelConfig
+        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
     )
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
-    models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
+    models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))

@@ -7,14 +7,18 @@ A name given more than once is one method with several seeds: thin lines are run
 must start from the same model and have the same data and reward. Writes curves.json and curves.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="no finished run of recipes/ppo.py or recipes/rloo.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.measuring.named_models import split_pairs
 from eval.report import read_log, write_report
 from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import parse
+from rlhf.models.sources import named_models
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -42,7 +46,7 @@ def read_curves(models: list[str]) -> list[JsonObject]:
         InputError: if a folder has no finished run of PPO or RLOO, or the runs differ in model, data or reward.
     """
     curves, first = [], None
-    for name, path in split_pairs(models, "ppo=outputs/ppo"):
+    for name, path in named_models(models, repeated=True):
         run = read_run(Path(path))
         if run is None or not run["finished"] or run["recipe"] not in REWARDS:
             raise InputError(f"--models {name}={path}: no finished run of recipes/ppo.py or recipes/rloo.py.")

@@ -11,6 +11,11 @@ the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; sample
 with --save_total_limit when training. Flags that are not given are taken from the run.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, model_name_or_path="no run of recipes/ppo.py. Give its output folder.")
+
 import functools
 import math
 import operator
@@ -36,7 +41,6 @@ from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -68,8 +72,8 @@ def read_ppo_run(folder: str | None) -> JsonObject:
     Raises:
         InputError: if there is none, or it has no checkpoints.
     """
-    run = (folder and read_run(Path(folder))) or {}
-    if run.get("recipe") != "ppo":
+    run = read_run(Path(folder)) if folder else None
+    if run is None or run["recipe"] != "ppo":
         raise InputError(f"--model_name_or_path {folder}: no run of recipes/ppo.py. Give its output folder.")
     if not checkpoints(str(folder)):
         raise InputError(
@@ -214,8 +218,8 @@ def main() -> None:
     start = run.get("sft_model_path") or run.get("model_name_or_path")
     sources = {"start": resolve(start, "the run's --model_name_or_path", run.get("model_revision"))}
     sources |= {path.name: resolve(str(path)) for path in checkpoints(folder)}
-    proxies, _ = resolve_rewards(arguments)
-    truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs")
+    proxies = resolve_rewards(arguments)
+    truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs", allow_functions=True)
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])

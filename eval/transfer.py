@@ -9,6 +9,11 @@ and its difference to --reference, paired by row and by seed. The score is accur
 Intervals are bootstrapped over the held-out rows and the seeds together.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="give name=folder of finished runs of recipes/finetune.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.drawing.tables import transfer_rows
-from eval.measuring.named_models import split_pairs
 from eval.report import write_report
 from eval.stats.intervals import RESAMPLES, Interval, JsonObject
 from rlhf.errors import InputError, report_errors
-from rlhf.run.arguments import parse
+from rlhf.models.sources import named_models
 from rlhf.run.files import read_json, read_jsonl, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -47,21 +51,23 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
     """The runs by name and seed, and the name of their score.
 
     Raises:
-        InputError: if a word is no name=folder pair, a folder has no finished fine-tuning run, two runs of a name have
-            the same seed, seeds differ between names, or the reference is missing.
+        InputError: if a word is no name=model pair, a folder is no finished fine-tuning run, two of a name have the
+            same seed, seeds differ between names, or the reference is missing.
     """
     runs: dict[str, dict[int, Path]] = {}
     kinds = {}
-    for name, folder in split_pairs(models, "scratch=outputs/scratch-1 full=outputs/full-1"):
-        word, path = f"{name}={folder}", Path(folder).expanduser()
-        run = read_run(path) or {}
-        if run.get("recipe") != "finetune" or not run["finished"]:
-            raise InputError(f"--models {word}: give name=folder of finished runs of recipes/finetune.py.")
+    for name, folder in named_models(models, repeated=True):
+        path = Path(folder).expanduser()
+        run = read_run(path)
+        if run is None or run["recipe"] != "finetune" or not run["finished"]:
+            raise InputError(f"--models {name}={folder}: no finished run of recipes/finetune.py.")
         seed = run["settings"].get("seed", 42)  # transformers' default
         if seed in runs.setdefault(name, {}):
-            raise InputError(f"--models {word}: {name} has a run with --seed {seed} already. Train with another seed.")
+            raise InputError(
+                f"--models {name}={folder}: {name} has a run with --seed {seed} already. Train with another seed."
+            )
         runs[name][seed] = path
-        kinds[word] = read_json(path / "evaluation.json")["task"]
+        kinds[folder] = read_json(path / "evaluation.json")["task"]
     if reference not in runs:
         raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs)}.")
     for name, by_seed in runs.items():

@@ -1,4 +1,4 @@
-"""PPO: move a language model towards what a reward prefers, without leaving the SFT model far behind.
+"""PPO: train a language model to a higher reward, with a penalty on the KL to the SFT model.
 
     accelerate launch recipes/ppo.py
     accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
@@ -7,33 +7,37 @@
         --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --response_length 256 --output_dir outputs/qwen-ppo
 
-Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With
-an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference; a reward
-adapter of the same base joins them, so one base in memory serves all. Every flag of PPOConfig (rlhf/ppo/config.py) and
+Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. If
+the model is an adapter, the policy starts as a copy of it and the frozen adapter is the reference. A reward adapter of
+the same base joins them, so that all share one base in memory. Every flag of PPOConfig (rlhf/ppo/config.py) and
 ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rewards import load_reward, resolve_rewards
-from rlhf.run.arguments import parse
+from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PPOConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")
@@ -42,7 +46,8 @@ def main() -> None:
     name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
     source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
     start = resolve_start(name, source, revision) if sft else source
-    reward_sources, held_out_sources = resolve_rewards(training_args, base=source.base)
+    reward_sources = resolve_rewards(training_args, base=source.base)
+    held_out_sources = resolve_reward_functions(training_args.eval_reward_funcs, "--eval_reward_funcs")
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
@@ -53,25 +58,19 @@ def main() -> None:
 
     # Model
     policy = load_policy(source, model_args, tokenizer, start=start)
+    size = training_args.per_device_eval_batch_size
     rewards, held_out_rewards = (
-        [load_reward(found, model_args, policy=policy, batch_size=training_args.per_device_eval_batch_size)
-         for found in sources]
+        [load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
         for sources in (reward_sources, held_out_sources)
-    )  # fmt: skip
+    )
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 
     # Trainer
     trainer = PPOTrainer(
-        args=training_args,
-        processing_class=tokenizer,
-        model=policy,
-        train_dataset=train,
-        eval_dataset=held_out,
-        reward_funcs=rewards,
-        eval_reward_funcs=held_out_rewards,
-        ptx_dataset=ptx,
-    )
+        model=policy, args=training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        reward_funcs=rewards, eval_reward_funcs=held_out_rewards, ptx_dataset=ptx,
+    )  # fmt: skip
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))

@@ -1,4 +1,4 @@
-"""Pretraining: a language model from nothing but text.
+"""Pretraining: train a new language model on text.
 
     accelerate launch recipes/pretrain.py
     accelerate launch recipes/pretrain.py --model_type gpt2 --hidden_size 768 --num_hidden_layers 12 \
@@ -9,32 +9,34 @@
 
 Without arguments it reads recipes/configs/pretrain.yaml: a causal model on the starter conversations with the tokenizer
 of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), masked (BERT), replaced (ELECTRA) or span
-(T5); any --model_type of transformers that has a head for it works. What is saved can be given to sft.py, reward.py and
-ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
+(T5). Any --model_type of transformers with a head for it works. The model can be the --model_name_or_path of sft.py,
+reward.py and ppo.py. Every flag of transformers' TrainingArguments works.
 """
 
-from trl import ScriptArguments
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_pretraining, check_special_tokens
 from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer
 from rlhf.pretraining.trainer import PretrainingTrainer, choices_of, pretraining_collator, pretraining_metrics
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PretrainingConfig, NewModelConfig)
     check_pretraining(training_args, model_args)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "pretrain")

@@ -1,4 +1,4 @@
-"""RLOO: PPO's simplest relative. No value function: the other completions of a prompt are the baseline.
+"""RLOO: policy gradients without a value function; the other completions of a prompt are the baseline.
 
     accelerate launch recipes/rloo.py
     accelerate launch recipes/rloo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
@@ -8,23 +8,27 @@
         --max_completion_length 256 --output_dir outputs/qwen-rloo
 
 Without arguments it reads recipes/configs/rloo.yaml: the starter model, its prompts, and its scorer as the reward, as
-recipes/ppo.py does, so that the two can be compared (eval/curves.py). With an adapter as the model, the policy starts
-as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
+in recipes/ppo.py, so that the two can be compared (eval/curves.py). If the model is an adapter, the policy starts as a
+copy of it and the frozen adapter is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {
@@ -36,15 +40,15 @@ MEASURED = {
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, RLOOConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, RLOOConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    reward_sources, _ = resolve_rewards(training_args, base=source.base)
+    reward_sources = resolve_rewards(training_args, base=source.base)
     tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
     sizes = (training_args.max_completion_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")

@@ -2,9 +2,9 @@
 
 Both train a LoRA adapter of the starter on the starter's prompts: batch 32, 48 new tokens, two PPO epochs of two
 minibatches as in recipes/configs/ppo.yaml (--num_ppo_epochs changes it), microbatches of 8, the same reward adapter.
-TRL's class gets torch's attention, which it would get anywhere. Two processes take turns, one update each, so that
-whatever else the machine does hits both. The first update warms up and is left out. At the end the ratios are compared
-with those of benchmarks/ppo.json, which --keep (`make bench KEEP=1`) replaces.
+TRL's class gets torch's attention, as everywhere. Two processes take turns, one update each, so that other load of the
+machine slows both. The first update is a warm-up and doesn't count. At the end the ratios are compared with those of
+benchmarks/ppo.json, which --keep (`make bench KEEP=1`) replaces.
 """
 
 import argparse

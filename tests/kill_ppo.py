@@ -1,9 +1,9 @@
-"""Kill a PPO run at random moments with SIGKILL, resume it, and compare with a run that nobody killed.
+"""Kill a PPO run at random moments with SIGKILL, resume it, and compare it with an uninterrupted run.
 
     python tests/kill_ppo.py --kills 20
 
-Runs are killed again and again until they finish; then the next one starts, until there were as many kills as asked.
-Adapter files have to be the same byte for byte, and every logged number of every update equal.
+A run is killed and resumed until it finishes; then the next run starts, until there were --kills kills. The adapter
+files must be the same byte for byte, and every logged number of every update must be equal.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def kill_and_compare(model: str, prompts: str, folder: Path, kills: int, seed: i
                 steps = [path.name for path in run.glob("*checkpoint-*")]
                 print(f"kill {len(moments)}: run {number}, after {moment:.1f} s, with {sorted(steps)}", flush=True)
         if outcome(run) != expected:
-            raise SystemExit(f"{run}: differs from the run that nobody killed.")
+            raise SystemExit(f"{run}: differs from the uninterrupted run.")
         print(f"run {number} finished: identical", flush=True)
     return moments
 

@@ -4,6 +4,9 @@ import numpy as np
 import torch
 
 from rlhf.ppo.advantages import add_scores, estimate_advantages, gae, kl_penalty, whiten
+from rlhf.ppo.metrics import explained_variance
+from rlhf.ppo.moments import moments
+from rlhf.ppo.processes import Processes
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -61,6 +64,22 @@ def test_whitening_equals_numpy_and_ignores_padding():
     assert np.allclose(whiten(values, MASK, shift_mean=False)[MASK].numpy(), expected + kept.mean(), atol=1e-6)
 
 
+def test_moments_are_numpys_over_the_masked_values_of_each_row():
+    values = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[True, False, True, True, False, True], [False, True, False, False, False, True]])
+    count, mean, variance = moments(values.masked_fill(~mask, torch.nan), mask)
+    assert count.tolist() == [4, 2]
+    for row, (kept, chosen) in enumerate(zip(values.double().numpy(), mask.numpy(), strict=True)):
+        assert np.isclose(mean[row], kept[chosen].mean()) and np.isclose(variance[row], kept[chosen].var())
+
+
+def test_explained_variance_by_hand():
+    returns, values = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1.5, 2.5, -7.0]])
+    mask = torch.tensor([[True, True, False]])
+    assert explained_variance(returns, values, mask) == 0.75  # errors -0.5 and 0.5 of variance 0.25, returns of 1
+    assert explained_variance(torch.ones(1, 3), values, mask) == 0.0  # returns that don't vary
+
+
 def test_whitening_a_single_token_is_finite():
     mask = torch.tensor([[True, False]])
     assert whiten(torch.tensor([[3.0, 0.0]]), mask).tolist() == [[0.0, 0.0]]
@@ -69,10 +88,16 @@ def test_whitening_a_single_token_is_finite():
 def test_whitening_with_the_sums_of_two_processes_is_whitening_together():
     values = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 5, dtype=torch.bool)
-    sums = []
+    sums: list[torch.Tensor] = []
+
+    def keep(own):
+        sums.append(own)
+        return own
+
     for row in range(2):
-        whiten(values[row : row + 1], mask[:1], reduce=lambda s: sums.append(s) or s)
-    halves = [whiten(values[row : row + 1], mask[:1], reduce=lambda s: sums[0] + sums[1]) for row in range(2)]
+        whiten(values[row : row + 1], mask[:1], processes=Processes(sum=keep))
+    both = Processes(sum=lambda own: sums[0] + sums[1])
+    halves = [whiten(values[row : row + 1], mask[:1], processes=both) for row in range(2)]
     assert torch.allclose(torch.cat(halves), whiten(values, mask), atol=1e-6)
 
 

@@ -273,8 +273,10 @@ BAD_ROWS = {
     "unknown test label": ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], [{"text": "c", "label": "z"}],
                            "test has the label 'z', which no training row has"),
     "one label": ([{"text": "a", "label": "x"}], None, "at least 2 different labels; found ['x']"),
-    "missing label": ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], None, "row 1: a label is a name"),
-    "a number as label": ([{"text": "a", "label": 0.5}], None, "row 0: a label is a name or an integer; found 0.5"),
+    "missing label": ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], None,
+                      "row 1: a label must be a name or an integer; found None"),
+    "a number as label": ([{"text": "a", "label": 0.5}], None,
+                          "row 0: a label must be a name or an integer; found 0.5"),
     "empty text": ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], None, "column 'text', row 1 is empty"),
     "tags that don't match": ([{"tokens": ["a", "b"], "tags": ["X"]}], None, "row 0 has 2 tokens and 1 tags"),
     "answer elsewhere": ([{"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [2]}}], None,
@@ -282,7 +284,7 @@ BAD_ROWS = {
     "no answer": ([{"question": "q", "context": "abc", "answers": {"text": [""], "answer_start": []}}], None,
                   "with at least one answer"),
     "no context": ([{"question": "q", "context": None, "answers": {"text": ["b"], "answer_start": [0]}}], None,
-                   "row 0: column 'context' is text; found None"),
+                   "row 0: column 'context' must be text; found None"),
     "columns": ([{"sentence": "a", "label": "x"}], None, "found ['label', 'sentence']"),
 }  # fmt: skip
 
@@ -544,7 +546,7 @@ def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, ca
     for wrong, message in (
         (models[:5], "are compared seed by seed"),
         ([models[0], models[0]], "a run with --seed 1 already"),
-        ([f"scratch={tmp_path}"], "finished runs of recipes/finetune.py"),
+        ([f"scratch={tmp_path}"], "no finished run of recipes/finetune.py"),
         (models[3:6], "--reference scratch: not among"),
         ([models[0], f"other={tmp_path / 'other'}"], "was evaluated on other rows"),
     ):
@@ -571,9 +573,9 @@ def test_the_two_way_bootstrap_knows_rows_and_seeds():
 
 BAD_FLAGS = {
     "lm_coef of an encoder": ("bert", "sentences", ["--lm_coef", "0.5"], "--lm_coef 0.5: bert is an encoder"),
-    "lm_coef on tags": ("llama", "tags", ["--lm_coef", "0.5"], "is for sentences and pairs"),
+    "lm_coef on tags": ("llama", "tags", ["--lm_coef", "0.5"], "needs sentences or pairs"),
     "negative lm_coef": ("llama", "sentences", ["--lm_coef", "-1"], "--lm_coef -1.0: must be at least 0"),
-    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "true keeps it"),
+    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "true freezes. Drop one"),
     "frozen and LoRA": ("llama", "sentences", ["--freeze_body", "true", "--use_peft", "true"], "Drop one"),
     "scratch and LoRA": ("llama", "sentences", ["--from_scratch", "true", "--use_peft", "true"], "random weights"),
     "too many rows": ("llama", "sentences", ["--max_train_samples", "9999"], "--max_train_samples 9999: there are"),

@@ -25,6 +25,7 @@ from trl import ModelConfig
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_causal_lm, load_policy
+from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.rollout import prompt_order
@@ -235,7 +236,7 @@ def test_no_dropout_is_left_in_training_mode(tokenizer, prompts, tmp_path):
     ppo = PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[count_a])
     ids = torch.tensor([[5, 6, 7, 8]])
     ppo.model.train()
-    first, second = (ppo.model(ids, torch.ones_like(ids), torch.tensor([3]), 1.0).logprobs for _ in range(2))
+    first, second = (ppo.model(Rows(ids, torch.ones_like(ids), torch.tensor([3])), 1.0).logprobs for _ in range(2))
     assert torch.equal(first, second)
 
 

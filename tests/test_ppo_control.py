@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import count_a, logged, ppo_config, ppo_trainer
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from rlhf.errors import InputError
 from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.model import TokenOutputs
-from rlhf.ppo.update import ppo_loss, ptx_batches
+from rlhf.ppo.update import UpdateSettings, ppo_loss, ptx_batches
 from rlhf.rewards import completion_text
 
 
@@ -110,8 +111,8 @@ def test_entropy_bonus_by_hand_and_through_the_model(sft, tokenizer, prompts, tm
     new = TokenOutputs(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
     mask = torch.ones(1, 2, dtype=torch.bool)
     zeros = torch.zeros(1, 2)
-    sums = ppo_loss(new, zeros, zeros, zeros, zeros, mask, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1,
-                    entropy_coef=0.5)  # fmt: skip
+    settings = UpdateSettings(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.5)
+    sums = ppo_loss(new, zeros, zeros, zeros, zeros, mask, settings)
     assert sums.loss == -2.0
     entropies = []
     for coefficient in (0.0, 1.0):
@@ -196,22 +197,21 @@ def test_evaluation_without_prompts_is_refused(sft, tokenizer, prompts, tmp_path
 
 @pytest.mark.parametrize("saving", [("steps", 1), ("steps", 4), ("best", 1)])
 def test_the_best_checkpoint_is_kept_and_loaded(saving, sft, tokenizer, prompts, tmp_path):
+    weights = []
+
+    class KeepWeights(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, metrics, **_):
+            name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B.default" in n)
+            if state.global_step:  # before the first update there is no checkpoint to go back to
+                weights.append((metrics["eval_length"], name, parameter.detach().clone()))
+
+    extra = {"eval_dataset": prompts, "callbacks": [KeepWeights()]}
     ppo = ppo_trainer(
-        sft, tokenizer, prompts, tmp_path, extra={"eval_dataset": prompts}, eval_strategy="steps", eval_steps=1,
+        sft, tokenizer, prompts, tmp_path, extra=extra, eval_strategy="steps", eval_steps=1,
         save_strategy=saving[0], save_steps=saving[1], save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="eval_length", greater_is_better=False, learning_rate=5e-2, total_episodes=32,
         eval_on_start=True,
     )  # fmt: skip
-    weights = []
-    note = ppo._note_best
-
-    def spy(metrics):
-        name, parameter = next((n, p) for n, p in ppo.model.named_parameters() if "lora_B.default" in n)
-        if ppo.state.global_step:  # there is nothing to go back to before the first update
-            weights.append((metrics["eval_length"], name, parameter.detach().clone()))
-        note(metrics)
-
-    ppo._note_best = spy
     ppo.train()
     best = min(range(4), key=lambda number: weights[number][0])
     assert ppo.state.best_global_step == best + 1

@@ -1,11 +1,12 @@
-"""One seeded update agrees with TRL's own PPOTrainer, in the settings where that is right.
+"""One seeded update agrees with TRL's own PPOTrainer, in the settings where TRL's is right.
 
-Those are: float32, one microbatch, one epoch, completions of one length, no gradient clipping. What stays different is
-known: TRL whitens advantages with Bessel's correction, a factor of sqrt(n / (n - 1)) on them.
+The settings are: float32, one microbatch, one epoch, completions of one length, no gradient clipping. One difference
+remains: TRL whitens advantages with Bessel's correction, a factor of sqrt(n / (n - 1)).
 """
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rlhf.ppo import PPOTrainer
 from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
 
 TRL = sys.modules[TRLPPOTrainer.__module__]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "total_episodes": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_mini_batches": 1,
     "num_ppo_epochs": 1, "response_length": 6, "learning_rate": 1e-3, "adam_epsilon": 1e-5, "temperature": 0.7,
     "kl_coef": 0.2, "vf_coef": 0.5, "num_sample_generations": 0, "logging_steps": 1, "report_to": "none",

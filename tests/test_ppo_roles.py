@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
 from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOTrainer
 from rlhf.rewards import RewardModel, load_reward, resolve_reward
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
-MASK = torch.ones_like(IDS)
+ROWS = Rows(IDS, torch.ones_like(IDS), torch.tensor([3]))
 
 
 def shared(sft, reward_adapter, tokenizer, prompts, folder, **changes):
@@ -75,7 +76,7 @@ def test_gradients_never_leak_between_roles(sft, reward_adapter, tokenizer, prom
 
     def gradients(*parts):
         model.zero_grad()
-        output = model(IDS, MASK, torch.tensor([3]), 1.0)
+        output = model(ROWS, 1.0)
         sum(getattr(output, part).pow(2).sum() for part in parts).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
@@ -95,7 +96,7 @@ def test_activation_checkpointing_changes_no_gradient(sft, tokenizer, prompts, t
                           value_function=value_function)  # fmt: skip
         torch.nn.init.ones_(ppo.model.value_head.weight)
         assert ppo.model.policy.get_base_model().model.gradient_checkpointing is checkpointing
-        output = ppo.model.train()(IDS, MASK, torch.tensor([3]), 1.0)
+        output = ppo.model.train()(ROWS, 1.0)
         (output.logprobs.sum() + output.values.sum()).backward()
         gradients.append({name: p.grad for name, p in ppo.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.models import prefix
-from rlhf.models.prefix import forward_sharing_prefix, positions_of, shared_length
+from rlhf.models.prefix import Rows, forward_sharing_prefix, positions_of, rows_of_prompts, shared_length
 
 SYSTEM = list(range(100, 130))
 ROWS = [[*SYSTEM, 5, 6, 7, 8, 9], [*SYSTEM, 40], [*SYSTEM, 5, 6, 41, 42], [*SYSTEM[:29], 50, 51, 52]]
@@ -34,7 +34,7 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(tiny, training):
     model = AutoModelForCausalLM.from_pretrained(tiny).train(training)
     ids, mask = left_padded(ROWS)
     plain = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits[:, -2:]
-    shared = forward_sharing_prefix(model, model.config, ids, mask, mask.sum(1))
+    shared = forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask))
     assert shared.output.logits.shape[1] == 6  # 29 of 35 positions were computed once
     assert torch.allclose(plain, shared.output.logits[:, -2:], atol=1e-5)
     gradients = []
@@ -46,10 +46,19 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(tiny, training):
     assert gradients[0]
 
 
+def test_completions_are_not_shared(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    ids, mask = left_padded([ROWS[0]] * 20)
+    run = forward_sharing_prefix(model, model.config, Rows(ids, mask, torch.full((20,), 25)))
+    assert run.output.logits.shape[1] == 35 - 9  # of 35 tokens, 25 are completion, and the last of a prompt is computed
+
+
 def test_generation_can_go_on_from_the_cache(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     ids, mask = left_padded(ROWS)
-    run = forward_sharing_prefix(model, model.config, ids, mask, mask.sum(1), cache=DynamicCache(config=model.config))
+    run = forward_sharing_prefix(
+        model, model.config, rows_of_prompts(ids, mask), cache=DynamicCache(config=model.config)
+    )
     following = torch.tensor([[3], [4], [5], [6]])
     grown = torch.cat([run.attention_mask, torch.ones(4, 1, dtype=torch.long)], 1)
     output = model(following, attention_mask=grown, position_ids=run.position_ids[:, -1:] + 1,
@@ -61,7 +70,9 @@ def test_generation_can_go_on_from_the_cache(tiny):
 def test_nothing_is_shared_where_it_does_not_pay_or_may_not_be(tiny, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     ids, mask = left_padded(ROWS)
-    whole = forward_sharing_prefix(model, model.config, ids, mask, mask.sum(1), share=False)
+    whole = forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask), share=False)
     assert whole.output.logits.shape[1] == ids.shape[1] and whole.cache is None
     monkeypatch.setattr(prefix, "WORTH_IT", 10_000)
-    assert forward_sharing_prefix(model, model.config, ids, mask, mask.sum(1)).output.logits.shape[1] == ids.shape[1]
+    assert (
+        forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask)).output.logits.shape[1] == ids.shape[1]
+    )

@@ -1,14 +1,12 @@
 """The PPO loss and the minibatch loop."""
 
-from contextlib import nullcontext
-
 import torch
 
 from rlhf.ppo.model import TokenOutputs, left_align, token_logprobs
 from rlhf.ppo.types import Advantages, Rollout, Scored, pack
-from rlhf.ppo.update import minibatches, ppo_loss, update
+from rlhf.ppo.update import UpdateSettings, minibatches, ppo_loss, update
 
-SETTINGS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
+SETTINGS = UpdateSettings(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)
 
 
 def test_loss_by_hand():
@@ -22,7 +20,7 @@ def test_loss_by_hand():
         torch.tensor([[1.0, -2.0, 5.0]]),
         torch.tensor([[2.0, 0.0, 5.0]]),
         mask,
-        **SETTINGS,
+        SETTINGS,
     )
     # policy: max(-1.5, -1.2) = -1.2 (clipped); max(2·0.5, 2·0.8) = 1.6 (clipped)
     assert torch.isclose(sums.policy_loss, torch.tensor(0.4))
@@ -33,6 +31,9 @@ def test_loss_by_hand():
     assert torch.isclose(sums.loss, torch.tensor(0.4 + 0.1 * 0.5 * 3.25))
     assert sums.entropy == 3
     assert sums.ratio == 2
+    assert sums.tokens == 2
+    assert sums.means().entropy == 1.5
+    assert (sums + sums).entropy == 6 and (sums + sums).means().entropy == 1.5
 
 
 def test_logprobs_are_those_of_the_scaled_logits_in_float32():
@@ -74,8 +75,8 @@ def _gradient(micro_batch_size):
     weight = torch.zeros(4, 6, requires_grad=True)
     gradients = []
 
-    def forward(input_ids, attention_mask, lengths, temperature, **_):
-        rows, length = input_ids[:, -1], int(lengths.max())
+    def forward(packed, temperature, **_):
+        rows, length = packed.input_ids[:, -1], int(packed.lengths.max())
         return TokenOutputs(scored.logprobs[rows, :length] + weight[rows, :length], torch.ones(len(rows), length),
                             weight[rows, :length])  # fmt: skip
 
@@ -87,8 +88,7 @@ def _gradient(micro_batch_size):
     stats = update(
         forward, step, rollout, scored, advantages,
         minibatches(rollout.attention_mask.sum(1), 1, 1, micro_batch_size, torch.Generator().manual_seed(0)),
-        backward=lambda loss: loss.backward(), synchronized=lambda last: nullcontext(), reduce=lambda sums: sums,
-        processes=1, temperature=1.0, **SETTINGS,
+        SETTINGS,
     )  # fmt: skip
     assert len(gradients) == 1
     return gradients[0], stats

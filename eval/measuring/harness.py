@@ -34,7 +34,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
@@ -182,10 +182,10 @@ class SharedPrefixLM(HFLM):
         width = int(lengths.max())
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         padded = [[0] * (width + 1 - len(context)) + list(context[:-1]) for context in contexts]
+        prompts = rows_of_prompts(torch.tensor(padded, device=device), mask)
         computed = forward_sharing_prefix(
-            self.model, config, torch.tensor(padded, device=device), mask, lengths, cache=DynamicCache(config=config),
-            logits_to_keep=1,
-        )  # fmt: skip
+            self.model, config, prompts, cache=DynamicCache(config=config), logits_to_keep=1
+        )
         assert computed.cache is not None
         of = torch.tensor(places, device=device)
         computed.cache.reorder_cache(of)

@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from rlhf.models.generation import Sampling, left_pad, sample_completions
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
 
@@ -101,10 +101,10 @@ def reply_logprobs(
         numbers = order[start : start + batch_size]
         batch = left_pad(tokenizer, [prompts[number] + replies[number] for number in numbers]).to(model.device)
         longest = max(len(replies[number]) for number in numbers)
-        totals = batch["attention_mask"].sum(1)
-        prompt_lengths = totals - torch.tensor([len(replies[number]) for number in numbers], device=totals.device)
+        lengths = torch.tensor([len(replies[number]) for number in numbers], device=model.device)
+        rows = Rows(batch["input_ids"], batch["attention_mask"], lengths)
         config = model.config.get_text_config()
-        run = forward_sharing_prefix(model, config, **batch, prompt_lengths=prompt_lengths, logits_to_keep=longest + 1)
+        run = forward_sharing_prefix(model, config, rows, logits_to_keep=longest + 1)
         logits = run.output.logits[:, -longest - 1 : -1]
         targets = batch["input_ids"][:, -longest:]
         logprobs = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")

@@ -1,9 +1,9 @@
 """Sampling replies. `sample` is a decoding loop for `model.generate(custom_generate=sample)`.
 
-Against transformers' own loop it draws one uniform per row and inverts the cumulative distribution (torch.multinomial
-draws one exponential per vocabulary entry), keeps the log-probability of the drawn token instead of all scores, and
-drops finished rows from the cache. Logits processors, stopping criteria and the generation config mean what they mean
-in `generate`.
+Unlike transformers' own loop, it draws one uniform number per row and inverts the cumulative distribution
+(torch.multinomial draws one exponential per vocabulary entry), keeps the log-probability of the drawn token instead of
+all scores, and drops finished rows from the cache. Logits processors, stopping criteria and the generation config have
+the same effect as in `generate`.
 """
 
 import functools
@@ -20,16 +20,17 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig
-from rlhf.models.prefix import forward_sharing_prefix
+from rlhf.models.precision import exact
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 
 
 class Samples(NamedTuple):
-    """What `sample` returns. B rows, P prompt tokens (left-padded), T completion tokens (right-padded)."""
+    """Sampled completions. B rows, P prompt tokens (left-padded), T completion tokens (right-padded)."""
 
     sequences: torch.Tensor  # (B, P + T) int64
     logprobs: torch.Tensor  # (B, T) float32: log-probability each completion token was drawn with; 0 on padding
-    lengths: torch.Tensor  # (B,) int64: completion tokens, the stop token among them
-    ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn, not just the room used up
+    lengths: torch.Tensor  # (B,) int64: completion tokens, the stop token included
+    ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn; False where the length was used up
 
 
 def draw_tokens(
@@ -46,14 +47,12 @@ def draw_tokens(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     if do_sample:
-        # in float64, where there is one: else the rounding of a long sum, not the logits, decides between neighbours
-        exact = torch.float32 if logits.device.type == "mps" else torch.float64
-        cumulative = logprobs.exp().cumsum(-1, dtype=exact)
-        # scaled by the last entry: rounding leaves it a little off 1, and the draw must not fall behind it
+        # in float32 the rounding of a long sum, not the logits, would decide between neighbours
+        cumulative = exact(logprobs.exp()).cumsum(-1)
         uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
-        tokens = torch.searchsorted(cumulative, uniform.to(exact)[:, None] * cumulative[:, -1:], right=True).clamp_(
-            max=logits.shape[-1] - 1
-        )
+        # scaled by the last entry, which rounding leaves slightly off 1: the draw must not lie beyond it
+        points = exact(uniform)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
     else:
         tokens = logprobs.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
@@ -72,9 +71,10 @@ def sample(
 
     Args:
         input_ids: (B, P) int64, left-padded.
-        uniforms: (B, T) numbers in [0, 1) to draw with, so that a row's tokens don't depend on the rows beside it;
-            default: torch's generator.
-        model_kwargs: `attention_mask` (B, P), 0 on padding or None, and what else `generate` hands to a decoding loop.
+        uniforms: (B, T) numbers in [0, 1) to draw with, so that a row's tokens don't depend on the other rows; default:
+            torch's generator.
+        model_kwargs: `attention_mask` (B, P), 0 on padding or None, and the other arguments that `generate` passes to a
+            decoding loop.
     """
     rows, room = len(input_ids), generation_config.max_length - input_ids.shape[1]
     completions = torch.full((rows, room), generation_config.pad_token_id, device=input_ids.device)
@@ -88,7 +88,7 @@ def sample(
     mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
     sequences, cache = input_ids, model_kwargs.get("past_key_values")
     output, _, mask, positions = forward_sharing_prefix(
-        model, model.config.get_text_config(), input_ids, mask, mask.sum(1), cache=cache, logits_to_keep=1
+        model, model.config.get_text_config(), rows_of_prompts(input_ids, mask), cache=cache, logits_to_keep=1
     )
     cache = output.past_key_values
     step = 0
@@ -106,7 +106,7 @@ def sample(
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions[:, -1:] + 1
-        # drop finished rows once half are: every new batch size costs the CPU's kernels a set-up, so few sizes are best
+        # drop finished rows once half are finished: the CPU's kernels need a set-up for every new batch size
         if going.sum() <= len(going) // 2:
             keep = going.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
@@ -130,10 +130,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def need_cache(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model that keeps no key-value cache, on which sampling and ranking here rely.
+    """Refuse a model without a key-value cache, which sampling and ranking need.
 
     Raises:
-        InputError: for the LSTMs of recipes/scaling.py.
+        InputError: for an LSTM (rlhf/models/lstm.py).
     """
     if isinstance(model.config, LSTMConfig):
         raise InputError(
@@ -150,12 +150,12 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     uniforms: torch.Tensor | None = None,
 ) -> Samples:
-    """Sample with exactly `config`: nothing of the model's own generation_config (a repetition penalty, say) leaks in.
+    """Sample with `config` alone: the model's own generation_config, a repetition penalty for example, has no effect.
 
     Args:
         batch: `input_ids` and `attention_mask` (B, P), left-padded.
-        stopping_criteria: besides those of `config`; a StopStringCriteria, say, which `generate` makes only for its
-            own decoding loop.
+        stopping_criteria: beside those of `config`, for example a StopStringCriteria, which `generate` makes only for
+            its own decoding loop.
         uniforms: see `sample`.
     """
     need_cache(model)
@@ -179,11 +179,11 @@ def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Ba
 
 
 class Sampling(NamedTuple):
-    """How completions are sampled: purely from the model's distribution, no top-k and no top-p."""
+    """How completions are sampled: from the model's whole distribution, without top-k and top-p."""
 
     max_new_tokens: int
     temperature: float = 1.0
-    batch_size: int = 64  # completions at once
+    batch_size: int = 64  # completions sampled at once
     seed: int = 0
 
 
@@ -201,7 +201,7 @@ def sample_completions(
     """Token ids of `num_return_sequences` completions per prompt, ending with the stop token where one was drawn.
 
     Args:
-        prompts: their token ids; they are batched by length.
+        prompts: token ids; prompts of similar length are batched together.
         do_sample: False takes the most likely tokens.
         description: of the progress bar.
     """

@@ -2,14 +2,23 @@
 
 import torch
 
+from rlhf.models.precision import exact
+from rlhf.ppo.moments import moments
+from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages
 
 
-def kl_penalty(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float):
+def kl_penalty(
+    logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
+) -> torch.Tensor:
     """Per-token reward -β (log π(a|s) - log π_ref(a|s)), (B, T), 0 off the mask.
 
-    Its sum over a completion is -β times the log-probability ratio of the whole; Ziegler et al., eq. 2
+    Its sum over a completion is -β times the log-probability ratio of the completion; Ziegler et al., eq. 2
     (https://arxiv.org/abs/1909.08593), with the k1 estimator of http://joschu.net/blog/kl-approx.html.
+
+    >>> logprobs, reference_logprobs = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    >>> kl_penalty(logprobs, reference_logprobs, torch.tensor([[True, True]]), kl_coef=0.5)
+    tensor([[-0.2500,  0.5000]])
     """
     return -kl_coef * (logprobs - reference_logprobs) * mask
 
@@ -27,8 +36,14 @@ def gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantages and returns, (B, T), 0 off the mask.
 
-    δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γ λ A_{t+1}, with V = A = 0 behind the last token; return = A + V.
+    δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γ λ A_{t+1}, with V = A = 0 after the last token; return = A + V.
     Schulman et al., eq. 11-16 (https://arxiv.org/abs/1506.02438).
+
+    A reward of 1 at the end, from values that expected 0.5 throughout:
+
+    >>> rewards, values, mask = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5), torch.ones(1, 3).bool()
+    >>> gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    (tensor([[0.1250, 0.2500, 0.5000]]), tensor([[0.6250, 0.7500, 1.0000]]))
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -41,21 +56,19 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce=lambda sums: sums) -> torch.Tensor:
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, processes: Processes = ONE_PROCESS
+) -> torch.Tensor:
     """Scale the masked values to variance 1, and to mean 0 if `shift_mean`; 0 off the mask.
 
     Biased variance, ε = 1e-8, as lm-human-preferences does:
     https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/utils/core.py#L41
 
     Args:
-        reduce: sums a (3,) tensor over processes, so that all whiten with the statistics of the whole batch.
+        processes: they all whiten with the mean and the variance of the whole batch.
     """
-    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which Apple's GPUs don't have
-    kept = values.to(dtype) * mask
-    count, total, squares = reduce(torch.stack([mask.sum().to(dtype), kept.sum(), (kept**2).sum()]))
-    mean = total / count
-    variance = (squares / count - mean**2).clamp(min=0)
-    whitened = (kept - mean) * torch.rsqrt(variance + 1e-8)
+    _, mean, variance = moments(values.flatten(), mask.flatten(), processes)
+    whitened = (exact(values) - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return (whitened * mask).to(values.dtype)
@@ -73,12 +86,12 @@ def estimate_advantages(
     lam: float,
     whiten_rewards: bool = False,
     per_token: torch.Tensor | None = None,
-    reduce=lambda sums: sums,
+    processes: Processes = ONE_PROCESS,
 ) -> Advantages:
-    """From scores (B,) and per-token quantities (B, T) to what the update learns from.
+    """Advantages and returns from scores (B,) and the models' outputs per token (B, T).
 
     Args:
-        per_token: (B, T) the part of the scores that belongs to single tokens; the rest lands on the last one.
+        per_token: (B, T) the part of the scores that belongs to single tokens; the last token gets the rest.
     """
     kl_rewards = kl_penalty(logprobs, reference_logprobs, mask, kl_coef)
     if per_token is None:
@@ -86,6 +99,6 @@ def estimate_advantages(
     else:
         rewards = add_scores(kl_rewards + per_token, scores - per_token.sum(1), mask)
     if whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
+        rewards = whiten(rewards, mask, shift_mean=False, processes=processes)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
-    return Advantages(rewards, kl_rewards, whiten(advantages, mask, reduce=reduce), returns)
+    return Advantages(rewards, kl_rewards, whiten(advantages, mask, processes=processes), returns)

@@ -1,7 +1,7 @@
-"""What a PPO run needs to go on: trained weights, optimizer, scheduler, random states, episode count.
+"""PPO checkpoints: trained weights, optimizer, scheduler, random states and the progress of a run.
 
-A checkpoint is written aside and renamed, so it is complete or not there, and carries a digest of every file, so that a
-damaged one is found. Tensors are safetensors or are loaded with `weights_only=True`; everything else is JSON.
+A checkpoint is written into a temporary folder and renamed, so it is either complete or absent. It holds a digest of
+every file, so damage is noticed. Tensors are safetensors or are loaded with `weights_only=True`; the rest is JSON.
 """
 
 import json
@@ -11,30 +11,50 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainingArguments
 
 from rlhf.errors import InputError
+from rlhf.ppo.types import Row
 from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import checkpoints, damage, write_digests
 
 
+class Progress(TypedDict):
+    """How far a run is: the content of ppo_state.json."""
+
+    step: int  # updates so far
+    episode: int  # completions so far
+    log: list[dict[str, Any]]  # the Trainer's log_history
+    reward_scale: tuple[float, float] | None  # mean and standard deviation of the first batch's scores
+    kl_coef: float
+    remarked: dict[str, int]  # the update of the monitor's last remark, by rule
+    best: tuple[float | None, int | None, str | None]  # metric, step and folder of the best checkpoint
+
+
+def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
 @contextmanager
-def written_aside(folder: Path, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `folder` at the end.
+def atomic_folder(folder: Path, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """Give all processes a temporary folder to write into, and rename it to `folder` at the end.
 
     Args:
-        main: whether this is the process that renames.
+        main: whether this process renames.
         wait: waits for all processes.
     """
     working = folder.with_name(f"writing-{folder.name}")
     if main and working.exists():
-        shutil.rmtree(working)  # from a run that was killed while it wrote
+        shutil.rmtree(working)  # left by a run that was killed while it wrote
     wait()
     working.mkdir(parents=True, exist_ok=True)
     yield working
@@ -47,8 +67,8 @@ def written_aside(folder: Path, main: bool, wait: Callable[[], None]) -> Iterato
     wait()
 
 
-def drop_old(output_dir: str, limit: int | None, keep: str | None) -> None:
-    """Delete the run's oldest checkpoints beyond `limit`, but never `keep`, the best one."""
+def delete_old_checkpoints(output_dir: str, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints of a run beyond `limit`, but never `keep`, the best one."""
     spared = Path(keep).name if keep else ""
     found = [path for path in checkpoints(output_dir) if path.name != spared]
     for old in found[:-limit] if limit else []:
@@ -61,7 +81,7 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every random generator of this process."""
+    """The state of every random generator of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -74,7 +94,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Set every random generator to a state from `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -84,11 +104,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, progress: Progress
+) -> None:
     """Write the main process's part of a checkpoint into `folder`."""
     save_file(trainable_state(model), folder / "trainable.safetensors")
     torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, folder / "optimizer.pt")
-    (folder / "ppo_state.json").write_text(json.dumps(state), encoding="utf-8")
+    (folder / "ppo_state.json").write_text(json.dumps(progress), encoding="utf-8")
 
 
 def save_random_state(folder: Path, rank: int) -> None:
@@ -97,7 +119,11 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy the trained tensors of a checkpoint into the model."""
+    """Copy the trained tensors of a checkpoint into the model.
+
+    Raises:
+        InputError: if the checkpoint holds other tensors than those the model trains.
+    """
     saved = load_file(folder / "trainable.safetensors")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if set(saved) != set(trainable):
@@ -108,20 +134,23 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             parameter.copy_(saved[name])
 
 
-def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, rank: int) -> dict[str, Any]:
-    """Restore everything from `folder`; returns the JSON state.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+) -> Progress:
+    """Restore model, optimizer, scheduler and this process's random state from a checkpoint.
 
     Raises:
-        InputError: if it is no PPO checkpoint, is damaged, or was made by fewer processes or another kind of run.
+        InputError: if `folder` is not a PPO checkpoint, is damaged, or was made by fewer processes or another kind of
+            run.
     """
     if not (folder / "ppo_state.json").exists():
-        raise InputError(f"--resume_from_checkpoint {folder}: no PPO checkpoint (ppo_state.json is missing).")
+        raise InputError(f"--resume_from_checkpoint {folder}: not a PPO checkpoint (ppo_state.json is missing).")
     wrong = damage(folder)
     if wrong is not None:
         raise InputError(f"--resume_from_checkpoint {folder}: {wrong}. Resume from an earlier checkpoint.")
     file = folder / f"random_state_{rank}.pt"
     if not file.exists():
-        raise InputError(f"--resume_from_checkpoint {folder}: was made with fewer processes. Use as many as it was.")
+        raise InputError(f"--resume_from_checkpoint {folder}: was made with fewer processes. Use the same number.")
     load_weights(folder, model)
     states = torch.load(folder / "optimizer.pt", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
@@ -130,7 +159,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, rank: i
     return read_json(folder / "ppo_state.json")
 
 
-def save_samples(args: TrainingArguments, step: int, prefix: str, rows: list[dict[str, Any]]) -> None:
+def save_samples(args: TrainingArguments, step: int, prefix: str, rows: list[Row]) -> None:
     """Write a table of completions to `<output_dir>/<prefix>_samples/<step>.jsonl`. Only the main process writes."""
     if args.should_save:
         write_jsonl(Path(args.output_dir) / f"{prefix}_samples" / f"{step}.jsonl", rows)

@@ -1,7 +1,7 @@
-"""PPOConfig: TRL's fields, new ones where TRL has none, and refusals of what can't work."""
+"""PPOConfig: TRL's fields, new fields, and errors for settings that can't work."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf.errors import InputError, need_at_least
 from rlhf.ppo.upstream import TRLPPOConfig
@@ -13,47 +13,47 @@ class PPOConfig(TRLPPOConfig):
 
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
-        stop_token_id: may be several; they replace `stop_token`.
-        stop_strings: a completion also ends where its text contains one of these.
-        sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If that is
-            another adapter of the same base, the policy goes on from it, and the reference alone is the SFT model.
+        stop_token_id: one or several token ids, which replace `stop_token`.
+        stop_strings: a completion also ends once its text contains one of these.
+        sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If the latter
+            is another adapter of the same base, the policy continues from it, and only the reference is the SFT model.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
-        max_steps: number of updates, in place of `total_episodes`, if above 0.
-        num_sample_generations: how often in a run a few of the sampled completions are printed.
+        max_steps: number of updates; replaces `total_episodes` if above 0.
+        num_sample_generations: how many times in a run a few sampled completions are printed.
         reward_funcs, eval_reward_funcs: names for the command line: import paths or reward models. From Python, pass
             functions to PPOTrainer.
         reward_weights: one per reward; GRPOConfig's field.
         normalize_reward: rewards are shifted and scaled so that the first batch, which the SFT model samples, has mean
-            0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a constant; a
-            large one, seen by a value function that starts at 0, rewards short replies for being short.
-        score_clip: scores are clipped to ± this, after normalization.
+            0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a constant, and
+            to a value function that starts at 0, a large constant would reward short replies for being short.
+        score_clip: scores are clipped to ± this after normalization.
         length_penalty: subtracted from the score per completion token.
-        missing_eos_score: takes the place of the score of a completion that never ended (-1 in lm-human-preferences).
+        missing_eos_score: replaces the score of a completion that never ended (-1 in lm-human-preferences).
         adaptive_kl_target, adaptive_kl_horizon: adjust `kl_coef` so that the KL of a completion stays near the target
             (Ziegler et al., section 2.2); None keeps it fixed.
-        target_kl: end an update when the policy has moved this far from the one that sampled (mean of squared log
+        target_kl: ends an update when the policy has moved this far from the policy that sampled (mean of squared log
             ratios / 2, in nats per token).
         value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
-            `value_model` passed to PPOTrainer comes before both.
-        value_warmup_steps: that many updates train the value function alone.
+            `value_model` passed to PPOTrainer takes precedence.
+        value_warmup_steps: number of first updates that train the value function alone.
         entropy_coef: weight of an entropy bonus in the loss.
         ptx_coef, ptx_dataset_name: PPO-ptx, adds the language model loss on this dataset with this weight (InstructGPT,
             eq. 2).
 
     Raises:
-        InputError: for `kl_estimator="k3"`: as a reward its gradient vanishes to first order, so it doesn't hold the
-            policy near the reference; and for numbers outside their range.
+        InputError: for a number outside its range, and for `kl_estimator="k3"`. As a reward, k3 has a gradient that
+            vanishes to first order, so it doesn't hold the policy near the reference.
     """
 
     stop_token: Literal["eos"] | None = field(
         default="eos", metadata={"help": "'eos' ends replies at the tokenizer's eos token; see also stop_token_id."}
     )
     stop_token_id: list[int] | None = field(
-        default=None, metadata={"help": "Token ids that end a reply, in place of stop_token."}
+        default=None, metadata={"help": "Token ids that end a reply; they replace stop_token."}
     )
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply."})
     sft_model_path: str | None = field(
@@ -73,7 +73,7 @@ class PPOConfig(TRLPPOConfig):
         metadata={"help": "Weight of each reward: reward_model_path first, then reward_funcs. Default: 1."},
     )
     eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Rewards that evaluation logs and training never sees, named as reward_funcs."}
+        default=None, metadata={"help": "Rewards for evaluation alone, named as in reward_funcs."}
     )
     normalize_reward: bool = field(
         default=True,
@@ -84,7 +84,7 @@ class PPOConfig(TRLPPOConfig):
     )
     length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from the score per completion token."})
     missing_eos_score: float | None = field(
-        default=None, metadata={"help": "Score of a completion that never ended, in place of its own."}
+        default=None, metadata={"help": "Replaces the score of a completion that never ended."}
     )
     adaptive_kl_target: float | None = field(
         default=None, metadata={"help": "Adjust kl_coef to keep the KL per completion near this. Default: fixed."}
@@ -140,7 +140,7 @@ class PPOConfig(TRLPPOConfig):
             "vf_coef", "max_grad_norm",
         )  # fmt: skip
         for name in above_zero + not_below_zero:
-            value: Any = getattr(self, name)
+            value = getattr(self, name)
             if value is not None and (value < 0 or (value == 0 and name in above_zero)):
                 raise InputError(f"--{name} {value}: must be {'above 0' if name in above_zero else '0 or more'}.")
         need_at_least(self, response_length=1, num_ppo_epochs=1)

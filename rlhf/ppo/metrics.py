@@ -1,19 +1,18 @@
 """The numbers that are logged for an update. README has a glossary of them."""
 
-from typing import Any
+import math
 
 import torch
 
-from rlhf.ppo.moments import Reduce, exact
-from rlhf.ppo.types import Advantages, Rollout, Scored, UpdateStats
+from rlhf.ppo.moments import moments
+from rlhf.ppo.processes import ONE_PROCESS, Processes
+from rlhf.ppo.types import Advantages, Rewards, Rollout, Row, Scored, UpdateStats
 
 
-def batch_metrics(rollout: Rollout, scored: Scored, advantages: Advantages, reduce: Reduce) -> dict[str, float]:
-    """Means over the completions of all processes.
-
-    Args:
-        reduce: sums a tensor over processes.
-    """
+def batch_metrics(
+    rollout: Rollout, scored: Scored, advantages: Advantages, processes: Processes = ONE_PROCESS
+) -> dict[str, float]:
+    """Means over the completions of all processes."""
     mask = rollout.completion_mask
     lengths = mask.sum(1).float()
     kl = ((scored.logprobs - scored.reference_logprobs) * mask).sum(1)
@@ -28,31 +27,53 @@ def batch_metrics(rollout: Rollout, scored: Scored, advantages: Advantages, redu
         "completions/mean_length": lengths,
         "completions/ended": rollout.ended.float(),
     }
-    means = _means(torch.stack(list(per_row.values())), reduce)
+    means = moments(torch.stack(list(per_row.values())), processes=processes).mean
     return {
         **dict(zip(per_row, means.tolist(), strict=True)),
-        **reward_metrics(scored.by_function or {}, reduce),
-        "val/num_eos_tokens": float(reduce(rollout.ended.sum().float())),
-        "val/explained_variance": explained_variance(advantages.returns, scored.values, mask, reduce),
+        **reward_metrics(scored.by_function or {}, processes),
+        "val/num_eos_tokens": float(processes.sum(rollout.ended.sum().float())),
+        "val/explained_variance": explained_variance(advantages.returns, scored.values, mask, processes),
     }
 
 
-def reward_metrics(by_function: dict[str, torch.Tensor], reduce: Reduce) -> dict[str, float]:
-    """`rewards/<name>/mean` and `/std` of every reward function, over the completions that it has an opinion on."""
+def reward_metrics(by_function: dict[str, torch.Tensor], processes: Processes = ONE_PROCESS) -> dict[str, float]:
+    """`rewards/<name>/mean` and `/std` of every reward function, over the completions that it gave a score."""
     metrics = {}
     for name, scores in by_function.items():
-        known = ~scores.isnan()
-        values = exact(scores.nan_to_num(0.0))
-        count, total, squares = reduce(torch.stack([exact(known).sum(), values.sum(), (values**2).sum()])).tolist()
+        count, mean, variance = (float(moment) for moment in moments(scores, ~scores.isnan(), processes))
         if count:
-            mean = total / count
             metrics[f"rewards/{name}/mean"] = mean
-            metrics[f"rewards/{name}/std"] = max(0.0, squares / count - mean**2) ** 0.5
+            metrics[f"rewards/{name}/std"] = math.sqrt(variance)
+    return metrics
+
+
+def evaluation_metrics(
+    rollout: Rollout, rewards: Rewards, held_out: Rewards, logratios: torch.Tensor, processes: Processes = ONE_PROCESS
+) -> dict[str, float]:
+    """Means over the evaluation prompts of all processes.
+
+    Args:
+        held_out: rewards that training never sees.
+        logratios: (B, T) log-probability of each token under the policy minus that under the reference.
+    """
+    per_row = {
+        "score": rewards.scores,
+        "kl": (logratios * rollout.completion_mask).sum(1),
+        "length": rollout.completion_mask.sum(1),
+        "ended": rollout.ended,
+    }
+    metrics = {name: float(processes.sum(row.float().mean()) / processes.number) for name, row in per_row.items()}
+    for name, value in reward_metrics(rewards.by_function, processes).items():
+        if name.endswith("/mean"):
+            metrics[name] = value
+    for name, value in reward_metrics(held_out.by_function, processes).items():
+        if name.endswith("/mean"):
+            metrics[f"held_out/{name.split('/')[1]}"] = value
     return metrics
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
-    """What an update's optimizer steps did."""
+    """Means over the optimizer steps of an update."""
     metrics = {
         "policy/approxkl_avg": stats.approxkl,
         "policy/clipfrac_avg": stats.clipfrac,
@@ -69,26 +90,20 @@ def update_metrics(stats: UpdateStats) -> dict[str, float]:
     return {**metrics, **({"loss/ptx": stats.ptx_loss} if stats.ptx_loss else {})}
 
 
-def explained_variance(returns: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, reduce: Reduce) -> float:
+def explained_variance(
+    returns: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, processes: Processes = ONE_PROCESS
+) -> float:
     """1 - Var[return - value] / Var[return] over all completion tokens (B, T); 0 where returns don't vary.
 
     As logged by https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/baselines/common/math_util.py#L25
     """
-    errors, targets = exact((returns - values)[mask]), exact(returns[mask])
-    parts = [exact(mask).sum(), errors.sum(), (errors**2).sum(), targets.sum(), (targets**2).sum()]
-    count, error, errors2, target, targets2 = reduce(torch.stack(parts)).tolist()
-    variance = targets2 / count - (target / count) ** 2
-    return 1 - (errors2 / count - (error / count) ** 2) / variance if variance > 1e-12 else 0.0
+    of_errors, of_returns = moments(
+        torch.stack([(returns - values)[mask], returns[mask]]), processes=processes
+    ).variance
+    return 1 - float(of_errors) / float(of_returns) if of_returns > 1e-12 else 0.0
 
 
-def _means(rows: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    """Row means of (K, B) over the completions of all processes."""
-    rows = exact(rows)
-    sums = reduce(torch.cat([rows.sum(1), torch.ones_like(rows[:1]).sum(1)]))
-    return sums[:-1] / sums[-1]
-
-
-def sample_table(rollout: Rollout, scores: torch.Tensor, rows: int) -> list[dict[str, Any]]:
+def sample_table(rollout: Rollout, scores: torch.Tensor, rows: int) -> list[Row]:
     """The first rows as `prompt`, `completion` and `score`."""
     triples = zip(rollout.prompts, rollout.completions, scores.tolist(), strict=True)
     return [{"prompt": prompt, "completion": text, "score": score} for prompt, text, score in list(triples)[:rows]]

@@ -1,7 +1,7 @@
-"""What is going wrong in a run, said in one plain sentence each.
+"""Rules that notice problems of a run and describe each in a sentence or two.
 
-A rule looks at the metrics logged so far and returns a remark or None. Thresholds are rules of thumb; the number that
-crossed one is always in the sentence.
+A rule looks at the metrics logged so far and returns a text or None. Thresholds are rules of thumb; the text always has
+the number that crossed one.
 """
 
 import math
@@ -13,38 +13,49 @@ History = list[Entry]
 
 
 class Remark(NamedTuple):
-    """One thing that looks wrong at one update."""
+    """A problem that a rule noticed at an update."""
 
     step: int
     name: str
     text: str
 
 
-class Run(NamedTuple):
-    """What a rule looks at."""
+class RunLog(NamedTuple):
+    """The input of a rule."""
 
     updates: History  # metrics of every update so far, oldest first
     evaluations: History  # metrics of every evaluation so far, with keys `eval_…`
-    response_length: int  # most tokens that a completion can have
+    response_length: int  # the largest number of tokens a completion can have
     can_end: bool  # whether there is a stop token or stop string at all
 
 
 def remarks(history: History, response_length: int, can_end: bool = True) -> list[Remark]:
-    """What the rules say about the newest of the logged updates.
+    """The remarks of all rules on the newest logged update.
 
     Args:
         history: the trainer's log, oldest first.
+        response_length: the largest number of tokens a completion can have.
+        can_end: whether there is a stop token or stop string at all.
     """
     updates = [entry for entry in history if "objective/kl" in entry]
     if not updates:
         return []
-    run = Run(updates, [entry for entry in history if "eval_score" in entry], response_length, can_end)
+    run = RunLog(updates, [entry for entry in history if "eval_score" in entry], response_length, can_end)
     step = int(updates[-1].get("step", len(updates)))
     said = ((rule.__name__.lstrip("_"), rule(run)) for rule in RULES)
     return [Remark(step, name, text) for name, text in said if text is not None]
 
 
-def _kl_negative(run: Run) -> str | None:
+def without_repeats(found: list[Remark], last: dict[str, int]) -> list[Remark]:
+    """The remarks of rules that said nothing in the last ten updates.
+
+    Args:
+        last: the update of the last printed remark, by rule.
+    """
+    return [remark for remark in found if remark.step - last.get(remark.name, -10) >= 10]
+
+
+def _kl_negative(run: RunLog) -> str | None:
     kl = run.updates[-1]["objective/kl"]
     if kl < -1.0:
         return (
@@ -55,7 +66,7 @@ def _kl_negative(run: Run) -> str | None:
     return None
 
 
-def _kl_exploding(run: Run) -> str | None:
+def _kl_exploding(run: RunLog) -> str | None:
     kl = run.updates[-1]["objective/kl"]
     before = run.updates[-2]["objective/kl"] if len(run.updates) > 1 else 0.0
     if kl > 30 or (len(run.updates) > 2 and kl > 10 and kl > 3 * max(before, 0.1)):
@@ -67,7 +78,7 @@ def _kl_exploding(run: Run) -> str | None:
     return None
 
 
-def _first_ratio(run: Run) -> str | None:
+def _first_ratio(run: RunLog) -> str | None:
     ratio = run.updates[-1]["val/first_ratio"]
     if abs(ratio - 1) > 0.02:
         return (
@@ -77,7 +88,7 @@ def _first_ratio(run: Run) -> str | None:
     return None
 
 
-def _no_reply_ends(run: Run) -> str | None:
+def _no_reply_ends(run: RunLog) -> str | None:
     if run.can_end and run.updates[-1]["completions/ended"] == 0:
         return (
             f"No completion ended by itself within response_length={run.response_length} tokens, so scores judge "
@@ -87,7 +98,7 @@ def _no_reply_ends(run: Run) -> str | None:
     return None
 
 
-def _entropy_collapsing(run: Run) -> str | None:
+def _entropy_collapsing(run: RunLog) -> str | None:
     first, now = run.updates[0]["policy/entropy_avg"], run.updates[-1]["policy/entropy_avg"]
     if len(run.updates) > 2 and now < 0.25 * first:
         return (
@@ -97,7 +108,7 @@ def _entropy_collapsing(run: Run) -> str | None:
     return None
 
 
-def _length_running_away(run: Run) -> str | None:
+def _length_running_away(run: RunLog) -> str | None:
     first, now = run.updates[0]["completions/mean_length"], run.updates[-1]["completions/mean_length"]
     if len(run.updates) > 2 and (now > 0.95 * run.response_length and now > 1.5 * first):
         return (
@@ -112,7 +123,7 @@ def _length_running_away(run: Run) -> str | None:
     return None
 
 
-def _reward_saturated(run: Run) -> str | None:
+def _reward_saturated(run: RunLog) -> str | None:
     if len(run.updates) < 3:
         return None
     for key, now in run.updates[-1].items():
@@ -128,7 +139,7 @@ def _reward_saturated(run: Run) -> str | None:
     return None
 
 
-def _value_explains_nothing(run: Run) -> str | None:
+def _value_explains_nothing(run: RunLog) -> str | None:
     recent = [entry["val/explained_variance"] for entry in run.updates[-5:]]
     if len(run.updates) >= 8 and max(recent) < 0.0:
         return (
@@ -139,7 +150,7 @@ def _value_explains_nothing(run: Run) -> str | None:
     return None
 
 
-def _reward_hacking(run: Run) -> str | None:
+def _reward_hacking(run: RunLog) -> str | None:
     evaluations = run.evaluations
     if len(evaluations) < 2:
         return None
@@ -158,7 +169,7 @@ def _reward_hacking(run: Run) -> str | None:
     return None
 
 
-RULES: tuple[Callable[[Run], str | None], ...] = (
+RULES: tuple[Callable[[RunLog], str | None], ...] = (
     _kl_negative,
     _kl_exploding,
     _first_ratio,

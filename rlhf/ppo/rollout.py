@@ -1,6 +1,4 @@
-"""Prompts → completions sampled by the policy."""
-
-from typing import Any
+"""Prompts → Rollout: completions sampled by the policy."""
 
 import torch
 from peft import PeftModel
@@ -8,14 +6,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from rlhf.models.generation import generate, left_pad
-from rlhf.ppo.types import Rollout
+from rlhf.ppo.types import Rollout, Row
 
 
 def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:
     """The row numbers of `count` episodes from number `episode` on.
 
-    Every pass over the dataset is a fresh permutation seeded by `seed` and the number of the pass, and passes follow
-    each other without a gap, so that a dataset may be smaller than a batch and a position is all a resume needs.
+    Every pass over the dataset is a fresh permutation, seeded by `seed` and the number of the pass. Passes follow each
+    other without a gap, so a dataset may be smaller than a batch, and a resume needs no more than the position.
     """
     numbers: list[int] = []
     while len(numbers) < count:
@@ -25,11 +23,11 @@ def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:
     return numbers
 
 
-def draws(first_episode: int, rows: range, length: int, seed: int, device: torch.device) -> torch.Tensor:
-    """The random numbers (rows, length) in [0, 1) that sample these rows of a batch.
+def draw_uniforms(first_episode: int, rows: range, length: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Random numbers (rows, length) in [0, 1) to sample these rows of a batch with.
 
-    They depend on the seed and the episode alone: the same run on one process or on several samples the same tokens,
-    and so does a resumed one.
+    They depend on the seed and the episode alone, so a run samples the same tokens on one process or several, and after
+    a resume.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + first_episode)
     return torch.rand(rows.stop, length, generator=generator)[rows.start :].to(device)
@@ -39,7 +37,7 @@ def draws(first_episode: int, rows: range, length: int, seed: int, device: torch
 def sample_rollout(
     policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     *,
     response_length: int,
     temperature: float,
@@ -52,9 +50,9 @@ def sample_rollout(
     """Sample one completion per row, by pure sampling at `temperature`.
 
     Args:
-        rows: of the dataset, with `input_ids` and, for reward functions, `prompt` and any other columns.
-        batch_size: how many rows to sample at once.
-        uniforms: (rows, response_length), see `draws`.
+        rows: rows of the dataset with `input_ids`, and perhaps `prompt` and other columns for the reward functions.
+        batch_size: number of rows to sample at once.
+        uniforms: (rows, response_length), see `draw_uniforms`.
     """
     config = GenerationConfig(
         max_new_tokens=response_length, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,

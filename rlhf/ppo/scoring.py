@@ -1,7 +1,6 @@
-"""Rollout → Scored: rewards, their scale, and log-probabilities and values before the update."""
+"""Rollout → Scored: rewards, their scale, and the log-probabilities and values before the update."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +9,14 @@ from transformers import PreTrainedModel
 
 from rlhf.comparisons import as_message
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
-from rlhf.ppo.moments import exact
+from rlhf.ppo.moments import moments
+from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Rewards, Rollout, pack
-from rlhf.rewards import RewardFunction, call_rewards, reward_name
+from rlhf.rewards import RewardFunction, RewardModel, call_rewards, reward_name
 
 
 def reward_names(functions: list[RewardFunction]) -> list[str]:
-    """A name for each function; namesakes are numbered."""
+    """A name for each function; functions of the same name are numbered."""
     names = [reward_name(function) for function in functions]
     return [name if names.count(name) == 1 else f"{name}_{names[:number].count(name) + 1}"
             for number, name in enumerate(names)]  # fmt: skip
@@ -25,9 +25,12 @@ def reward_names(functions: list[RewardFunction]) -> list[str]:
 def collect_rewards(
     rollout: Rollout, functions: list[RewardFunction], weights: list[float], **columns: list[Any]
 ) -> Rewards:
-    """Ask every reward function about the rollout and add up the weighted answers.
+    """Call every reward function on the rollout and add up the weighted rewards.
 
-    A function without an opinion on a completion (None) adds nothing to its score.
+    A function that returns None for a completion adds nothing to its score.
+
+    Args:
+        columns: passed to the functions beside the dataset's columns.
 
     Raises:
         RewardError: see rlhf.rewards.call_rewards.
@@ -57,17 +60,15 @@ class RewardScale(NamedTuple):
     std: float
 
 
-def measure_scale(scores: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> RewardScale:
-    """The scale of raw scores (B,) over all processes; `reduce` sums over them. That of a constant reward is 1.
+def measure_scale(scores: torch.Tensor, processes: Processes = ONE_PROCESS) -> RewardScale:
+    """The scale of raw scores (B,) over all processes. The standard deviation of a constant reward counts as 1.
 
     lm-human-preferences normalizes likewise, on samples of the policy before training:
     https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/train_reward.py#L207
     """
-    values = exact(scores)
-    count, total, total_squares = reduce(torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()]))
-    mean, squares = float(total / count), float(total_squares / count)
-    std = math.sqrt(max(0.0, squares - mean**2))
-    return RewardScale(mean, std if std > 1e-6 else 1.0)
+    _, mean, variance = moments(scores, processes=processes)
+    std = math.sqrt(variance)
+    return RewardScale(float(mean), std if std > 1e-6 else 1.0)
 
 
 def shape_scores(
@@ -81,16 +82,16 @@ def shape_scores(
     missing_eos_penalty: float | None,
     missing_eos_score: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the policy learns from: scores (B,), and the part of them that belongs to tokens (B, T) or None.
+    """The scores to learn from (B,), and the part of them that belongs to single tokens (B, T) or None.
 
-    In this order: shift and scale, clip, length penalty, then what replaces or lowers the score of a completion that
+    The steps in order: shift and scale, clip, length penalty, then the penalty or the fixed score of completions that
     never ended.
     """
     scores = (rewards.scores - scale.mean) / scale.std
     per_token = None if rewards.per_token is None else rewards.per_token / scale.std
     if score_clip is not None:
         clipped = scores.clamp(-score_clip, score_clip)
-        if per_token is not None:  # rewards of tokens shrink with their sum; 1 where nothing was clipped
+        if per_token is not None:  # rewards of tokens shrink with their sum, by a factor of 1 where nothing was clipped
             per_token = per_token * torch.where(scores == 0, 1.0, clipped / scores)[:, None]
         scores = clipped
     scores = scores - length_penalty * lengths
@@ -102,8 +103,23 @@ def shape_scores(
     return scores, per_token
 
 
+def start_value_head(
+    model: PolicyAndValue, functions: list[RewardFunction], weights: list[float], scale: RewardScale
+) -> None:
+    """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
+
+    Other value functions start at 0, and so does this one where no reward function is an adapter of the policy.
+    """
+    for function, weight in zip(functions, weights, strict=True):
+        if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
+            continue
+        with torch.no_grad():
+            model.value_head.weight.copy_(function.head.weight * weight / scale.std)
+            model.value_head.bias.fill_(-scale.mean / scale.std)
+
+
 @torch.no_grad()
-def before_update(
+def logprobs_and_values(
     model: PolicyAndValue,
     ref_model: PreTrainedModel | PeftModel | None,
     ref_adapter_name: str | None,
@@ -112,13 +128,13 @@ def before_update(
     batch_size: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs, values and reference logprobs, (B, T) float32, computed on rows of similar length at a time."""
+    """Logprobs, values and reference logprobs, (B, T) float32. Rows of similar length are computed together."""
     model.eval()
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
         packed = pack(rollout, rows)
-        policy = model(*packed, temperature)
-        reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, *packed, temperature)
+        policy = model(packed, temperature)
+        reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, packed, temperature)
         mask = rollout.completion_mask[rows, : policy.logprobs.shape[1]]
         for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
             result[rows, : part.shape[1]] = part * mask

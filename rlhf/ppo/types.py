@@ -1,16 +1,22 @@
-"""What the steps of PPO hand to each other. B prompts, P prompt tokens (left-padded), T completion tokens."""
+"""The results of PPO's steps. B prompts, P prompt tokens (left-padded), T completion tokens."""
 
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+
+from rlhf.comparisons import Prompt
+from rlhf.models.prefix import Rows
+
+Row = dict[str, Any]  # of a dataset, or of a table of samples
 
 
 class Rollout(NamedTuple):
     """Prompts with the completions that the policy sampled for them."""
 
-    prompts: list[Any]  # B prompts as the dataset has them: text or messages
+    prompts: list[Prompt]  # B prompts as in the dataset: text or messages
     completions: list[str]  # B texts, without special tokens
-    columns: dict[str, list[Any]]  # the dataset's other columns, B values each
+    columns: dict[str, list[Any]]  # the other columns of the dataset, B values each
     input_ids: torch.Tensor  # (B, P + T) int64
     attention_mask: torch.Tensor  # (B, P + T) int64: 0 on both kinds of padding
     completion_mask: torch.Tensor  # (B, T) bool: True through the stop token
@@ -18,18 +24,18 @@ class Rollout(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """What the reward functions said about a rollout. Float32."""
+    """The rewards of a rollout. Float32."""
 
-    by_function: dict[str, torch.Tensor]  # (B,) each, by name; NaN where a function had no opinion
+    by_function: dict[str, torch.Tensor]  # (B,) each, by name of the reward function; NaN where it gave no score
     scores: torch.Tensor  # (B,) their weighted sum
-    per_token: torch.Tensor | None  # (B, T) the part of it that functions gave per token
+    per_token: torch.Tensor | None  # (B, T) the part of the sum that functions gave per token
 
 
 class Scored(NamedTuple):
-    """A rollout's scores, and what the models said about its tokens before the update. All float32."""
+    """A rollout's scores, and the log-probabilities and values of its tokens before the update. All float32."""
 
-    raw_scores: torch.Tensor  # (B,) what the reward gave
-    scores: torch.Tensor  # (B,) normalized, clipped, with penalties: what is learned from, all tokens together
+    raw_scores: torch.Tensor  # (B,) weighted sum of the rewards
+    scores: torch.Tensor  # (B,) the same after normalization, clipping and penalties; the update learns from these
     logprobs: torch.Tensor  # (B, T) policy
     reference_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T) value of the state before each token
@@ -38,9 +44,9 @@ class Scored(NamedTuple):
 
 
 class Advantages(NamedTuple):
-    """What the update learns from. All (B, T) float32, 0 on padding."""
+    """The advantages that the update learns from, and their parts. All (B, T) float32, 0 on padding."""
 
-    rewards: torch.Tensor  # KL penalty and reward per token, plus the rest of the score at the last one
+    rewards: torch.Tensor  # KL penalty and reward per token; the last token also gets the rest of the score
     kl_rewards: torch.Tensor  # the KL penalty alone
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # target of the value function
@@ -60,11 +66,12 @@ class UpdateStats(NamedTuple):
     first_ratio: float  # of the first minibatch, before any step: 1 unless something is wrong
     grad_norm: float
     ptx_loss: float  # language model loss per token of PPO-ptx; 0 without it
-    steps: int  # optimizer steps taken; fewer than asked for if target_kl ended the update
+    steps: int  # optimizer steps taken; fewer than planned if target_kl ended the update
 
 
-class LossSums(NamedTuple):
-    """Sums over completion tokens, 0-dimensional float32. Divided by the minibatch's tokens they are means."""
+@dataclass(frozen=True)
+class LossSums:
+    """Losses and statistics, summed over completion tokens. All 0-dimensional float32."""
 
     loss: torch.Tensor
     policy_loss: torch.Tensor
@@ -74,23 +81,36 @@ class LossSums(NamedTuple):
     value_clipped: torch.Tensor
     entropy: torch.Tensor
     ratio: torch.Tensor
+    tokens: torch.Tensor  # number of completion tokens
 
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums.from_tensor(self.to_tensor() + other.to_tensor())
 
-class Rows(NamedTuple):
-    """Some rows of a rollout, as the models take them. (B, L) int64, left-padded, and (B,) int64."""
+    def means(self) -> "LossSums":
+        """Every sum divided by the number of tokens."""
+        return LossSums.from_tensor(self.to_tensor() / self.tokens)
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    lengths: torch.Tensor  # completion tokens
+    def detach(self) -> "LossSums":
+        """The same sums without gradients."""
+        return LossSums.from_tensor(self.to_tensor())
+
+    def to_tensor(self) -> torch.Tensor:
+        """The fields in their order, (9,) float32 without gradients, so that one reduction sums them all."""
+        return torch.stack([getattr(self, field.name).detach().float() for field in fields(self)])
+
+    @classmethod
+    def from_tensor(cls, values: torch.Tensor) -> "LossSums":
+        """The inverse of `to_tensor`."""
+        return cls(*values)
 
 
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest of them."""
+    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest row."""
     mask = rollout.attention_mask[rows].bool()
     totals = mask.sum(1)
     width = int(totals.max())
     packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
     kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
-    # padding becomes 0: a pad token may lie outside of the embeddings, and masked, any other token does as well
+    # 0 stands for padding: a pad token may lie outside of the embeddings, and no masked token matters
     packed[kept] = rollout.input_ids[rows][mask]
     return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))

@@ -1,15 +1,50 @@
 """The PPO loss and the minibatch loop."""
 
+import functools
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 
+from rlhf.models.prefix import Rows
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.model import TokenOutputs
+from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages, LossSums, Rollout, Scored, UpdateStats, pack
+
+
+class UpdateSettings(NamedTuple):
+    """The settings of the loss and of the minibatch loop, with the names of PPOConfig."""
+
+    cliprange: float
+    cliprange_value: float
+    vf_coef: float
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    temperature: float = 1.0
+    target_kl: float | None = None
+    train_policy: bool = True
+
+    @classmethod
+    def of(cls, args: PPOConfig, warming_up: bool) -> "UpdateSettings":
+        """The settings of a run. The value warm-up (`warming_up`) trains the value function alone."""
+        return cls(
+            cliprange=args.cliprange,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            entropy_coef=args.entropy_coef,
+            ptx_coef=0.0 if warming_up else args.ptx_coef,
+            temperature=args.temperature,
+            target_kl=args.target_kl,
+            train_policy=not warming_up,
+        )
 
 
 def ppo_loss(
@@ -19,34 +54,28 @@ def ppo_loss(
     advantages: torch.Tensor,
     returns: torch.Tensor,
     mask: torch.Tensor,
-    *,
-    cliprange: float,
-    cliprange_value: float,
-    vf_coef: float,
-    entropy_coef: float = 0.0,
-    train_policy: bool = True,
+    settings: UpdateSettings,
 ) -> LossSums:
     """Clipped policy and value losses less the entropy bonus, summed over the masked tokens of (B, T) inputs.
 
     Policy: -min(r A, clip(r, 1 - ε, 1 + ε) A), r = π/π_old; Schulman et al., eq. 7 (https://arxiv.org/abs/1707.06347).
     Value: max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²) / 2, as in
     https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/baselines/ppo2/model.py#L68
-
-    Args:
-        train_policy: False leaves the value loss alone, for a value warm-up.
     """
     logratio = (new.logprobs - old_logprobs) * mask
     ratio = logratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    clipped_ratio = ratio.clamp(1 - settings.cliprange, 1 + settings.cliprange)
+    unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
     policy_loss = torch.max(unclipped, clipped) * mask
-    near = old_values + (new.values - old_values).clamp(-cliprange_value, cliprange_value)
+    near = old_values + (new.values - old_values).clamp(-settings.cliprange_value, settings.cliprange_value)
     error, near_error = (new.values - returns) ** 2, (near - returns) ** 2
     value_loss = 0.5 * torch.max(error, near_error) * mask
     entropy = new.entropy * mask
-    # times 0, so that every parameter has its part in the graph, as DistributedDataParallel asks
-    policy_part = (policy_loss.sum() - entropy_coef * entropy.sum()) * (1.0 if train_policy else 0.0)
+    # multiply by 0 instead of skipping: DDP needs every parameter in the graph
+    policy_weight = 1.0 if settings.train_policy else 0.0
+    policy_part = (policy_loss.sum() - settings.entropy_coef * entropy.sum()) * policy_weight
     return LossSums(
-        loss=policy_part + vf_coef * value_loss.sum(),
+        loss=policy_part + settings.vf_coef * value_loss.sum(),
         policy_loss=policy_loss.sum().detach(),
         value_loss=value_loss.sum().detach(),
         approxkl=(0.5 * logratio.detach() ** 2).sum(),
@@ -54,6 +83,7 @@ def ppo_loss(
         value_clipped=((near_error > error) & mask).sum().float(),
         entropy=entropy.sum().detach(),
         ratio=(ratio * mask).sum().detach(),
+        tokens=mask.sum().float(),
     )
 
 
@@ -74,18 +104,18 @@ def minibatches(
 
 
 class PtxBatch(NamedTuple):
-    """Rows of the dataset of PPO-ptx. (B, L) int64, left-padded."""
+    """Rows of the PPO-ptx dataset. (B, L) int64, left-padded."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # (B, L - 1) bool: whether each token but a row's first counts, from the row's beginning
+    loss_mask: torch.Tensor  # (B, L - 1) bool, left-aligned: which tokens count, a row's first token left out
 
 
 def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
-    """Batches of random rows for PPO-ptx, without end.
+    """Endless batches of random rows for PPO-ptx.
 
     Args:
-        dataset: rows with `input_ids`, and `labels` (-100 where a token doesn't count) or every token counts.
+        dataset: rows with `input_ids`, and perhaps `labels` (-100 where a token doesn't count).
     """
     generator = torch.Generator().manual_seed(seed)
     while dataset is not None:
@@ -104,56 +134,66 @@ def update(
     rollout: Rollout,
     scored: Scored,
     advantages: Advantages,
-    batches: Iterator[list[torch.Tensor]],
-    *,
-    backward: Callable[[torch.Tensor], None],
-    synchronized: Callable[[bool], AbstractContextManager],
-    reduce: Callable[[torch.Tensor], torch.Tensor],
-    processes: int,
-    temperature: float,
-    target_kl: float | None = None,
-    ptx_coef: float = 0.0,
+    batches: Iterable[list[torch.Tensor]],
+    settings: UpdateSettings,
+    processes: Processes = ONE_PROCESS,
     ptx_batches: Iterable[PtxBatch] = (),
-    **loss_settings: Any,
 ) -> UpdateStats:
     """Several epochs of PPO on one rollout; one optimizer step per minibatch.
 
-    The loss of a minibatch is a mean over its completion tokens on all processes, whatever the microbatches and
-    processes it is computed in.
+    The loss of a minibatch is a mean over its completion tokens on all processes. How it is split into microbatches and
+    over processes doesn't change it. After a minibatch whose approxkl exceeds `target_kl` no further step is taken.
 
     Args:
         forward: the module being trained.
-        step: clips, steps, zeroes; returns the gradient norm.
-        synchronized: context of a microbatch's forward and backward; takes whether it is the minibatch's last, when
-            processes average their gradients.
-        reduce: sums a tensor over processes.
-        target_kl: take no further step once a minibatch's approxkl exceeds this.
+        step: clips gradients, takes an optimizer step and sets gradients to zero; returns the gradient norm.
+        batches: the microbatches of every minibatch, see `minibatches`.
         ptx_batches: one per minibatch, if `ptx_coef` is above 0.
     """
-    totals, ratios, norms, ptx_losses = torch.zeros(9), [], [], []
+    sums: list[LossSums] = []  # of each minibatch
+    norms, ptx_losses = [], []
     ptx = iter(ptx_batches)
     for micro_batches in batches:
-        tokens = reduce(rollout.completion_mask[torch.cat(micro_batches)].sum().float())
-        share = processes / float(tokens)  # of each token in the minibatch's mean, undoing the mean over processes
-        if ptx_coef > 0:
-            with synchronized(False):
+        tokens = processes.sum(rollout.completion_mask[torch.cat(micro_batches)].sum().float())
+        # weight of a token in the minibatch's mean; gradients are averaged over processes, hence their number
+        share = processes.number / float(tokens)
+        if settings.ptx_coef > 0:
+            with processes.synchronized(False):
                 ptx_loss = language_model_loss(forward, next(ptx))
-                backward(ptx_coef * ptx_loss)
+                processes.backward(settings.ptx_coef * ptx_loss)
             ptx_losses.append(float(ptx_loss))
-        sums = torch.zeros(9)
+        parts = []
         for number, rows in enumerate(micro_batches):
-            with synchronized(number == len(micro_batches) - 1):
-                losses = micro_batch_losses(forward, rollout, scored, advantages, rows, temperature, loss_settings)
-                backward(losses.loss * share)
-            count = rollout.completion_mask[rows].sum().float()
-            sums += torch.stack([*(value.detach().float() for value in losses), count]).cpu()
+            with processes.synchronized(number == len(micro_batches) - 1):
+                losses = micro_batch_losses(forward, rollout, scored, advantages, rows, settings)
+                processes.backward(losses.loss * share)
+            parts.append(losses.detach())
         norms.append(step())
-        sums = reduce(sums.to(rollout.input_ids.device)).cpu()
-        totals += sums
-        ratios.append(float(sums[7] / sums[8]))
-        if target_kl is not None and float(sums[3] / sums[8]) > target_kl:
+        own = functools.reduce(operator.add, parts)
+        sums.append(LossSums.from_tensor(processes.sum(own.to_tensor()).cpu()))
+        if settings.target_kl is not None and float(sums[-1].means().approxkl) > settings.target_kl:
             break
-    return update_stats(totals, ratios, norms, ptx_losses)
+    return update_stats(sums, norms, ptx_losses)
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float, only: set[str] | None = None
+) -> float:
+    """Clip the gradients, take a step and set the gradients to zero; returns the gradient norm before clipping.
+
+    Args:
+        max_grad_norm: 0 doesn't clip.
+        only: names of the parameters to train. The others get no gradient at all, so that weight decay and momentum
+            leave them alone too. None: all.
+    """
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        if only is not None and name not in only:
+            parameter.grad = None
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
 
 
 def micro_batch_losses(
@@ -162,13 +202,12 @@ def micro_batch_losses(
     scored: Scored,
     advantages: Advantages,
     rows: torch.Tensor,
-    temperature: float,
-    loss_settings: dict[str, Any],
+    settings: UpdateSettings,
 ) -> LossSums:
     """The losses of some rows under the model as it is now."""
     packed = pack(rollout, rows)
     length = int(packed.lengths.max())
-    new = forward(*packed, temperature, entropy_gradient=loss_settings.get("entropy_coef", 0.0) > 0)
+    new = forward(packed, settings.temperature, entropy_gradient=settings.entropy_coef > 0)
     return ppo_loss(
         new,
         scored.logprobs[rows, :length],
@@ -176,25 +215,38 @@ def micro_batch_losses(
         advantages.advantages[rows, :length],
         advantages.returns[rows, :length],
         rollout.completion_mask[rows, :length],
-        **loss_settings,
+        settings,
     )
 
 
 def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
     """Mean negative log-probability of the masked tokens, at temperature 1."""
     lengths = batch.attention_mask.sum(1) - 1  # every token but the first is a completion token
-    new = forward(batch.input_ids, batch.attention_mask, lengths, 1.0, with_values=False)
+    new = forward(Rows(batch.input_ids, batch.attention_mask, lengths), 1.0, with_values=False)
     return -(new.logprobs * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
 
 
-def update_stats(totals: torch.Tensor, ratios: list[float], norms: list[float], ptx_losses: list[float]) -> UpdateStats:
-    """Means from the sums (9,) of all minibatches, the fields of LossSums and the number of tokens."""
-    _, policy, value, approxkl, clipped, value_clipped, entropy, ratio, _ = (totals / totals[8]).tolist()
+def update_stats(sums: list[LossSums], norms: list[float], ptx_losses: list[float]) -> UpdateStats:
+    """Means over an update.
+
+    Args:
+        sums: those of each minibatch, over all processes.
+        norms: gradient norm of each minibatch.
+        ptx_losses: language model loss of each minibatch; empty without PPO-ptx.
+    """
+    total = functools.reduce(operator.add, sums).means()
+    ratios = torch.stack([minibatch.means().ratio for minibatch in sums])
     return UpdateStats(
-        policy, value, approxkl, clipped, value_clipped, entropy, ratio,
-        ratio_var=float(torch.tensor(ratios).var(unbiased=False)),
-        first_ratio=ratios[0],
+        policy_loss=float(total.policy_loss),
+        value_loss=float(total.value_loss),
+        approxkl=float(total.approxkl),
+        clipfrac=float(total.clipped),
+        value_clipfrac=float(total.value_clipped),
+        entropy=float(total.entropy),
+        ratio=float(total.ratio),
+        ratio_var=float(ratios.var(unbiased=False)),
+        first_ratio=float(ratios[0]),
         grad_norm=sum(norms) / len(norms),
         ptx_loss=sum(ptx_losses) / max(1, len(ptx_losses)),
         steps=len(norms),
-    )  # fmt: skip
+    )

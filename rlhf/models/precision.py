@@ -1,0 +1,32 @@
+"""Mixed precision of forward passes, and float64 where the device has it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from transformers import PreTrainedModel
+
+
+def exact(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64, for sums of many numbers; in float32 on Apple's GPUs, which have no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+@contextmanager
+def mixed_precision(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """The run's autocast, for forward passes alone: it caches casts of weights until it ends, and steps change weights.
+
+    Args:
+        model: not wrapped by DDP.
+    """
+    with accelerator.autocast(), without_casts(accelerator, model):
+        yield
+
+
+def without_casts(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
+    """Skip PEFT's cast of each LoRA layer's input to float32 where autocast would undo it anyway."""
+    undone = isinstance(model, PeftModel) and accelerator.mixed_precision in ("bf16", "fp16")
+    return disable_input_dtype_casting(model, active=undone)
