@@ -39,7 +39,7 @@ from eval.metrics import table_rows
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import DatasetArguments, load_splits
+from rlhf.data.datasets import DatasetArguments, load_test_split
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
@@ -182,7 +182,7 @@ def main() -> None:
     refuse_single_model(model_args)
     models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
-    _, test = load_splits(script_args, "held_out")
+    test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(models[arguments.reference])
     rows = rows_for_all(test, script_args.dataset_name, models, tokenizer, arguments)

@@ -32,7 +32,7 @@ from eval.report import write_report
 from eval.stats.fits import KEEP_RULE, CurveKind, ScoredPoint, best_of_n, best_of_n_kl, fit_curve, to_keep
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.comparisons import Prompt, as_message
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import load_test_split
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
@@ -220,7 +220,7 @@ def main() -> None:
     sources |= {path.name: resolve(str(path)) for path in checkpoints(folder)}
     proxies = resolve_rewards(arguments)
     truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs", allow_functions=True)
-    _, test = load_splits(script_args, "held_out")
+    test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])
     room = context_length(sources["start"])

@@ -63,8 +63,8 @@ def run_round(args: RoundsArguments, number: int) -> bool:
     ppo = {**start, "reward_model_path": str(folder / "reward"), **data}
     run_stage(HERE / "ppo.py", args.ppo_config, folder / "ppo", ppo)
     models = [f"sft={sft}", *(f"round_{r}={path / 'ppo'}" for r, path in enumerate(rounds, 1))]
-    compared = {"models": models, "reference": "sft", "reward_model_path": str(folder / "reward")}
-    compared |= {"dataset_name": args.dataset_name, "seed": args.seed}
+    judged = {"models": models, "reference": "sft", "reward_model_path": str(folder / "reward")}
+    compared = {**judged, "dataset_name": args.dataset_name, "seed": args.seed}
     return run_stage(HERE.parent / "eval" / "compare.py", args.compare_config, folder / "comparison", compared)
 
 

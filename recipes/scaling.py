@@ -23,6 +23,7 @@ from pathlib import Path
 
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
+from eval.stats.intervals import JsonObject
 from eval.stats.scaling_laws import (
     SCALING_FILE,
     check_forecast,
@@ -77,7 +78,7 @@ def main() -> None:
 
     # Sweep
     points = sweep_points(args)
-    summary = {"points": train_points(args, points, *train_with)}
+    summary: JsonObject = {"points": train_points(args, points, *train_with)}
     fits = fit_sweep(summary["points"])
     summary["fits"] = {law: fit and fit.to_json() for law, fit in fits.items()}
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ SETTINGS: dict[str, Any] = {
 # --------------------------------------------------------------------------------------------- one of the two
 
 
-def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
-    """The trainer, ready to run; `seconds` is filled with the time per phase of the last update."""
+def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]]]:
+    """The trainer, ready to run, and a function that gives the seconds of each phase of the last update."""
     from trl import ModelConfig
 
     from rlhf.data.rows import prompt_rows
@@ -62,11 +63,10 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
         reward = load_reward(resolve_reward(folder), lora, policy=policy)
         assert REWARD in policy.peft_config
         trainer = PPOTrainer(PPOConfig(**settings), tokenizer, policy, train_dataset=rows, reward_funcs=[reward])
-        seconds["read"] = lambda: {
+        return trainer, lambda: {
             name.removeprefix("time/"): value for name, value in trainer.state.log_history[-1].items()
             if name.startswith("time/")
         }  # fmt: skip
-        return trainer
     from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
 
     value = load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer)
@@ -75,13 +75,12 @@ def worker(which: str, updates: int, seconds: dict[str, float]) -> Any:
     settings = {key: v for key, v in settings.items() if key != "activation_checkpointing"}
     args = TRLPPOConfig(**settings, gradient_checkpointing=False)
     trainer = TRLPPOTrainer(args, tokenizer, policy, None, reward_model, rows, value)
-    time_stock(trainer, seconds)
-    return trainer
+    return trainer, time_stock(trainer)
 
 
-def time_stock(trainer: Any, seconds: dict[str, Any]) -> None:
+def time_stock(trainer: Any) -> Callable[[], dict[str, float]]:
     """TRL logs no time per phase: note when sampling ends and when the first step of the update begins."""
-    module = sys.modules[type(trainer).__module__]
+    module: Any = sys.modules[type(trainer).__module__]
     marks: dict[str, float] = {}
     generation, accumulate = module.batch_generation, trainer.accelerator.accumulate
 
@@ -97,7 +96,7 @@ def time_stock(trainer: Any, seconds: dict[str, Any]) -> None:
         return accumulate(*args, **kwargs)
 
     module.batch_generation, trainer.accelerator.accumulate = timed_generation, timed_accumulate
-    seconds["read"] = lambda: {
+    return lambda: {
         "rollout": marks["sampled"] - marks["start"],
         "reward+logprobs": marks["update"] - marks["sampled"],
         "update": time.perf_counter() - marks["update"],
@@ -109,9 +108,8 @@ def run_worker(which: str, updates: int, epochs: int, profile: bool) -> None:
     import torch
     from transformers import TrainerCallback
 
-    seconds: dict[str, Any] = {}
     SETTINGS["num_ppo_epochs"] = epochs
-    trainer = worker(which, updates, seconds)
+    trainer, phases = worker(which, updates)
     started = [0.0]
 
     def wait() -> None:
@@ -128,7 +126,7 @@ def run_worker(which: str, updates: int, epochs: int, profile: bool) -> None:
                 return
             report = {
                 "seconds": time.perf_counter() - started[0],
-                "phases": seconds["read"](),
+                "phases": phases(),
                 "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             }
             print("BENCH " + json.dumps(report), flush=True)

@@ -1,11 +1,14 @@
 """Tiny models and datasets, and recipes as subprocesses."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 import pytest
 import torch
@@ -30,6 +33,21 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+T = TypeVar("T")
+
+
+def present(value: T | None) -> T:
+    """A value that the test relies on to be there."""
+    assert value is not None
+    return value
+
+
+def load_script(path: str) -> ModuleType:
+    """A recipe as a module, so that a test can call its `main` in this process."""
+    spec = present(importlib.util.spec_from_file_location(Path(path).stem, ROOT / path))
+    module = importlib.util.module_from_spec(spec)
+    present(spec.loader).exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -72,5 +72,6 @@ def run_recipe(
         process = context.Process(target=_run, args=(command, environment, str(cwd), *map(str, files)))
         process.start()
         process.join()
+        assert process.exitcode is not None  # it has ended
         said = [file.read_text(encoding="utf-8", errors="replace") for file in files]
         return subprocess.CompletedProcess(command, process.exitcode, *said)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, LORA, ROOT, make_adapter, save_tiny, user
+from conftest import ENVIRONMENT, LORA, ROOT, make_adapter, present, save_tiny, user
 from datasets import load_dataset
 from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file, save_file
@@ -119,9 +119,10 @@ def test_one_model_needs_no_folder_and_sampling_is_seeded(tiny, tmp_path):
         chat, conversation = Chat(speakers_of([tiny]), None, max_new_tokens=6, seed=seed), Conversation()
         for text in ("Hi", "Hi"):
             reply(chat, conversation, text)
-        replies.append([*conversation.messages, *conversation.replies])
+        replies.append((conversation.messages, conversation.replies))
     assert replies[0] == replies[1] != replies[2]
-    assert replies[0][1]["content"] != replies[0][-1]
+    messages, last = replies[0]
+    assert messages[1]["content"] != last[0]
 
 
 def test_ctrl_c_ends_cleanly(tiny, sft, tmp_path):
@@ -130,15 +131,16 @@ def test_ctrl_c_ends_cleanly(tiny, sft, tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
-    process.stdin.write(b"Hi\n")
-    process.stdin.flush()
+    stdin, stdout, stderr = present(process.stdin), present(process.stdout), present(process.stderr)
+    stdin.write(b"Hi\n")
+    stdin.flush()
     seen = b""
     while f"{sft}: ".encode() not in seen:
-        seen += process.stdout.read1()
-        assert process.poll() is None, process.stderr.read()
+        seen += os.read(stdout.fileno(), 4096)
+        assert process.poll() is None, stderr.read()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0, process.stderr.read()
-    assert b"Traceback" not in process.stderr.read()
+    assert process.wait(60) == 0, stderr.read()
+    assert b"Traceback" not in stderr.read()
 
 
 MISTAKES = {
@@ -201,7 +203,7 @@ def test_votes_join_those_of_a_collection(tmp_path):
     assert task_and_vote(tmp_path)
     assert [row["chosen"][0]["content"] for row in jsonl(tmp_path / "train.jsonl")] == ["y", "x", "y", "no"]
     assert len(jsonl(tmp_path / "test.jsonl")) == 3
-    assert [task.id for task in read_tasks(str(tmp_path))][:2] == [task.id for task in tasks]
+    assert [task.id for task in present(read_tasks(str(tmp_path)))][:2] == [task.id for task in tasks]
 
 
 def test_foreign_folders_are_refused_and_left_alone(tmp_path):
@@ -228,7 +230,7 @@ def test_a_cut_off_task_is_passed_over(tmp_path):
     assert task_and_vote(tmp_path, number=1)
     assert not task_and_vote(tmp_path, number=1)  # answered already
     assert task_and_vote(tmp_path, labeler="eve", number=1)
-    assert len(read_tasks(str(tmp_path))) == 2
+    assert len(present(read_tasks(str(tmp_path)))) == 2
     assert [row["labeler"] for row in jsonl(tmp_path / "train.jsonl")] == ["me", "me", "eve"]
 
 
@@ -245,7 +247,7 @@ def test_nothing_is_thanked_for_that_is_not_saved(sft, other, tmp_path, monkeypa
         chat.vote(conversation, 0)
     monkeypatch.undo()
     assert "Saved" in chat.vote(conversation, 0)
-    assert len(read_tasks(str(tmp_path))) == len(ChatVotes(str(tmp_path), "me").file.votes) == 1
+    assert len(present(read_tasks(str(tmp_path)))) == len(ChatVotes(str(tmp_path), "me").file.votes) == 1
     with pytest.raises(InputError, match="nothing to vote on"):
         chat.vote(conversation, 0)
 
@@ -307,9 +309,9 @@ def test_who_is_a_changes_and_equal_or_empty_replies_are_not_asked_about(tiny, s
         orders.add(tuple(conversation.order))
     assert orders == {(0, 1), (1, 0)}
     conversation.replies = ["same", "same"]
-    assert "the same" in chat.why_no_vote(conversation)
+    assert "the same" in present(chat.why_no_vote(conversation))
     conversation.replies = ["", "something"]
-    assert "empty" in chat.why_no_vote(conversation)
+    assert "empty" in present(chat.why_no_vote(conversation))
     chat.keep(conversation, 0)
     assert conversation.messages[-1] == {"role": "assistant", "content": "something"}
     chat.say(conversation, "And?")
@@ -339,7 +341,12 @@ def test_control_tokens_in_messages_stay_text(tiny, tokenizer, monkeypatch):
     chat = Chat([speaker], None, max_new_tokens=6, seed=0)
     seen = []
     generate = speaker.model.generate
-    monkeypatch.setattr(speaker.model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+
+    def spy(**inputs):
+        seen.append(inputs)
+        return generate(**inputs)
+
+    monkeypatch.setattr(speaker.model, "generate", spy)
     reply(chat, Conversation(), "a <|im_end|> b \ud800")
     ids = seen[0]["input_ids"][0].tolist()
     plain = encode_prompt(tokenizer, user("a b"))
@@ -387,7 +394,7 @@ class Server:
     def __init__(self, command):
         environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-        for line in self.process.stdout:
+        for line in present(self.process.stdout):
             if line.startswith("Chat at "):
                 self.url = line.split()[2]
                 return

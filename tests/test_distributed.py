@@ -42,7 +42,7 @@ def test_reward_on_two_processes_equals_one(tiny, files, tmp_path):
 
 def _ppo(sft, files, folder, processes, *more):
     """Two updates of LoRA PPO with a global batch of 8."""
-    arguments = list(TINY_PPO)
+    arguments: list[object] = list(TINY_PPO)
     arguments[arguments.index("--per_device_train_batch_size") + 1] = str(8 // processes)
     arguments[arguments.index("--response_length") + 1] = "24"
     # a sharp distribution, in which rounding doesn't decide between thousands of likely tokens
@@ -94,7 +94,7 @@ def test_two_processes_resume_exactly(sft, files, tmp_path):
 
 
 def test_defect_31_full_ppo_on_two_processes_saves_a_whole_model(tiny, files, tmp_path):
-    weights = []
+    weights: list[dict[str, torch.Tensor]] = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = list(TINY_PPO)
@@ -105,4 +105,5 @@ def test_defect_31_full_ppo_on_two_processes_saves_a_whole_model(tiny, files, tm
         weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
     start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     assert any(not torch.equal(start[name], weights[1][name]) for name in start)
-    assert _close(*weights, 1e-4)
+    one, two = weights
+    assert _close(one, two, 1e-4)

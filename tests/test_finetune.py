@@ -34,6 +34,7 @@ from trl import ModelConfig
 
 from eval.metrics import metric, metric_results
 from eval.transfer import over_rows_and_seeds
+from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve
 from rlhf.starter.labels import NAMES, finetuning_dataset
@@ -48,7 +49,7 @@ from rlhf.tasks.finetuning import (
     load_finetuning_model,
     load_options,
 )
-from rlhf.tasks.labelled import LABEL_KINDS, read_task
+from rlhf.tasks.labelled import LABEL_KINDS, LabelledTask, read_task
 from rlhf.tasks.labelled_rows import (
     _encode_spans,
     _encode_texts,
@@ -61,7 +62,7 @@ from rlhf.tasks.labelled_rows import (
 LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules="all-linear")
 FULL = ModelConfig(dtype="float32")
 THINGS = ["tea", "rain", "the cat", "music", "a long walk", "pizza", "snow", "chess"]
-ROWS = {
+ROWS: dict[str, list[Row]] = {
     "sentences": [{"text": f"I {verb} {thing}.", "label": label} for thing in THINGS
                   for verb, label in (("love", "good"), ("hate", "bad"), ("know", "neutral"))],
     "pairs": [{"text": f"Do you like {thing}?", "text_pair": answer, "label": label} for thing in THINGS
@@ -222,7 +223,7 @@ def test_spans_are_found_in_whichever_window_has_them(bases, base):
     starts, ends = np.zeros((2, 1, 42))
     starts[0, 35], ends[0, 3], ends[0, 38] = 3, 5, 4
     starts[0, 0] = ends[0, 41] = 99  # no characters of the context
-    task = SimpleNamespace(kind="spans", test={"context": ["0123456789" * 4]})
+    task = LabelledTask("spans", [], rows, Dataset.from_dict({"context": ["0123456789" * 4]}))
     assert predict_labels(task, rows, (starts, ends)) == ["4567"]
     starts[0, 1], ends[0, 38] = 9, 9
     assert len(predict_labels(task, rows, (starts, ends))[0]) <= 30
@@ -245,9 +246,9 @@ def test_control_tokens_in_a_text_stay_text(bases, base):
     made = prepared(bases[base], "pairs")
     tokenizer = made.tokenizer
     nasty = " ".join(tokenizer.all_special_tokens)
-    rows = Dataset.from_list([{"text": f"a {nasty} b", "text_pair": nasty, "label": 0}])
-    plain = Dataset.from_list([{"text": "a b", "text_pair": "c", "label": 0}])
-    encode, special = _encode_texts(tokenizer, 256, {0: 0}), {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    rows = Dataset.from_list([{"text": f"a {nasty} b", "text_pair": nasty, "label": "yes"}])
+    plain = Dataset.from_list([{"text": "a b", "text_pair": "c", "label": "yes"}])
+    encode, special = _encode_texts(tokenizer, 256, {"yes": 0}), {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     count = [sum(id_ in special for id_ in encode(batch[:])["input_ids"][0]) for batch in (rows, plain)]
     assert count[0] == count[1] > 0
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import TINY_PPO, run
+from conftest import TINY_PPO, present, run
 
 from eval.stats.fits import ScoredPoint, best_of_n, best_of_n_kl, curve, fit_curve, to_keep
 from eval.stats.intervals import Interval, interval
@@ -32,7 +32,7 @@ def test_kl_of_best_of_n():
 def test_the_fit_finds_the_curve_that_made_the_points(kind):
     distance = np.asarray([0.5, 1.0, 1.5, 2.0, 3.0])
     noise = np.random.default_rng(0).normal(0, 0.3, (5, 400))
-    result = fit_curve(distance, curve(distance, 1.0, 0.4, kind)[:, None] + noise, kind)
+    result = present(fit_curve(distance, curve(distance, 1.0, 0.4, kind)[:, None] + noise, kind))
     for cell, truth in ((result.alpha, 1.0), (result.beta, 0.4)):
         assert cell.low < truth < cell.high
     assert result.r2 > 0.98
@@ -42,7 +42,7 @@ def test_the_fit_finds_the_curve_that_made_the_points(kind):
 
 def test_a_curve_that_never_turns_has_no_peak_and_two_points_no_curve():
     distance = np.asarray([1.0, 2.0, 3.0])
-    assert fit_curve(distance, np.tile(distance[:, None], (1, 5)), "best_of_n").peak is None
+    assert present(fit_curve(distance, np.tile(distance[:, None], (1, 5)), "best_of_n")).peak is None
     assert fit_curve(distance[:2], np.ones((2, 5)), "ppo") is None
 
 

@@ -24,7 +24,7 @@ SAMPLING = Sampling(max_new_tokens=4, seed=1)
 @pytest.fixture
 def loaded(monkeypatch):
     """Weak references to all models that were loaded; a load fails while one of them is still there."""
-    references = []
+    references: list[weakref.ref] = []
 
     def watch(module, name):
         load = getattr(module, name)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import present
 from playwright.sync_api import sync_playwright
 
 from rlhf.comparisons import make_task
@@ -56,7 +57,7 @@ class Server:
         command = [sys.executable, "-c", SERVER, str(folder), str(self.port), str(ratings), str(overlap)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-        self.url = self.process.stdout.readline().strip()
+        self.url = present(self.process.stdout).readline().strip()
         assert self.url.startswith("http://127.0.0.1"), self.url
 
     def kill(self):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, run
+from conftest import ENVIRONMENT, ROOT, present, run
 from test_pages import answered, browser, free_port, shown_replies  # noqa: F401  (browser is a fixture)
 
 SAMPLING = ["--dtype", "float32", "--max_new_tokens", "6"]
@@ -20,7 +20,7 @@ class Page:
             command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.said = []
-        for line in self.process.stdout:
+        for line in present(self.process.stdout):
             self.said.append(line)
             if line.startswith("Vote at "):
                 self.url = line.split()[2]
@@ -60,7 +60,7 @@ def vote_for_all(browser, url, labeler, better):  # noqa: F811
 @pytest.fixture(scope="module")
 def kept():
     """Processes to end with the module."""
-    pages = []
+    pages: list[Page] = []
     yield pages
     for page in pages:
         page.process.kill()

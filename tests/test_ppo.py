@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, save_tiny, user
+from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, present, save_tiny, user
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -218,10 +218,11 @@ def test_full_fine_tuning_with_trls_own_arguments(tiny, tokenizer, prompts, tmp_
     ids_only = prompts.select_columns(["input_ids"])
     ppo = PPOTrainer(args, tokenizer, policy, None, reward_model, ids_only, value_model)
     values_before = copy.deepcopy(value_model.state_dict())
-    reference_before = copy.deepcopy(ppo.ref_model.state_dict())
+    reference = present(ppo.ref_model)
+    reference_before = copy.deepcopy(reference.state_dict())
     ppo.train()
     assert all(torch.equal(rewards_before[name], tensor) for name, tensor in reward_model.state_dict().items())
-    assert all(torch.equal(reference_before[name], tensor) for name, tensor in ppo.ref_model.state_dict().items())
+    assert all(torch.equal(reference_before[name], tensor) for name, tensor in reference.state_dict().items())
     assert any(not torch.equal(values_before[name], tensor) for name, tensor in value_model.state_dict().items())
     assert abs(logged(ppo)[0]["objective/kl"]) < 1e-5 < abs(logged(ppo)[-1]["objective/kl"])
     ppo.save_model()

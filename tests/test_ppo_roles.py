@@ -1,7 +1,5 @@
 """One base, four roles: policy, reference, value and reward as adapters and heads over one model in memory."""
 
-import dataclasses
-
 import pytest
 import torch
 from conftest import LORA, count_a, logged, ppo_config, ppo_trainer
@@ -21,10 +19,17 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 ROWS = Rows(IDS, torch.ones_like(IDS), torch.tensor([3]))
 
 
+def load_model_reward(folder, policy):
+    """A reward model as a reward function; an adapter is put beside the policy's own."""
+    reward = load_reward(resolve_reward(str(folder)), LORA, policy=policy)
+    assert isinstance(reward, RewardModel)
+    return reward
+
+
 def shared(sft, reward_adapter, tokenizer, prompts, folder, **changes):
     """A trainer whose reward model is an adapter over the policy's base."""
     policy = load_policy(resolve(sft), LORA, tokenizer)
-    reward = load_reward(resolve_reward(reward_adapter), LORA, policy=policy)
+    reward = load_model_reward(reward_adapter, policy)
     return PPOTrainer(
         ppo_config(folder, **changes), tokenizer, policy, train_dataset=prompts, reward_funcs=[reward]
     ), reward
@@ -60,7 +65,7 @@ def test_one_base_in_memory_serves_all_roles(sft, reward_adapter, tokenizer, pro
 
 def test_a_second_reward_adapter_gets_a_model_of_its_own(sft, reward_adapter, tokenizer):
     policy = load_policy(resolve(sft), LORA, tokenizer)
-    first, second = (load_reward(resolve_reward(reward_adapter), LORA, policy=policy) for _ in range(2))
+    first, second = (load_model_reward(reward_adapter, policy) for _ in range(2))
     assert first.model is policy and second.model is not policy
     chat = [[{"role": "user", "content": "Hello"}]]
     assert abs(first(chat, ["yes"])[0] - second(chat, ["yes"])[0]) < 1e-5
@@ -174,7 +179,7 @@ def test_an_external_reward_model_keeps_its_own_tokenizer(sft, tiny, tokenizer, 
     other.chat_template = "{% for m in messages %}{{ m['role'] + '|' + m['content'] + eos_token }}{% endfor %}"
     other.save_pretrained(tmp_path / "reward")
     policy = load_policy(resolve(sft), LORA, tokenizer)
-    reward = load_reward(resolve_reward(str(tmp_path / "reward")), dataclasses.replace(LORA), policy=policy)
+    reward = load_model_reward(tmp_path / "reward", policy)
     assert reward.model is not policy
     ids = reward.encode([{"role": "user", "content": "Hi"}], "Yo")
     assert other.decode(ids).startswith("user|Hi") and ids[-1] == other.eos_token_id

@@ -7,11 +7,12 @@ import lzma
 import math
 import os
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, present, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -226,16 +227,19 @@ def test_span_corruption_takes_15_percent_in_spans_of_three(own):
 
 # ---------------------------------------------------------------------------------------------- models
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "model_type", ["gpt2", "llama", "bert", "gpt_neox", "opt", "qwen3", "gemma", "mistral", "falcon"]
 )
 def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type, own):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-    model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16)
+    model_args, args = NewModelConfig(model_type=model_type, **SIZES), settings_of(block_size=16)
     check_pretraining(args, model_args)
     model = new_model(new_config(model_args, args, own), args).eval()
-    assert {name: getattr(model.config, name, 48) for name in sizes} == sizes
+    assert {name: getattr(model.config, name, 48) for name in SIZES} == SIZES
     assert any(48 in parameter.shape for parameter in model.parameters())
     assert model.config.vocab_size == len(own) and model.get_output_embeddings().weight is (
         model.get_input_embeddings().weight
@@ -250,8 +254,7 @@ def test_a_causal_model_has_the_sizes_asked_for_and_never_looks_ahead(model_type
 
 @pytest.mark.parametrize("objective, model_type", [("masked", "roberta"), ("masked", "distilbert"), ("span", "bart")])
 def test_other_architectures_have_the_sizes_too(objective, model_type, own):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-    model_args, args = NewModelConfig(model_type=model_type, **sizes), settings_of(block_size=16, objective=objective)
+    model_args, args = NewModelConfig(model_type=model_type, **SIZES), settings_of(block_size=16, objective=objective)
     check_pretraining(args, model_args)
     model = new_model(new_config(model_args, args, own), args).eval()
     ids = torch.randint(50, 300, (1, 16))
@@ -272,14 +275,14 @@ def test_other_architectures_have_the_sizes_too(objective, model_type, own):
     "objective, model_type", [("masked", "bert"), ("replaced", "electra"), ("replaced", "roformer"), ("span", "t5")]
 )
 def test_accumulated_batches_take_the_step_of_the_whole_batch(objective, model_type, own, tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     logged = []
     for rows, accumulated in ((8, 1), (2, 4)):
         args = settings_of(
             tmp_path / str(rows), objective=objective, block_size=16, per_device_train_batch_size=rows,
             gradient_accumulation_steps=accumulated, max_steps=1, logging_steps=1, save_strategy="no",
         )  # fmt: skip
-        model = new_model(new_config(NewModelConfig(model_type=model_type, **sizes), args, own), args)
+        model = new_model(new_config(model_args, args, own), args)
         texts = [f"text {number} about tea and bread" for number in range(60)]
         trainer = PretrainingTrainer(
             model=model, args=args, train_dataset=pretraining_rows(texts, own, args, "train"), processing_class=own,
@@ -351,7 +354,7 @@ def test_electras_loss_is_the_generators_plus_50_times_the_discriminators(own, e
 def test_detection_is_measured_by_order_and_at_even_odds():
     scores = np.array([[2.0, -1.0], [0.5, -0.5]])  # replaced ones 2 and -0.5: above the others in three of four pairs
     replaced = np.array([[1, 0], [0, 1]])
-    compute = metrics_of_choices(settings_of(objective="replaced"))
+    compute = present(metrics_of_choices(settings_of(objective="replaced")))
     found = compute(EvalPrediction((scores, replaced, np.array([3.0, 5.0]), np.array([0.1, 0.3])), replaced))
     assert found["detection_auc"] == 0.75 and found["replaced_share"] == 0.5
     assert found["detection_accuracy"] == found["detection_precision"] == found["detection_recall"] == 0.5

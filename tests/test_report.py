@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, present, run
 from playwright.sync_api import sync_playwright
 from test_pages import launch
 
+from eval.drawing.figures import Log
 from eval.report import find_runs, write_report
 from rlhf.errors import InputError
 
@@ -28,7 +29,7 @@ def runs(tmp_path):
     """SFT → PPO, compared: with a log that the monitor remarked on, and hostile replies."""
     sft = make_run(tmp_path / "sft", "sft", model_name_or_path="starter", dataset_name="starter", hub_token="hf_secret")
     ppo = make_run(tmp_path / "ppo", "ppo", model_name_or_path=str(sft))
-    log = [{"step": n, "objective/raw_scores": n / 9, "objective/kl": n, "policy/entropy_avg": 4 - n / 9,
+    log: Log = [{"step": n, "objective/raw_scores": n / 9, "objective/kl": n, "policy/entropy_avg": 4 - n / 9,
             "completions/mean_length": 9, "time/rollout": 3} for n in range(1, 9)]  # fmt: skip
     log.append({"step": 5, "remark": "kl_exploding", "text": "The KL to the reference is <b>31</b> nats."})
     (ppo / "trainer_state.json").write_text(json.dumps({"log_history": log}))
@@ -46,7 +47,7 @@ def runs(tmp_path):
 
 
 def test_the_report_in_a_browser(runs):
-    page_file = write_report(str(runs / "comparison"))
+    page_file = present(write_report(str(runs / "comparison")))
     for name in ("comparison/comparison.png", "comparison/calibration.png", "ppo/training.png"):
         assert (runs / name).stat().st_size > 5000
     with sync_playwright() as playwright:
@@ -91,7 +92,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path):
         make_run(tmp_path / f"round-{number}" / "ppo", "ppo", reward_model_path=str(reward))
     make_run(tmp_path / "sft", "sft")
     make_run(tmp_path / "base", "pretrain", dataset_name="starter", tokenizer_name="starter", hub_token="hf_secret")
-    page = write_report(str(tmp_path)).read_text()
+    page = present(write_report(str(tmp_path))).read_text()
     lineage = page[page.index("<tbody>") : page.index("</tbody>")]
     for number in (1, 2):
         assert f"<td>round-{number}/ppo</td><td>ppo</td><td>reward model round-{number}/reward</td>" in lineage
@@ -106,7 +107,7 @@ def test_of_many_runs_the_training_curves_are_folded_up(runs):
     for number in range(12):
         folder = make_run(runs / f"tuned-{number}", "finetune", model_name_or_path=str(runs / "sft"))
         (folder / "trainer_state.json").write_text(log)
-    page = write_report(str(runs)).read_text()
+    page = present(write_report(str(runs))).read_text()
     folded = page[page.index("<details>") : page.index("</details>")]
     assert "13 runs" in folded and "<h3>tuned-7</h3>" in folded and "<h3>ppo</h3>" in folded
     assert '">comparison</h2>' in page and '">tuned-7</h2>' not in page and "→" not in page

@@ -5,17 +5,28 @@ import math
 
 import pytest
 import torch
-from conftest import assistant, count_a, logged, ppo_config, ppo_trainer, user
+from conftest import assistant, count_a, logged, ppo_config, ppo_trainer, present, user
 from transformers import LlamaConfig, RobertaConfig, RobertaForSequenceClassification
 
+from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
 from rlhf.models.sources import usable_context
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.scoring import RewardScale, shape_scores
 from rlhf.ppo.types import Rewards
-from rlhf.rewards import RewardError, RewardModel, call_rewards, completion_text, resolve_reward, resolve_rewards
+from rlhf.rewards import (
+    Completion,
+    RewardError,
+    RewardModel,
+    call_rewards,
+    completion_text,
+    resolve_reward,
+    resolve_rewards,
+)
 
-PROMPTS, TEXTS, TOKENS = ["p", "q", "r"], ["a", "bb", "boom"], [[1], [1, 2], [1, 2, 3]]
+PROMPTS: list[Prompt] = ["p", "q", "r"]
+TEXTS: list[Completion] = ["a", "bb", "boom"]
+TOKENS = [[1], [1, 2], [1, 2, 3]]
 
 
 def length(prompts, completions, **_):
@@ -113,10 +124,12 @@ def test_rewards_are_weighted_and_logged_by_name(sft, tokenizer, prompts, tmp_pa
 
 def test_rewards_per_token_stay_at_their_tokens():
     rewards = Rewards({}, torch.tensor([3.0, 1.0]), torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
-    settings = {"score_clip": None, "length_penalty": 0.0, "missing_eos_penalty": None, "missing_eos_score": None}
     lengths, ended = torch.tensor([3, 2]), torch.tensor([True, True])
-    scores, per_token = shape_scores(rewards, RewardScale(1.0, 2.0), lengths, ended, **settings)
-    assert scores.tolist() == [1.0, 0.0] and per_token[0].tolist() == [0.5, 0.0, 1.0]
+    scores, per_token = shape_scores(
+        rewards, RewardScale(1.0, 2.0), lengths, ended, score_clip=None, length_penalty=0.0, missing_eos_penalty=None,
+        missing_eos_score=None,
+    )  # fmt: skip
+    assert scores.tolist() == [1.0, 0.0] and present(per_token)[0].tolist() == [0.5, 0.0, 1.0]
     mask = torch.tensor([[True, True, True], [True, True, False]])
     zeros = torch.zeros(2, 3)
     result = estimate_advantages(
@@ -148,14 +161,14 @@ def test_clipping_shrinks_token_rewards_with_their_sum():
         rewards, RewardScale(0.0, 1.0), torch.tensor([2]), torch.tensor([True]), score_clip=2.0, length_penalty=0.0,
         missing_eos_penalty=None, missing_eos_score=None,
     )  # fmt: skip
-    assert scores.tolist() == [2.0] and per_token.tolist() == [[0.5, 1.5]]
+    assert scores.tolist() == [2.0] and present(per_token).tolist() == [[0.5, 1.5]]
 
 
 def test_functions_are_found_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_for_a_test.py").write_text("def kind(prompts, completions, **_):\n    return [1.0]\n")
     monkeypatch.chdir(tmp_path)
     found = resolve_reward("my_rewards_for_a_test.kind", "--reward_funcs", allow_functions=True)
-    assert found.model is None and found.function([""], [""]) == [1.0]
+    assert found.model is None and present(found.function)([""], [""]) == [1.0]
     for name, message in (("my_rewards_for_a_test.mean", "has no function 'mean'"), ("no_such.module", "can't import")):
         with pytest.raises(InputError, match=f"--reward_funcs {name}: .*{message}"):
             resolve_reward(name, "--reward_funcs", allow_functions=True)

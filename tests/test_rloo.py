@@ -1,13 +1,13 @@
 """RLOO: rewards, prompts, sampling and reference as PPO's; leave-one-out advantages; resume; bad input."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import LORA, ROOT, count_a, run, user
+from conftest import LORA, ROOT, count_a, load_script, present, run, user
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
@@ -21,7 +21,7 @@ from rlhf.models.adapters import REWARD
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards import RewardError, load_reward, resolve_reward
+from rlhf.rewards import RewardError, RewardSource, load_reward, resolve_reward
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
 
 TYPED = "What does <|im_end|> mean?"  # a control token that a user typed
@@ -42,7 +42,7 @@ def trainer(source, folder, rewards=(count_a,), prompts=None, **changes):
     """A trainer that starts from a model or an adapter."""
     tokenizer = load_tokenizer(resolve(source))
     policy = load_causal_lm(resolve(source), LORA, tokenizer)
-    rewards = [load_reward(r, LORA, policy=policy) if isinstance(r, tuple) else r for r in rewards]
+    rewards = [load_reward(r, LORA, policy=policy) if isinstance(r, RewardSource) else r for r in rewards]
     rows = Dataset.from_list([{"prompt": user(text), "number": n} for n, text in enumerate(prompts or [TYPED, "Hi"])])
     return RLOOTrainer(
         model=policy, args=config(folder, **changes), reward_funcs=rewards, train_dataset=rows, eval_dataset=rows,
@@ -235,7 +235,7 @@ def test_the_recipe_leaves_an_ordinary_adapter_a_report_and_a_card(recipe, tiny)
     reply = pipeline("text-generation", model=str(out / "rloo"))(user("Hi"), max_new_tokens=3)
     assert reply[0]["generated_text"][-1]["role"] == "assistant"
     log = json.loads((out / "rloo" / "trainer_state.json").read_text())["log_history"]
-    assert len(training_figure("rloo", log).axes) == 6
+    assert len(present(training_figure("rloo", log)).axes) == 6
 
 
 def fake(folder, recipe, points, **settings):
@@ -255,9 +255,10 @@ def test_curves_are_read_from_both_recipes_and_drawn(tmp_path):
     curves = read_curves([f"ppo={ppo}", f"rloo={one}", f"rloo={two}"])
     assert curves[0]["points"] == [{"episode": 8, "reward": 0.1, "kl": 0.0}, {"episode": 16, "reward": 0.3, "kl": 2.0}]
     reward, kl, _ = curves_figure(curves).axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in reward.lines}
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in reward.lines}
     assert lines["rloo, mean of 2"] == pytest.approx([0.3, 0.5]) and lines["ppo"] == [0.1, 0.3]
-    assert [list(line.get_ydata()) for line in kl.lines if line.get_label() == "rloo, mean of 2"] == [[0.0, 2.0]]
+    (mean,) = (line for line in kl.lines if line.get_label() == "rloo, mean of 2")
+    assert np.asarray(mean.get_ydata()).tolist() == [0.0, 2.0]
 
 
 def test_runs_that_differ_in_their_reward_are_not_compared(tmp_path):
@@ -289,9 +290,7 @@ def test_bad_settings_are_refused(tmp_path):
 
 
 def test_too_few_prompts_are_refused_before_the_folder_is_claimed(tiny, files, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("rloo", ROOT / "recipes" / "rloo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("recipes/rloo.py")
     words = ["--model_name_or_path", tiny, "--dataset_name", files / "prompts.jsonl", "--output_dir", tmp_path / "out"]
     monkeypatch.setattr("sys.argv", ["rloo.py", *map(str, words)])
     monkeypatch.chdir(ROOT)

@@ -135,8 +135,10 @@ def test_the_verdict_says_what_the_interval_says():
     def entry(number, low, high):
         return {"round": number, "difference": {"mean": (low + high) / 2, "low": low, "high": high}}
 
-    said = round_verdicts({"truth_name": "gold_score", "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2),
-                                                            entry(3, -0.3, -0.1)]})  # fmt: skip
+    said = round_verdicts({
+        "truth_name": "gold_score", "proxy_name": "score", "kl_name": "KL",
+        "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2), entry(3, -0.3, -0.1)],
+    })  # fmt: skip
     assert [sentence.split(" in gold")[0] for sentence in said] == [
         "Round 1 beats SFT", "Round 2 does not differ significantly from round 1", "Round 3 is worse than round 2",
     ]  # fmt: skip

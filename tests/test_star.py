@@ -1,6 +1,5 @@
 """STaR: problems, answers, what is kept, rounds, the table and the picture."""
 
-import importlib.util
 import io
 import json
 import re
@@ -8,13 +7,14 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TRAINING, save_tiny, user
+from conftest import ROOT, TINY_TRAINING, load_script, present, save_tiny, user
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from eval.drawing.figures import rounds_figure
 from eval.drawing.tables import tables_of
 from eval.measuring.solving import references_of, solved_share, solving_rows, summarize_solving
+from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
@@ -69,7 +69,7 @@ def test_starter_problems_are_right_and_what_is_held_out_is_new():
     splits = starter_problems()
     first = [re.findall(r" ([-+*]) ", row["solution"]) for row in splits["train"].select(range(len(PROBLEM_KINDS)))]
     assert first == [["+", "-"], ["+", "+"], ["*", "+"], ["*", "-"]]  # the examples: one of each
-    numbers = {"train": set(), "test": set()}
+    numbers: dict[str, set[tuple[object, ...]]] = {"train": set(), "test": set()}
     for split, rows in splits.items():
         for number, row in enumerate(rows):
             steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", row["solution"])
@@ -98,7 +98,8 @@ def test_the_prompt_shows_examples_and_tells_the_answer_only_as_a_hint():
 
 
 def test_right_solutions_are_kept_once():
-    rows = [{"prompt": "a", "reference": "2"}, {"prompt": "b", "reference": None}, {"prompt": "c", "reference": "9"}]
+    rows: list[Row] = [{"prompt": "a", "reference": "2"}, {"prompt": "b", "reference": None},
+                       {"prompt": "c", "reference": "9"}]  # fmt: skip
     solutions = [["it is 2", "it is 3", "it is 2", "so 2"], ["4", "5", "is 5", ""], ["1", "2", "none", "3"]]
     kept = keep(rows, solutions, "sampled")
     assert [(row["prompt"], row["completion"][0]["content"], row["answer"]) for row in kept] == [
@@ -119,14 +120,18 @@ def make_solver(log, sampled, hinted="it is {reference}"):
 
 
 def test_only_what_was_not_solved_is_rationalized_and_trained_on_without_the_hint():
-    rows = [{"prompt": "a", "answer": "1", "reference": "1"}, {"prompt": "b", "answer": "2", "reference": "2"},
-            {"prompt": "c", "answer": None, "reference": None}]  # fmt: skip
-    args, log = StarArguments(num_generations=3, rationalize=True), []
-    kept = gather_solutions(make_solver(log, "it is 1"), rows, ["example"], args, seed=0)
+    rows: list[Row] = [
+        {"prompt": "a", "answer": "1", "reference": "1"},
+        {"prompt": "b", "answer": "2", "reference": "2"},
+        {"prompt": "c", "answer": None, "reference": None},
+    ]
+    args, examples = StarArguments(num_generations=3, rationalize=True), [{"prompt": "example"}]
+    log: list[tuple] = []
+    kept = gather_solutions(make_solver(log, "it is 1"), rows, examples, args, seed=0)
     assert [(row["prompt"], row["kind"]) for row in kept] == [
         (user("a"), "sampled"), (user("c"), "sampled"), (user("b"), "rationalized"),
     ]  # fmt: skip
-    assert log == [("sampling", ["a", "b", "c"], 3, None), ("rationalizing", ["b"], 1, ["example"])]
+    assert log == [("sampling", ["a", "b", "c"], 3, None), ("rationalizing", ["b"], 1, examples)]
     args.rationalize = False
     assert {row["kind"] for row in gather_solutions(make_solver(log, "it is 1"), rows, [], args, seed=0)} == {"sampled"}
     with pytest.raises(InputError, match=r"none of the solutions of 2 problems .* --rationalize true"):
@@ -197,7 +202,9 @@ def test_solutions_of_one_problem_stay_together(tmp_path):
 
 def test_summary_table_and_picture(tmp_path):
     for number, right in enumerate((2, 4)):
-        rows = [{"prompt": f"p{n}", "reference": "1", "solution": "1" if n < right else "0"} for n in range(8)]
+        rows: list[Row] = [
+            {"prompt": f"p{n}", "reference": "1", "solution": "1" if n < right else "0"} for n in range(8)
+        ]
         if number == 0:
             rows = [{**row, "samples": ["0", "1"]} for row in rows]
         write_jsonl(tmp_path / f"round-{number}" / "held_out.jsonl", rows)
@@ -213,14 +220,14 @@ def test_summary_table_and_picture(tmp_path):
     assert first["truth"]["mean"] == 0.25 and second["truth"]["mean"] == 0.5
     # paired: the first two problems are right in both, so only what changed varies
     assert second["difference"]["mean"] == 0.25 and 0 <= second["difference"]["low"] < 0.25
-    headings, rows = solving_rows(summary)
-    assert headings[1] == "held-out accuracy" and rows[0][0] == "base (round 0)" and rows[0][1].startswith("25.0% [")
-    assert rows[1][2].startswith("+25.0% [") and headings[3] == "kept"
-    assert rows[1][3] == "3 solutions of 2 problems, 1 rationalized"
-    assert [row[1].split()[0] for row in rows[2:]] == ["50.0%", "0.0%", "100.0%"]
+    headings, cells = solving_rows(summary)
+    assert headings[1] == "held-out accuracy" and cells[0][0] == "base (round 0)" and cells[0][1].startswith("25.0% [")
+    assert cells[1][2].startswith("+25.0% [") and headings[3] == "kept"
+    assert cells[1][3] == "3 solutions of 2 problems, 1 rationalized"
+    assert [row[1].split()[0] for row in cells[2:]] == ["50.0%", "0.0%", "100.0%"]
     axis = rounds_figure(summary).axes[0]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(summary["baselines"])
-    assert tables_of([tmp_path])[0].rows == rows
+    assert [text.get_text() for text in present(axis.get_legend()).get_texts()] == list(summary["baselines"])
+    assert tables_of([tmp_path])[0].rows == cells
 
 
 # ---------------------------------------------------------------------------------------------- the recipe
@@ -245,9 +252,7 @@ def guesser(tokenizer, tmp_path_factory):
 
 def star(monkeypatch, *words):
     """Run the recipe's main in this process; its stages are processes of their own."""
-    spec = importlib.util.spec_from_file_location("star", ROOT / "recipes" / "star.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("recipes/star.py")
     monkeypatch.setattr("sys.argv", ["star.py", *map(str, words)])
     monkeypatch.chdir(ROOT)
     module.main()
@@ -353,7 +358,7 @@ def test_without_any_answer_the_majority_stands_in(rounds):
 
 
 def test_held_out_solutions_are_greedy(tokenizer):
-    log = []
+    log: list[tuple] = []
     rows = solve_held_out(make_solver(log, "it is 3"), [{"prompt": "a", "reference": "3"}], count=2, seed=5)
     assert rows == [{"prompt": "a", "reference": "3", "solution": "it is 3", "samples": ["it is 3", "it is 3"]}]
     assert [(what, count) for what, _, count, _ in log] == [("held out", 1), ("held out, samples", 2)]

@@ -6,13 +6,14 @@ import pytest
 from transformers import AutoConfig
 
 from rlhf.errors import InputError
+from rlhf.rewards import completion_text
 from rlhf.starter import conversations as starter
 from rlhf.starter.labeler import gold_scores, starter_preferences
 from rlhf.starter.model import starter_model
 
 
 def test_parts_share_no_prompt_and_have_the_promised_sizes():
-    seen = {}
+    seen: dict[str, str] = {}
     for part, (_, train, test) in starter.PARTS.items():
         splits = starter.starter_dataset(part)
         assert len(splits["test"]) == test
@@ -64,6 +65,7 @@ def test_starter_preferences_are_pairs_of_human_replies():
     row = splits["train"][0]
     assert {"prompt", "chosen", "rejected", "labeler", "certainty"} <= set(row)
     agree = sum(
-        gold_scores([r["chosen"][0]["content"]]) > gold_scores([r["rejected"][0]["content"]]) for r in splits["train"]
+        gold_scores([completion_text(r["chosen"])]) > gold_scores([completion_text(r["rejected"])])
+        for r in splits["train"]
     )
     assert 0.7 < agree / len(splits["train"]) < 0.98  # noisy, but not noise

@@ -60,20 +60,19 @@ def test_no_public_name_is_defined_twice():
         if "metrics" in path.parent.parts and path.name != "__init__.py":
             continue  # a metric is a module of its own, loaded by its folder
         for node in tree.body:
-            is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            if is_definition and not node.name.startswith("_") and node.name != "main":
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and node.name != "main":
                 found[node.name].add(module(path))
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_functions_fit_on_a_screen_and_the_top_level_stays_small():
     long = {
-        f"{module(path)}.{node.name}": node.end_lineno - node.lineno + 1
+        f"{module(path)}.{node.name}"
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
     }
-    assert long == {}
+    assert not long
     beside = Counter(path.parent.name for path in FILES if path.name != "__init__.py" and path.parent.parent == ROOT)
     assert beside["rlhf"] <= 5
     commands = [path for path in (ROOT / "eval").glob("*.py") if path.name != "__init__.py"]

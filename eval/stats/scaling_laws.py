@@ -198,7 +198,7 @@ def fit_form(name: str, x: ArrayLike, loss: ArrayLike) -> LawFit:
     return LawFit(name, cells, r2, float(rss), columns.tolist(), y.tolist())
 
 
-def fit_law(x: Sequence[float], loss: Sequence[float]) -> LawFit:
+def fit_law(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray) -> LawFit:
     """Fit a law in one quantity, with the constant E only if the points support it.
 
     They do if E lowers the sum of squares by more than chance would (F-test at 5%); this needs at least 4 points.

@@ -38,7 +38,7 @@ class DatasetArguments(ScriptArguments):
         self.dataset_name: str = self.dataset_name or STARTER
 
 
-def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
+def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset, Dataset]:
     """The (train, test) splits of `--dataset_name`, or of the starter without it.
 
     The test split is `test`, or else `validation`, or else 10% of train: at most 500 rows, or 500 prompts where rows
@@ -50,6 +50,21 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
     Raises:
         InputError: if the dataset can't be found or read, is empty, or lacks the split.
     """
+    splits = _checked_splits(script_args, part, need_train=True)
+    return splits[script_args.dataset_train_split], splits[script_args.dataset_test_split]
+
+
+def load_test_split(script_args: ScriptArguments) -> Dataset:
+    """The test split alone, as `load_splits` gives it; the starter's is its part `held_out`.
+
+    Raises:
+        InputError: see `load_splits`; a dataset with a test split needs no train split.
+    """
+    return _checked_splits(script_args, "held_out", need_train=False)[script_args.dataset_test_split]
+
+
+def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -> dict[str, Dataset]:
+    """All splits. The test split is always among them; without `need_train` the train split may be missing."""
     name = script_args.dataset_name or STARTER
     train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
     if script_args.dataset_streaming:
@@ -57,7 +72,7 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
     splits = _read(name, part, script_args.dataset_config)
     if not splits:
         raise InputError(f"--dataset_name {name}: found no data in it.")
-    if train_split not in splits and (part != "held_out" or test_split not in splits):
+    if train_split not in splits and (need_train or test_split not in splits):
         raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
     if test_split == "test" and "test" not in splits and "validation" in splits:
         splits = {**splits, "test": splits["validation"]}
@@ -68,7 +83,7 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
     for split in (train_split, test_split):
         if split in splits and len(splits[split]) == 0:
             raise InputError(f"--dataset_name {name}: split {split!r} is empty. Give a dataset with at least one row.")
-    return splits.get(train_split), splits[test_split]
+    return splits
 
 
 def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:

@@ -79,7 +79,6 @@ def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, co
     if name is None:
         return Dataset.from_list([])
     train, _ = load_splits(ScriptArguments(dataset_name=name), "sft")
-    assert train is not None
     rows = sft_rows(train, name, tokenizer)
 
     def encode(row: Row) -> Row:

@@ -233,7 +233,6 @@ def load_tasks(
 def _own_task(script_args: ScriptArguments, path: Path, max_train: int, max_test: int, seed: int) -> InstructionTask:
     file, name = read_templates(path), str(script_args.dataset_name)
     train, test = load_splits(script_args, "")
-    assert train is not None
     columns = set(train.column_names)
     if not columns & {"label", "answer"} or not ("choices" in columns or file.choices):
         raise InputError(
