@@ -26,18 +26,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.measuring.comparison import ComparedModels, compare, differences_of
 from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from rlhf.comparisons import Labeler
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
-from rlhf.models.sources import context_length, refuse_single_model, resolve
+from rlhf.models.sources import context_length, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
 from rlhf.run.arguments import parse
@@ -67,18 +67,6 @@ class CompareArguments:
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling, and of the bootstrap of differences."})
     max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
-
-
-def named_models(arguments: CompareArguments) -> dict[str, str]:
-    """The `name=model` pairs of --models."""
-    pairs = dict(word.partition("=")[::2] for word in arguments.models)
-    if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(arguments.models):
-        raise InputError(
-            f"--models {' '.join(arguments.models)}: give different names, as in: base=starter sft=outputs/sft"
-        )
-    if arguments.reference not in pairs:
-        raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(pairs)}.")
-    return pairs
 
 
 def judges_of(
@@ -121,12 +109,15 @@ def print_comparison(results: dict[str, Any], comparison: ComparedModels, refere
 
 def main() -> None:
     script_args, arguments, settings, model_args = parse(
-        __file__, ScriptArguments, CompareArguments, LabelerSettings, ModelConfig
+        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
     )
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
-    models = {name: resolve(path, f"--models {name}=") for name, path in named_models(arguments).items()}
+    paths = dict(named_models(arguments.models))
+    if arguments.reference not in paths:
+        raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(paths)}.")
+    models = {name: resolve(path, f"--models {name}=") for name, path in paths.items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))
@@ -145,7 +136,7 @@ def main() -> None:
         return
 
     comparison = compare(models, rows, script_args.dataset_name, reward, judges, model_args, arguments)
-    commands, seeds = history_of([*named_models(arguments).values(), arguments.reward_model_path or ""])
+    commands, seeds = history_of([*paths.values(), arguments.reward_model_path or ""])
     results = {
         "models": {
             name: {

@@ -19,17 +19,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.drawing.figures import compression_figure, save_figure
 from eval.measuring.bits import bits_per_byte, in_groups, ngram_bits, xz_bits
 from eval.measuring.replies import loaded_model
 from eval.report import write_report
 from eval.stats.intervals import difference, interval
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, need_at_least, report_errors
-from rlhf.models.sources import Source, context_length, is_decoder, refuse_single_model, resolve
+from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
@@ -121,14 +121,11 @@ def shown(cell: dict[str, Any], style: str) -> str:
 
 
 def main() -> None:
-    script_args, args, model_args = parse(__file__, ScriptArguments, CompressionArguments, ModelConfig)
+    script_args, args, model_args = parse(__file__, DatasetArguments, CompressionArguments, ModelConfig)
     need_one_process(__file__)
     need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
-    pairs = dict(word.partition("=")[::2] for word in args.models)
-    if not pairs or not all(pairs) or not all(pairs.values()) or len(pairs) < len(args.models):
-        raise InputError(f"--models {' '.join(args.models)}: give names, as in: mine=outputs/pretrain starter=starter")
-    sources = {name: resolve(path, f"--models {name}=") for name, path in pairs.items()}
+    sources = {name: resolve(path, f"--models {name}=") for name, path in named_models(args.models)}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")

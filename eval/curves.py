@@ -14,6 +14,7 @@ from typing import Any
 
 from eval.report import read_log, write_report
 from rlhf.errors import InputError, report_errors
+from rlhf.models.sources import named_models
 from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, read_run, start_run
@@ -41,10 +42,8 @@ def read_curves(models: list[str]) -> list[dict[str, Any]]:
     Raises:
         InputError: if a folder is no finished run of PPO or RLOO, or the runs differ in what has to be the same.
     """
-    if not models or not all(word.partition("=")[0] and word.partition("=")[2] for word in models):
-        raise InputError(f"--models {' '.join(models)}: give name=folder pairs, as in: ppo=outputs/ppo.")
     curves, first = [], None
-    for name, _, path in (word.partition("=") for word in models):
+    for name, path in named_models(models, repeated=True):
         run = read_run(Path(path))
         if run is None or not run["finished"] or run["recipe"] not in REWARDS:
             raise InputError(f"--models {name}={path}: no finished run of recipes/ppo.py or recipes/rloo.py.")

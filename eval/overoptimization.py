@@ -70,8 +70,8 @@ def read_ppo_run(folder: str | None) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or it has no checkpoints.
     """
-    run = (folder and read_run(Path(folder))) or {}
-    if run.get("recipe") != "ppo":
+    run = read_run(Path(folder)) if folder else None
+    if run is None or run["recipe"] != "ppo":
         raise InputError(f"--model_name_or_path {folder}: no run of recipes/ppo.py. Give its output folder.")
     if not checkpoints(str(folder)):
         raise InputError(
@@ -188,8 +188,8 @@ def main() -> None:
     start = run.get("sft_model_path") or run.get("model_name_or_path")
     sources = {"start": resolve(start, "the run's --model_name_or_path", run.get("model_revision"))}
     sources |= {path.name: resolve(str(path)) for path in checkpoints(folder)}
-    proxies, _ = resolve_rewards(arguments)
-    truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs")
+    proxies = resolve_rewards(arguments)
+    truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs", allow_functions=True)
     _, test = load_splits(script_args, "held_out")
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])

@@ -21,6 +21,7 @@ from eval.drawing.tables import transfer_rows
 from eval.report import write_report
 from eval.stats.intervals import RESAMPLES
 from rlhf.errors import InputError, report_errors
+from rlhf.models.sources import named_models
 from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
@@ -46,24 +47,25 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
     """The runs by name and seed, and what their score is.
 
     Raises:
-        InputError: if a word is no name=folder pair, a folder is no finished fine-tuning run, two of a name have the
+        InputError: if a word is no name=model pair, a folder is no finished fine-tuning run, two of a name have the
             same seed, seeds differ between names, or the reference is missing.
     """
     runs: dict[str, dict[int, Path]] = {}
     kinds = {}
-    for word in models:
-        name, _, folder = word.partition("=")
+    for name, folder in named_models(models, repeated=True):
         path = Path(folder).expanduser()
-        run = (folder and read_run(path)) or {}
-        if not name or run.get("recipe") != "finetune" or not run["finished"]:
-            raise InputError(f"--models {word}: give name=folder of finished runs of recipes/finetune.py.")
+        run = read_run(path)
+        if run is None or run["recipe"] != "finetune" or not run["finished"]:
+            raise InputError(f"--models {name}={folder}: no finished run of recipes/finetune.py.")
         seed = run["settings"].get("seed", 42)  # transformers' default
         if seed in runs.setdefault(name, {}):
-            raise InputError(f"--models {word}: {name} has a run with --seed {seed} already. Train with another seed.")
+            raise InputError(
+                f"--models {name}={folder}: {name} has a run with --seed {seed} already. Train with another seed."
+            )
         runs[name][seed] = path
-        kinds[word] = read_json(path / "evaluation.json")["task"]
+        kinds[folder] = read_json(path / "evaluation.json")["task"]
     if reference not in runs:
-        raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs) or 'none'}.")
+        raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs)}.")
     for name, by_seed in runs.items():
         if set(by_seed) != set(runs[reference]):
             raise InputError(

@@ -16,16 +16,16 @@ a reward model or function. Output: train.jsonl and test.jsonl, of different pro
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
 from rlhf.comparisons import preference_pairs
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
-from rlhf.hub import push_dataset, push_request
+from rlhf.hub import push_dataset, take_push_request
 from rlhf.models.generation import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
@@ -57,10 +57,10 @@ class CollectArguments:
 def main() -> None:
     # Arguments
     script_args, collect_args, labeler_args, model_args = parse(
-        __file__, ScriptArguments, CollectArguments, LabelerArguments, ModelConfig
+        __file__, DatasetArguments, CollectArguments, LabelerArguments, ModelConfig
     )
     need_one_process(__file__)
-    push = push_request(collect_args)
+    push = take_push_request(collect_args)
     check_labeler_kind(labeler_args.labeler)
     need_at_least(collect_args, num_generations=2, max_prompts=1, max_new_tokens=1, temperature=1e-3)
 

@@ -14,13 +14,13 @@ weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArgum
 """
 
 from transformers import TrainingArguments
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.measuring.held_out import evaluate_finetuned
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.sources import resolve
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
@@ -41,9 +41,9 @@ from rlhf.tasks.labelled_rows import data_collator, finetuning_rows, load_readin
 def main() -> None:
     # Arguments
     script_args, args, training_args, model_args = parse(
-        __file__, ScriptArguments, FinetuneArguments, TrainingArguments, ModelConfig
+        __file__, DatasetArguments, FinetuneArguments, TrainingArguments, ModelConfig
     )
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "finetune")

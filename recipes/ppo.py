@@ -13,27 +13,27 @@ adapter of the same base joins them, so one base in memory serves all. Every fla
 ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rewards import load_reward, resolve_rewards
+from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PPOConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PPOConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")
@@ -42,7 +42,8 @@ def main() -> None:
     name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
     source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
     start = resolve_start(name, source, revision) if sft else source
-    reward_sources, held_out_sources = resolve_rewards(training_args, base=source.base)
+    reward_sources = resolve_rewards(training_args, base=source.base)
+    held_out_sources = resolve_reward_functions(training_args.eval_reward_funcs, "--eval_reward_funcs")
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)

@@ -13,14 +13,12 @@ of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), m
 ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
 """
 
-from trl import ScriptArguments
-
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_pretraining, check_special_tokens
 from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
@@ -32,9 +30,9 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, PretrainingConfig, NewModelConfig)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, PretrainingConfig, NewModelConfig)
     check_pretraining(training_args, model_args)
-    push = push_request(training_args)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "pretrain")

@@ -11,14 +11,14 @@ as the model (the SFT adapter, say) the reward adapter starts from its weights. 
 the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
+from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -30,8 +30,8 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, RewardConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, RewardConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "preference_pairs")

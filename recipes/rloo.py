@@ -12,13 +12,13 @@ recipes/ppo.py does, so that the two can be compared (eval/curves.py). With an a
 as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -36,15 +36,15 @@ MEASURED = {
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, RLOOConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, RLOOConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, held_out = load_splits(script_args, "ppo")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    reward_sources, _ = resolve_rewards(training_args, base=source.base)
+    reward_sources = resolve_rewards(training_args, base=source.base)
     tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
     sizes = (training_args.max_completion_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")

@@ -16,8 +16,6 @@ report.html. The same command goes on after an interruption.
 
 from pathlib import Path
 
-from trl import ScriptArguments
-
 from eval.measuring.loss_by_position import compare_positions, packed_blocks
 from eval.report import write_report
 from eval.stats.scaling_laws import (
@@ -28,7 +26,7 @@ from eval.stats.scaling_laws import (
     results_of,
     scaling_verdicts,
 )
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.scaling import (
@@ -57,7 +55,7 @@ PRELOAD = ("transformers.trainer", "trl", "rlhf.pretraining.trainer", "rlhf.hub"
 
 def main() -> None:
     # Arguments
-    script_args, args = parse(__file__, ScriptArguments, ScalingArguments)
+    script_args, args = parse(__file__, DatasetArguments, ScalingArguments)
     need_one_process(__file__)
     check_sweep(args)
 

@@ -9,13 +9,13 @@ Without arguments it reads recipes/configs/sft.yaml: the starter model and conve
 laptop. The loss is taken on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
 """
 
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, push_request, write_card
+from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -25,8 +25,8 @@ from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, ScriptArguments, SFTConfig, ModelConfig)
-    push = push_request(training_args)
+    script_args, training_args, model_args = parse(__file__, DatasetArguments, SFTConfig, ModelConfig)
+    push = take_push_request(training_args)
 
     # Data
     train, test = load_splits(script_args, "sft")

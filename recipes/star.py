@@ -19,11 +19,11 @@ and report.html. The same command goes on after an interruption, also with more 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
@@ -57,7 +57,7 @@ class StarArguments:
 
 def main() -> None:
     # Arguments
-    script_args, args, model_args = parse(__file__, ScriptArguments, StarArguments, ModelConfig)
+    script_args, args, model_args = parse(__file__, DatasetArguments, StarArguments, ModelConfig)
     need_one_process(__file__)
     need_at_least(args, rounds=1, num_generations=1, num_fewshot=0, max_new_tokens=1, temperature=1e-3)
     need_at_least(args, max_train_samples=1, max_eval_samples=1)

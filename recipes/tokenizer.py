@@ -12,12 +12,10 @@ in the vocabulary. Reported: bytes per token on held-out text, beside the starte
 
 from dataclasses import dataclass, field
 
-from trl import ScriptArguments
-
 from eval.measuring.bits import bytes_per_token
 from eval.report import write_report
 from eval.stats.intervals import difference
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
@@ -42,7 +40,7 @@ class TokenizerArguments:
 
 def main() -> None:
     # Arguments
-    script_args, args = parse(__file__, ScriptArguments, TokenizerArguments)
+    script_args, args = parse(__file__, DatasetArguments, TokenizerArguments)
     need_one_process(__file__)
     check_vocab_size(args.vocab_size, args.extra_ids)
 

@@ -1,23 +1,23 @@
 """Labelers compare replies; their comparisons become preference pairs.
 
-A labeler is anything with a `name` and a method `compare(tasks)`: a simulation, people behind a page, a model
-(rlhf/feedback/labelers.py). What is said is recorded with who said it and how sure they were.
+A labeler has a `name` and a method `compare(tasks)`: a simulation, people behind a page, a model
+(rlhf/feedback/labelers.py). A comparison records who made it and how certain they were.
 """
 
 import hashlib
 import itertools
 import json
 import math
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
-Messages = list[dict[str, Any]]
+Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}, and whatever else a chat template reads
 Prompt = str | Messages
 
 
 class Task(NamedTuple):
     """A prompt and the different replies to compare."""
 
-    id: str  # of the content below: a vote can't end up at other replies
+    id: str  # digest of the content below, so that a vote can't reach other replies
     split: str  # train or test
     prompt: Prompt
     completions: list[str]
@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
 
 def make_task(split: str, prompt: Prompt, completions: list[str], models: list[str]) -> Task:
-    """A task, named after its content."""
+    """A task, with its id."""
     content = json.dumps([split, prompt, completions, models], sort_keys=True)
     return Task(hashlib.sha256(content.encode()).hexdigest()[:16], split, prompt, completions, models)
 
@@ -36,27 +36,30 @@ class Comparison(NamedTuple):
     first: int  # index of a completion
     second: int  # index of another one
     preferred: Literal["first", "second", "tie"]
-    certainty: float | None  # probability that the labeler would answer so again; 0.5 for a tie; None if not known
+    certainty: float | None  # probability of the same answer if asked again; 0.5 for a tie; None if not known
     labeler: str
 
 
 class Labeler(Protocol):
-    """Who or what compares. With `finished` false after `compare`, there is more to compare another time."""
+    """Who or what compares. If `finished` is false after `compare`, some comparisons are still open."""
 
     name: str
     finished: bool
 
     def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
-        """Compare the completions of each task, in as many pairs as the labeler likes."""
+        """Compare the completions of each task, any number of pairs."""
         ...
 
 
 def prefer_higher(scores: list[float], labeler: str, temperature: float | None = None) -> list[Comparison]:
-    """All pairs of a task's completions, ordered by score; equal scores are a tie.
+    """Comparisons of all pairs of a task's completions by their scores; equal scores are a tie.
+
+    >>> [comparison.preferred for comparison in prefer_higher([0.5, 2.0, 2.0], "judge")]
+    ['second', 'second', 'tie']
 
     Args:
-        temperature: if the scores are those of a Bradley–Terry model, the unit in which its noise is 1, and with it
-            how certain each answer is: 1 / (1 + exp(-difference / temperature)).
+        temperature: of the Bradley–Terry model that the scores belong to. It gives each answer its certainty, 1 / (1 +
+            exp(-difference / temperature)). Without it certainty is not known.
     """
     answers = []
     for first, second in itertools.combinations(range(len(scores)), 2):
@@ -69,9 +72,26 @@ def prefer_higher(scores: list[float], labeler: str, temperature: float | None =
 
 
 def bradley_terry(difference: float, temperature: float) -> float:
-    """P(the first is preferred) = 1 / (1 + exp(-(s_first - s_second) / temperature)); Biometrika 39 (1952)."""
+    """P(the first is preferred) = 1 / (1 + exp(-(s_first - s_second) / temperature)).
+
+    >>> bradley_terry(0.0, 1.0), round(bradley_terry(1.0, 1.0), 3)
+    (0.5, 0.731)
+
+    Source: Bradley and Terry, Biometrika 39 (1952).
+    """
     steepness = difference / temperature if temperature else math.copysign(math.inf, difference)
     return 1 / (1 + math.exp(-max(-500.0, min(500.0, steepness))))
+
+
+class PreferencePair(TypedDict):
+    """A row of a preference dataset."""
+
+    prompt: Prompt
+    chosen: str | Messages
+    rejected: str | Messages
+    labeler: str
+    certainty: float | None
+    model: str  # what the two completions were sampled from
 
 
 def as_message(prompt: Prompt, completion: str) -> str | Messages:
@@ -79,9 +99,9 @@ def as_message(prompt: Prompt, completion: str) -> str | Messages:
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
-def preference_pairs(task: Task, comparisons: list[Comparison]) -> list[dict[str, Any]]:
-    """Rows `prompt`, `chosen`, `rejected`, `labeler`, `certainty`, `model` from a task's comparisons, without ties."""
-    rows = []
+def preference_pairs(task: Task, comparisons: list[Comparison]) -> list[PreferencePair]:
+    """The preference pairs of a task's comparisons; a tie gives none."""
+    rows: list[PreferencePair] = []
     for comparison in comparisons:
         if comparison.preferred == "tie":
             continue

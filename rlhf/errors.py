@@ -1,7 +1,7 @@
 """One clear line for input that cannot work.
 
-Recipes wrap `main` in `report_errors`, so that an `InputError` raised anywhere ends the process with that line on
-standard error and exit code 2, the code argparse uses for a bad command line.
+Recipes wrap `main` in `report_errors`. An `InputError` raised anywhere then ends the process with that line on standard
+error and exit code 2, the code that argparse uses for a bad command line.
 """
 
 import os
@@ -26,7 +26,7 @@ def need_at_least(arguments: object, **least: float) -> None:
     """
     for flag, smallest in least.items():
         value = getattr(arguments, flag)
-        if value is not None and not value >= smallest:  # NaN is no number to be at least anything
+        if value is not None and not value >= smallest:  # NaN fails too
             raise InputError(f"--{flag} {value}: must be at least {smallest:g}.")
 
 
@@ -34,7 +34,7 @@ _at_failure: list[Callable[[], None]] = []
 
 
 def at_failure(action: Callable[[], None]) -> None:
-    """Have `report_errors` do this before the process ends, unless it ends well."""
+    """Have `report_errors` do this before the process ends with an exception."""
     _at_failure.append(action)
 
 

@@ -7,20 +7,25 @@ function is trained. The KL to the reference is subtracted from the reward of th
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
+from rlhf.comparisons import Prompt
+from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError, need_at_least
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import positions_of
-from rlhf.rewards import call_rewards
+from rlhf.rewards import Completion, call_rewards
 
 
 @dataclass
@@ -64,7 +69,7 @@ class RLOOConfig(TRLRLOOConfig):
 
 
 def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
-    """Refuse a dataset that doesn't fill one batch: TRL's sampler drops what is left over, here everything.
+    """Refuse a dataset that doesn't fill one batch. TRL's sampler drops an incomplete batch, here the whole dataset.
 
     Raises:
         InputError: if there are fewer prompts than `generation_batch_size / num_generations`.
@@ -79,31 +84,33 @@ def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
 
 
 class RLOOTrainer(TRLRLOOTrainer):
-    """TRL's RLOOTrainer; what differs is named method by method.
+    """TRL's RLOOTrainer; each method's docstring names the difference.
 
-    With a PeftModel the reference is a frozen copy, named `ref`, of the adapter as it is when the trainer is made: the
-    SFT adapter. The log has two more entries: `objective/kl`, the KL to the reference in nats summed over a completion
+    With a PeftModel the reference is a frozen copy of the adapter, named `ref`, made when the trainer is made: the SFT
+    adapter. The log has two more entries: `objective/kl`, the KL to the reference in nats summed over a completion
     (TRL's own `kl` is a mean over tokens), and `episode`, the number of completions sampled so far.
     """
 
     # narrower than TRL declares them
     args: RLOOConfig
-    accelerator: Any
-    generation_config: Any
+    accelerator: Accelerator
+    generation_config: GenerationConfig
 
-    def __init__(self, model: Any, args: RLOOConfig, **arguments: Any) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, args: RLOOConfig, **arguments: object) -> None:
         if args.beta and not isinstance(model, PeftModel):
-            # the reference is then read from where the policy came from: as precise, and of the same revision
+            # TRL then loads the reference from the policy's name: in the same precision and revision
             commit = getattr(model.config, "_commit_hash", None)  # of a model from the Hub
             args.model_init_kwargs = {"dtype": model.dtype, **({"revision": commit} if commit else {})}
         super().__init__(model=model, args=args, **arguments)
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """As the other recipes do it: a control token that a user typed stays text."""
+    def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
+        """As in the other recipes: a control token inside a message stays text."""
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
-        """Sample with the loop of rlhf/models/generation.py, without dropout; what it can't do is left to TRL."""
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: object, multimodal_fields: object
+    ) -> list[list[int]]:
+        """Sample with the loop of rlhf/models/generation.py, without dropout; TRL samples where that loop can't."""
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching
         if elsewhere or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -116,22 +123,28 @@ class RLOOTrainer(TRLRLOOTrainer):
         completions = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [row[:length] for row, length in zip(completions, samples.lengths.tolist(), strict=True)]
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *inputs: Any, **settings: Any) -> Any:
-        """With position ids that don't count padding, as in sampling: else models with learned positions see others."""
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, *inputs: object, **settings: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """With position ids that don't count padding, as in sampling; it matters to models with learned positions."""
         if "position_ids" not in self.model_kwarg_keys:
             return super()._get_per_token_logps_and_entropies(model, *inputs, **settings)
 
-        def placed(attention_mask: torch.Tensor, **batch: Any) -> Any:
+        def with_positions(attention_mask: torch.Tensor, **batch: object) -> ModelOutput:
             return model(attention_mask=attention_mask, position_ids=positions_of(attention_mask), **batch)
 
-        return super()._get_per_token_logps_and_entropies(placed, *inputs, **settings)
+        return super()._get_per_token_logps_and_entropies(with_positions, *inputs, **settings)
 
     def _calculate_rewards(
-        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+        self,
+        inputs: list[Row],
+        prompts: list[Prompt],
+        completions: list[Completion],
+        completion_ids_list: list[list[int]],
     ) -> torch.Tensor:
-        """Rewards (B over all processes, functions) as rlhf/rewards.py takes them: per token too; NaN is refused.
+        """Rewards (B over all processes, functions) from `call_rewards`, which refuses NaN.
 
-        None, no opinion, is NaN in the result.
+        Rewards per token are summed. None, no opinion, becomes NaN.
         """
         training = self.model.training
         taken = ("prompt", "completion", "completion_ids")
@@ -141,15 +154,15 @@ class RLOOTrainer(TRLRLOOTrainer):
             self.reward_funcs, prompts, completions, completion_ids_list,
             **columns, trainer_state=self.state, **logging,
         )  # fmt: skip
-        self.model.train(training)  # a reward model that is an adapter of the policy has put it into evaluation
+        self.model.train(training)  # a reward model that shares the policy's base has put it into evaluation mode
         totals = [
             [math.nan if score is None else sum(score) if isinstance(score, list) else score for score in scores]
             for scores in answers
         ]
         return self.accelerator.gather(torch.tensor(totals, device=self.accelerator.device).T.contiguous())
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, and the two entries of the log."""
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, object]:
+        """With the two additional log entries."""
         output = super()._generate_and_score_completions(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.beta:
@@ -161,8 +174,8 @@ class RLOOTrainer(TRLRLOOTrainer):
             metrics["episode"] = [batches * self.args.generation_batch_size]
         return output
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the policy's adapter alone: neither the reference nor a reward model beside it."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save only the policy's adapter, not the reference or a reward adapter beside it."""
         if not isinstance(self.model, PeftModel):
             return super()._save(output_dir, state_dict)
         if self.args.should_save:

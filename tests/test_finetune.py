@@ -544,7 +544,7 @@ def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, ca
     for wrong, message in (
         (models[:5], "are compared seed by seed"),
         ([models[0], models[0]], "a run with --seed 1 already"),
-        ([f"scratch={tmp_path}"], "finished runs of recipes/finetune.py"),
+        ([f"scratch={tmp_path}"], "no finished run of recipes/finetune.py"),
         (models[3:6], "--reference scratch: not among"),
         ([models[0], f"other={tmp_path / 'other'}"], "was evaluated on other rows"),
     ):

@@ -16,8 +16,8 @@ from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
-from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
-from rlhf.models.sources import resolve
+from rlhf.models.loading import draw_score_head, load_causal_lm, load_policy, load_reward_model
+from rlhf.models.sources import named_models, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
 
@@ -38,6 +38,16 @@ def test_an_adapter_without_its_base_is_refused(tmp_path, config, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     with pytest.raises(InputError, match=message):
         resolve(str(tmp_path))
+
+
+def test_models_are_given_as_pairs_of_name_and_model():
+    assert named_models(["a=b=c", "a=d"], repeated=True) == [("a", "b=c"), ("a", "d")]
+    for words in ([], ["a"], ["=a"], ["a="], ["a=b", "a=c"]):
+        with pytest.raises(InputError, match=" ".join(["--models", *words]) + ": give name=model pairs with different"):
+            named_models(words)
+    for words in ([""], ["=a"], ["a="], ["a", "a"]):
+        with pytest.raises(InputError, match="give name=model pairs"):
+            named_models(words, bare=True)
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path):
@@ -93,7 +103,12 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     shutil.copytree(tiny, snapshot)
     (tmp_path / "hub" / "models--you--tiny" / "refs").mkdir()
     (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
-    code = "from rlhf.models.loading import *; s = resolve('you/tiny'); print(s.base, len(load_tokenizer(s)))"
+    code = """
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
+source = resolve('you/tiny')
+print(source.base, len(load_tokenizer(source)))
+"""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]
@@ -125,6 +140,23 @@ def test_new_reward_heads_are_small_and_seeded(tiny, tokenizer):
     assert torch.equal(heads[0].weight, heads[1].weight)
     assert not torch.equal(heads[0].weight, heads[2].weight)
     assert heads[0].weight.std() < 3 / 17**0.5
+    wide = torch.nn.Linear(9999, 1, bias=False)
+    draw_score_head(wide, seed=1)
+    assert wide.weight.std().item() == pytest.approx(0.01, rel=0.05)  # 1/sqrt(d + 1)
+
+
+def test_a_full_classifier_keeps_its_head_and_gets_an_adapter_to_train(tiny, tokenizer, tmp_path):
+    whole = load_reward_model(resolve(tiny), ModelConfig(dtype="float32"), tokenizer, seed=5)
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    source = resolve(str(tmp_path))
+    again = load_reward_model(source, ModelConfig(dtype="float32"), tokenizer, seed=6)
+    assert not isinstance(again, PeftModel) and torch.equal(again.score.weight, whole.score.weight)
+    adapted = load_reward_model(source, ARGS, tokenizer, seed=6)
+    assert isinstance(adapted, PeftModel) and adapted.peft_config["default"].task_type == "SEQ_CLS"
+    assert torch.equal(adapted(IDS).logits, whole(IDS).logits)
+    frozen = load_reward_model(source, ARGS, tokenizer, trainable=False)
+    assert not isinstance(frozen, PeftModel)
 
 
 def test_policy_and_reference_start_equal_and_only_the_policy_is_trained(sft, tokenizer):

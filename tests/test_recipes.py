@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import ModelConfig, ScriptArguments
 
-from rlhf.data.datasets import load_splits
+from rlhf.data.datasets import DatasetArguments
 from rlhf.errors import InputError
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig
 from rlhf.run.arguments import parse
 from rlhf.run.files import digest
-from rlhf.run.folders import command, last_checkpoint, write_digests
+from rlhf.run.folders import command, last_checkpoint, settings_of, write_digests
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -243,9 +243,9 @@ def test_a_dataset_of_ones_own_gets_no_part_of_the_starters():
 
 
 def test_a_configuration_without_a_dataset_means_the_starter():
-    script_args = ScriptArguments(dataset_config="small")
-    load_splits(script_args, "sft")
-    assert script_args.dataset_name == "starter"  # which the model card names
+    (script_args,) = parse("nowhere/recipe.py", DatasetArguments, args=["--dataset_config", "small"])
+    assert script_args.dataset_name == "starter"  # which run.json and the model card name
+    assert settings_of(script_args) == {"dataset_name": "starter", "dataset_config": "small"}
 
 
 @pytest.mark.parametrize("asked", [False, "false"])

@@ -154,11 +154,14 @@ def test_clipping_shrinks_token_rewards_with_their_sum():
 def test_functions_are_found_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_for_a_test.py").write_text("def kind(prompts, completions, **_):\n    return [1.0]\n")
     monkeypatch.chdir(tmp_path)
-    found = resolve_reward("my_rewards_for_a_test.kind", "--reward_funcs")
+    found = resolve_reward("my_rewards_for_a_test.kind", "--reward_funcs", allow_functions=True)
     assert found.model is None and found.function([""], [""]) == [1.0]
     for name, message in (("my_rewards_for_a_test.mean", "has no function 'mean'"), ("no_such.module", "can't import")):
         with pytest.raises(InputError, match=f"--reward_funcs {name}: .*{message}"):
-            resolve_reward(name, "--reward_funcs")
+            resolve_reward(name, "--reward_funcs", allow_functions=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"--reward_model_path my_rewards_for_a_test\.kind: "):
+        resolve_reward("my_rewards_for_a_test.kind")  # a model's flag takes no function
 
 
 def test_weights_have_to_match_before_a_model_is_loaded(tmp_path):

@@ -270,7 +270,7 @@ def test_runs_that_differ_in_their_reward_are_not_compared(tmp_path):
     empty = fake(tmp_path / "e", "rloo", [], reward_model_path="a")
     with pytest.raises(InputError, match="no reward and KL in its log"):
         read_curves([f"ppo={ppo}", f"rloo={empty}"])
-    with pytest.raises(InputError, match="name=folder"):
+    with pytest.raises(InputError, match="--models ppo: give name=model pairs"):
         read_curves(["ppo"])
 
 

@@ -6,10 +6,11 @@ are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
 - conversations: `messages`, or `prompt` + `completion`, or `text`
 - prompts: `prompt` (text or messages); other columns travel along
 - preference pairs: `chosen` and `rejected` (text or messages), and optionally `prompt`
-- problems: `prompt`, mostly `answer`, and perhaps `solution` (see rlhf/tasks/problems.py)
+- problems: `prompt`, and optionally `answer` and `solution` (see rlhf/tasks/problems.py)
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,47 @@ from sklearn.model_selection import GroupShuffleSplit
 from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
+from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
 from rlhf.starter.model import STARTER
 from rlhf.starter.splits import starter_splits
 
+Row = dict[str, Any]  # a dataset's row, by column
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20
 ROLES = ("system", "user", "assistant", "tool")
 
 
+@dataclass
+class DatasetArguments(ScriptArguments):
+    """TRL's ScriptArguments; without `dataset_name` the dataset is the starter."""
+
+    def __post_init__(self) -> None:
+        self.dataset_name: str = self.dataset_name or STARTER
+
+
 def looks_local(name: str) -> bool:
-    """Whether a name that may be a Hub id is plainly a path: the Hub has no such ids, so asking it would be in vain."""
+    """Whether a name can't be a Hub id, only a path: then the Hub is not asked for it.
+
+    >>> looks_local("outputs/sft"), looks_local("you/model")
+    (True, False)
+    """
     return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
 
 
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None, Dataset]:
-    """The (train, test) splits of `--dataset_name`.
+    """The (train, test) splits of `--dataset_name`, or of the starter without it.
 
-    Held out is the split `test`, or else `validation`, or else 10% of train (at most 500 rows, or prompts where several
-    rows share one). Which those are never changes, so that no stage trains on what another one, with another seed,
-    evaluates on.
+    The test split is `test`, or else `validation`, or else 10% of train: at most 500 rows, or 500 prompts where rows
+    share prompts. Those rows don't depend on any seed, so no stage trains on what another stage evaluates on.
 
     Args:
-        part: which part of the starter to take (see rlhf/starter/conversations.py); ignored for everything else.
+        part: which part of the starter to take (see rlhf/starter/conversations.py); ignored for other datasets.
 
     Raises:
         InputError: if the dataset can't be found or read, is empty, or lacks the split.
     """
-    name = script_args.dataset_name = script_args.dataset_name or STARTER  # cards and messages name it, too
+    name = script_args.dataset_name or STARTER
     train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
     if script_args.dataset_streaming:
         raise InputError("--dataset_streaming: these recipes check every row before they start. Leave it off.")
@@ -67,7 +81,7 @@ def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset | None
 
 
 def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
-    """Nine tenths and a tenth. Rows with the same prompt (comparisons of four replies, say) stay together."""
+    """Nine tenths and a tenth. Rows with the same prompt, such as comparisons of four replies, stay together."""
     if len(whole) < 2:
         return whole, whole
     known = [column for column in ("prompt", "chosen") if column in whole.column_names]
@@ -83,8 +97,8 @@ def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
     return whole.select(train), whole.select(test)
 
 
-def _prompt_of(row: dict[str, Any], number: int) -> Any:
-    """What a row's reply or replies follow; of a row without a prompt its number."""
+def _prompt_of(row: Row, number: int) -> Prompt | int:
+    """What a row's replies follow; its number if it has no prompt."""
     if row.get("prompt"):
         return row["prompt"]
     chosen = row.get("chosen")
@@ -110,7 +124,7 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
     except InputError:
         raise
-    except Exception as error:  # datasets raises a different class for each way in which data can't be read
+    except Exception as error:  # datasets raises many classes of exceptions for unreadable data
         cause = error.__cause__ or error
         raise InputError(
             f"--dataset_name {name}: can't be read ({type(cause).__name__}: {str(cause)[:200]}). Give a Hub id "
@@ -137,8 +151,8 @@ def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
     """Check every row of the text-or-messages columns.
 
     Raises:
-        InputError: on an empty text, a list that is no list of messages, an unknown role, or an empty message; it
-            names the column and the row.
+        InputError: on an empty text, a list of something else than messages, an unknown role, or an empty message.
+            The error names the column and the row.
     """
     for column in sorted(columns):
         for number, value in enumerate(dataset[column]):

@@ -1,8 +1,8 @@
 """Conversations, prompts and texts → token ids.
 
-Token ids of conversations are made here rather than in each trainer, for two reasons. A control token written inside a
-message stays text. And a conversation ends with the token that ends the reply (templates often put a newline behind
-it), so the reward model reads its score at the same token that a sampled reply ends with.
+Conversations are tokenized here rather than in each trainer, for two reasons. A control token written inside a message
+stays text. A conversation ends with the token that ends the reply (templates often put a newline behind it), so the
+reward model reads its score at the token that ends a sampled reply.
 """
 
 import re
@@ -19,9 +19,12 @@ def encode_messages(
 ) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template.
 
-    A control token (a token that the tokenizer calls special) inside a message is encoded as the ordinary characters it
-    is written with. Other added tokens, such as `</think>`, are left to the template, which may look for them. Without
-    a generation prompt, what the template puts behind the last control token (a newline, mostly) is left out.
+    A control token (a token that the tokenizer calls special) inside a message is encoded as ordinary characters. Other
+    added tokens, such as `</think>`, are left to the template, which may look for them. Without a generation prompt,
+    what the template puts behind the last control token, mostly a newline, is left out.
+
+    Raises:
+        InputError: if the template refuses the conversation.
     """
     controls = sorted(tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))), key=len, reverse=True)
     pattern = re.compile("|".join(re.escape(control) for control in [*controls, "\U000f0000", "\U000f0001"]))
@@ -39,7 +42,7 @@ def encode_messages(
         roles = " → ".join(message["role"] for message in messages)
         raise InputError(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
     ids: list[int] = []
-    # a template may leave messages out or move them, so each stand-in is looked for where it is
+    # a template may leave out or move messages, so stand-ins are found by their number
     for place, part in enumerate(re.split("\U000f0000([0-9]+)\U000f0001", text)):
         if place % 2:
             ids += tokenizer(hidden[int(part)], add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -49,7 +52,7 @@ def encode_messages(
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of all control tokens, also of those (<|im_end|> of many base models) that have no role such as eos."""
+    """Ids of all control tokens, also of those without a role such as eos (<|im_end|> of many base models)."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -63,7 +66,7 @@ def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) ->
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt that a reply can follow: plain text as it is, messages with the generation prompt."""
+    """Token ids of a prompt: of a text as it is, of messages with the generation prompt."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return encode_messages(tokenizer, prompt, add_generation_prompt=True)
@@ -82,8 +85,8 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
         `input_ids` and `labels` of equal length; the label is the token id, or -100 where no loss is taken.
 
     Raises:
-        InputError: if the template renders earlier turns differently once later ones follow, so that the tokens of a
-            reply can't be told from the rest.
+        InputError: if the template renders earlier turns differently once later ones follow: then the tokens of a
+            reply can't be found.
     """
     ids = encode_messages(tokenizer, messages)
     labels = [-100] * len(ids)

@@ -1,21 +1,20 @@
 """Datasets → the rows that each trainer takes."""
 
 from collections.abc import Callable
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, is_conversational
 from trl.data_utils import maybe_extract_prompt
 
-from rlhf.data.datasets import check_messages, load_splits, need_columns
+from rlhf.data.datasets import Row, check_messages, load_splits, need_columns
 from rlhf.data.encoding import encode_conversation, encode_messages, encode_prompt, encode_text_with_end
 from rlhf.errors import InputError
 
 
 def _map(
     dataset: Dataset,
-    function: Callable[[dict[str, Any]], dict[str, Any]],
+    function: Callable[[Row], Row],
     keep: set[str],
     what: str,
     num_proc: int | None = None,
@@ -25,11 +24,13 @@ def _map(
 
 
 def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig | None = None) -> Dataset:
-    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text, in column `text`, as TRL takes it.
+    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text in the column `text`.
+
+    The loss of a conversation is taken on the assistant's messages; with `prompt` + `completion`, on those of the
+    completion.
 
     Args:
-        args: without it, or unless its `completion_only_loss` is False and `assistant_only_loss` too, the loss is taken
-            on the assistant's messages (for `prompt` + `completion`: those of the completion).
+        args: if its `completion_only_loss` is False, and `assistant_only_loss` too, the loss is taken on all tokens.
 
     Raises:
         InputError: if columns are missing, a conversation has no reply, or `assistant_only_loss` meets plain text.
@@ -45,7 +46,7 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, ar
         # TRL adds the end-of-text token and takes the loss on the completion
         return dataset.rename_column(field, "text") if columns == {field} != {"text"} else dataset
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def encode(row: Row) -> Row:
         prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
         if not any(message["role"] == "assistant" for message in completion):
             raise InputError(
@@ -73,7 +74,7 @@ def texts_of(dataset: Dataset, name: str) -> list[str]:
 def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Dataset:
     """Rows of `input_ids` and `labels` (-100 where no loss is taken) for PPO-ptx; an empty dataset without a name.
 
-    Conversations, prompt and completion, or text, as recipes/sft.py takes them. Longer rows are cut at the context.
+    The dataset's columns are those that recipes/sft.py takes. Rows longer than the context are cut.
     """
     if name is None:
         return Dataset.from_list([])
@@ -81,7 +82,7 @@ def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, co
     assert train is not None
     rows = sft_rows(train, name, tokenizer)
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def encode(row: Row) -> Row:
         if "text" in row:
             row = {"prompt": "", "completion": row["text"]}
         if "completion" in row:
@@ -100,7 +101,7 @@ def preference_rows(
     max_length: int | None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Longer pairs than `max_length` are left out and counted.
+    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out and counted.
 
     Raises:
         InputError: if columns are missing or no pair fits into `max_length`.
@@ -108,7 +109,7 @@ def preference_rows(
     columns = need_columns(dataset, name, [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}])
     check_messages(dataset, name, columns)
 
-    def encode_one(row: dict[str, Any], column: str) -> list[int]:
+    def encode_one(row: Row, column: str) -> list[int]:
         prompt, reply = row.get("prompt"), row[column]
         if isinstance(reply, str):
             if isinstance(prompt, list):
@@ -116,11 +117,11 @@ def preference_rows(
                     f"--dataset_name {name}: 'prompt' is messages and {column!r} text. Make both messages."
                 )
             return encode_text_with_end(tokenizer, (prompt or "") + reply)
-        # a conversation may repeat its prompt, or have it as a text of its own beside (as UltraFeedback does)
+        # a conversation may repeat its prompt, or have it as a text in another column, as in UltraFeedback
         whole = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
         return encode_messages(tokenizer, reply if whole else prompt + reply)
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+    def encode(row: Row) -> dict[str, list[int]]:
         return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}
 
     chosen_columns = dataset.select_columns(sorted(columns))
@@ -145,10 +146,10 @@ def preference_rows(
 def prompt_rows(
     dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, context_length: int | None
 ) -> Dataset:
-    """Rows with `prompt` and its `input_ids`; the other columns travel along.
+    """Rows with `prompt`, its `input_ids`, and the dataset's other columns.
 
-    `prompt` may be missing where it can be read off: `messages` (all before the last assistant message) or `chosen` and
-    `rejected` (their common beginning).
+    Without a column `prompt`, the prompt is all of `messages` before the last assistant message, or what `chosen` and
+    `rejected` have in common at the beginning.
 
     Raises:
         InputError: if a prompt and `max_new_tokens` don't fit into the model's context together.
@@ -156,7 +157,7 @@ def prompt_rows(
     columns = need_columns(dataset, name, [{"prompt"}, {"messages"}, {"chosen", "rejected"}])
     check_messages(dataset, name, columns)
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def encode(row: Row) -> Row:
         if "prompt" not in row and "messages" in row:
             messages = row["messages"]
             row["prompt"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages

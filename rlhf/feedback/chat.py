@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -34,7 +34,7 @@ from rlhf.feedback.chat_votes import ChatVotes, Preferred
 from rlhf.models.adapters import active_adapter
 from rlhf.models.generation import seeded
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.sources import Source, base_revision, context_length, resolve
+from rlhf.models.sources import Source, base_revision, context_length, named_models, resolve
 
 PLACES = "AB"
 
@@ -58,15 +58,11 @@ def chosen_models(words: list[str]) -> dict[str, Source]:
     Raises:
         InputError: for another number of them, equal names, a model that isn't there, or a reward adapter.
     """
-    pairs = dict((word if "=" in word else f"{word}={word}").split("=", 1) for word in words)
-    if not all(pairs) or not all(pairs.values()) or len(pairs) < len(words) or len(words) not in (1, 2):
-        raise InputError(
-            f"--models {' '.join(words)}: give one model or two of different names, as in: sft=outputs/sft "
-            "ppo=outputs/ppo"
-        )
-    sources = {name: resolve(model, "--models") for name, model in pairs.items()}
+    if len(words) > 2:
+        raise InputError(f"--models {' '.join(words)}: {len(words)} models; a conversation has one or two.")
+    sources = {name: resolve(model, "--models") for name, model in named_models(words, bare=True)}
     for source in sources.values():
-        if source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS:
+        if source.is_reward_adapter:
             raise InputError(f"--models {source.name}: is a reward adapter; a language model is needed here.")
     return sources
 

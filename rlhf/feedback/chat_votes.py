@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rlhf.comparisons import Task, preference_pairs
+from rlhf.comparisons import PreferencePair, Task, preference_pairs
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
@@ -115,9 +115,9 @@ def close_last_line(file: Path) -> None:
                 opened.truncate(end)
 
 
-def pairs_of(tasks: list[Task], votes: list[Vote]) -> dict[str, list[dict[str, Any]]]:
+def pairs_of(tasks: list[Task], votes: list[Vote]) -> dict[str, list[PreferencePair]]:
     """Preference pairs by split, as recipes/collect.py writes them: second answers to a task don't count."""
-    pairs: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    pairs: dict[str, list[PreferencePair]] = {"train": [], "test": []}
     answers: dict[str, list[Vote]] = {task.id: [] for task in tasks}
     for vote in votes:
         if vote.task in answers and not vote.repeat:

@@ -17,7 +17,7 @@ from rlhf.models.generation import left_pad
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward
+from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward_functions
 from rlhf.starter.labeler import SimulatedLabeler
 from rlhf.starter.model import STARTER
 
@@ -106,7 +106,7 @@ class ScoreLabeler:
     def __init__(self, rewards: list[str], model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if not rewards:
             raise InputError("--reward_funcs: --labeler reward needs at least one.")
-        self.sources = [resolve_reward(name, "--reward_funcs") for name in rewards]
+        self.sources = resolve_reward_functions(rewards, "--reward_funcs")
         self.model_args, self.tokenizer = model_args, tokenizer
         self.temperature = 1.0 if all(source.model for source in self.sources) else None
         self.name = "reward " + " + ".join(Path(name).name for name in rewards)

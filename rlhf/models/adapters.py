@@ -1,9 +1,8 @@
-"""Several adapters over one base in memory: policy, reference, reward model, value function."""
+"""Several adapters beside each other over one base in memory: policy, reference, reward model, value function."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import (
@@ -16,12 +15,9 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source
 
 # Names of the adapters beside the policy's, over one base in memory.
@@ -32,8 +28,8 @@ REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
     """Inside the block the model runs with adapter `name`, or with none.
 
-    Unlike `PeftModel.set_adapter`, this leaves `requires_grad` alone: there, choosing one adapter freezes the others,
-    and a later backward through them silently gives no gradient.
+    `requires_grad` stays as it is. `PeftModel.set_adapter` freezes the other adapters, and a later backward through
+    them gives no gradient, without a warning.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -46,18 +42,36 @@ def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iter
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def recompute_with_same_adapter(model: PeftModel) -> Callable[[], tuple[Any, Any]]:
+def recompute_with_same_adapter(
+    model: PeftModel,
+) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
     """`context_fn` for torch's activation checkpointing: recompute a layer with the adapter that it ran with.
 
     Recomputation happens in the backward pass, when another adapter may be active.
     """
 
-    def context() -> tuple[Any, Any]:
+    def context() -> tuple[AbstractContextManager, AbstractContextManager]:
         layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
         name = layer.active_adapters[0] if layer.active_adapters and not layer.disable_adapters else None
         return nullcontext(), active_adapter(model, name)
 
     return context
+
+
+def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
+    """Whether `add_frozen_adapter` can put a model beside the policy's own adapter.
+
+    It must be a plain adapter of the policy's kind over the policy's base, and `name` must be free.
+    """
+    config = source.peft_config
+    return (
+        config is not None
+        and name not in policy.peft_config
+        and config.peft_type == policy.peft_type
+        and source.base == policy.get_base_model().name_or_path
+        and config.revision == policy.peft_config[policy.active_adapter].revision
+        and set(config.modules_to_save or []) <= {"score", "classifier"}
+    )
 
 
 def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn.Linear:
@@ -72,17 +86,17 @@ def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn
     head = torch.nn.Linear(weights[heads[0]].shape[1], 1, bias=False, device=policy.device, dtype=torch.float32)
     head.weight.data.copy_(weights.pop(heads[0]))
     config = copy.deepcopy(source.peft_config)
-    # its layers are those of the trunk, which both kinds of model share; the head is kept beside it
+    # both kinds of model have the same trunk, to whose layers the adapter belongs; the head is kept apart
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
     _add_adapter(policy, name, config, weights)
     for parameter_name, parameter in policy.named_parameters():
-        if f".{name}." in parameter_name:  # never trained, so it needs no more precision than its base
+        if f".{name}." in parameter_name:  # it is never trained, so it needs no more precision than its base
             parameter.data = parameter.data.to(policy.dtype)
     return head.requires_grad_(False)
 
 
 def add_value_adapter(policy: PeftModel, active: str) -> None:
-    """Add a trainable adapter `value`: a copy of the reward adapter if that is there, else of the policy's."""
+    """Add a trainable adapter `value`: a copy of the reward adapter if there is one, else of the adapter `active`."""
     origin = REWARD if REWARD in policy.peft_config else active
     config = copy.deepcopy(policy.peft_config[origin])
     config.inference_mode, config.modules_to_save = False, None
@@ -104,6 +118,6 @@ def _add_adapter(policy: PeftModel, name: str, config: PeftConfig, weights: dict
 
 
 def trunk(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformer without its head; its adapters stay in it."""
+    """The transformer without its head, with its adapters."""
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     return whole.base_model

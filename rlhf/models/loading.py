@@ -1,7 +1,6 @@
 """Weights: language models, reward models and the policy that PPO trains."""
 
 import os
-from typing import Any
 
 import torch
 from peft import (
@@ -13,6 +12,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,11 +25,16 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.attention import group_attention
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source, base_revision
 
 
-def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_remote_code: bool, **kwargs):
+def _load_base(
+    source: Source,
+    model_args: ModelConfig,
+    auto_class: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    trust_remote_code: bool,
+    **options: int,
+) -> PreTrainedModel:
     dtype = model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype)
     model = auto_class.from_pretrained(
         source.base,
@@ -39,7 +44,7 @@ def _load_base(source: Source, model_args: ModelConfig, auto_class: Any, trust_r
         trust_remote_code=trust_remote_code,
         quantization_config=get_quantization_config(model_args),
         use_safetensors=True,
-        **kwargs,
+        **options,
     )
     if model_args.attn_implementation is None:
         group_attention(model)
@@ -56,10 +61,13 @@ def load_causal_lm(
 ) -> PreTrainedModel | PeftModel:
     """A language model to train or to sample from.
 
-    An adapter's weights go on being trained in that adapter. A full model gets a new LoRA adapter with
-    `model_args.use_peft`, and is trained whole without.
+    Training continues an adapter's own weights. With `model_args.use_peft` a full model gets a new LoRA adapter;
+    without, all its weights are trained.
+
+    Raises:
+        InputError: if `source` is a reward adapter, or an adapter and `use_peft` is off.
     """
-    if source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS:
+    if source.is_reward_adapter:
         raise InputError(f"--model_name_or_path {source.name}: is a reward adapter; a language model is needed here.")
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
@@ -68,13 +76,13 @@ def load_causal_lm(
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, *stops})
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # with a frozen head, torch multiplies a slice of the hidden states row by row and copies the head for each: a
-    # forward of 64 x 50 tokens took 5.3 s on 2 cores, and 1.2 s with this
+    # With a frozen head, torch multiplies a slice of the hidden states row by row and copies the head for each row. A
+    # forward of 64 x 50 tokens took 5.3 s on 2 cores, and 1.2 s with contiguous inputs.
     model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
     if source.adapter is not None:
         dtype = model.dtype
         model = PeftModel.from_pretrained(model, source.adapter, revision=source.revision, is_trainable=trainable)
-        if not trainable:  # nothing is learned, so the adapter needs no more precision than its base: 1.5 times as fast
+        if not trainable:  # a frozen adapter needs no more precision than its base: 1.5 times as fast
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.data = parameter.data.to(dtype)
@@ -88,7 +96,7 @@ def load_causal_lm(
 
 
 def place(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """Move a model that no Trainer will move to this process's accelerator. Quantized ones are there already."""
+    """Move a model to this process's accelerator, where no Trainer does it. Quantized models are there already."""
     if not torch.accelerator.is_available() or getattr(model, "is_quantized", False):
         return model
     kind = torch.accelerator.current_accelerator().type
@@ -120,40 +128,57 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """A sequence classifier with one output, the score.
 
-    From a language model's adapter a new adapter of task type SEQ_CLS is made with the same LoRA weights, whose score
-    head is trained and saved with it: under PEFT's default task type, CAUSAL_LM, the head would be neither. A new head
-    is drawn with standard deviation 1/sqrt(d + 1), as in Stiennon et al. (https://arxiv.org/abs/2009.01325) and
-    https://github.com/vwxyzjn/summarize_from_feedback_details.
+    A reward adapter or a full classifier keeps its head. A language model or its adapter gets a new one.
+
+    Args:
+        seed: of a new head.
     """
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
-    with suppress_seqcls_warning():  # that the head is new: it is drawn, or loaded with the adapter, below
+    with (
+        suppress_seqcls_warning()
+    ):  # it says that the head is new; the head is drawn, or loaded with the adapter, below
         model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
-    already_scores = source.peft_config is not None and source.peft_config.task_type == TaskType.SEQ_CLS
-    if (
-        source.adapter is None
-        and model.config.architectures
-        and "SequenceClassification" in model.config.architectures[0]
-    ):
-        already_scores = True
-    if not already_scores:
-        head = model.score
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
-        head.weight.data.copy_(weight.to(head.weight.device, head.weight.dtype))
-    if source.adapter is None:
-        if trainable and model_args.use_peft:
-            return get_peft_model(model, _lora_config(model_args, TaskType.SEQ_CLS))
-        return model
-    if already_scores:
+    if source.is_reward_adapter:
         return PeftModel.from_pretrained(model, source.adapter, revision=source.revision, is_trainable=trainable)
+    if source.adapter is not None:
+        draw_score_head(model.score, seed)
+        return _reward_adapter_from(source, model)
+    if not _is_classifier(model):
+        draw_score_head(model.score, seed)
+    if trainable and model_args.use_peft:
+        return get_peft_model(model, _lora_config(model_args, TaskType.SEQ_CLS))
+    return model
+
+
+def _is_classifier(model: PreTrainedModel) -> bool:
+    """Whether the weights were saved as those of a sequence classifier, with a head."""
+    return "SequenceClassification" in (model.config.architectures or [""])[0]
+
+
+def draw_score_head(head: nn.Linear, seed: int) -> None:
+    """Draw a score head's weight (1, d) from a normal distribution with standard deviation 1/sqrt(d + 1).
+
+    Source: Stiennon et al. (https://arxiv.org/abs/2009.01325) and
+    https://github.com/vwxyzjn/summarize_from_feedback_details.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
+    head.weight.data.copy_(weight.to(head.weight.device, head.weight.dtype))
+
+
+def _reward_adapter_from(source: Source, classifier: PreTrainedModel) -> PeftModel:
+    """A new adapter with the LoRA weights of a language model's adapter and the classifier's score head.
+
+    Its task type is SEQ_CLS: under CAUSAL_LM, PEFT would neither train the head nor save it.
+    """
     config = PeftConfig.from_pretrained(source.adapter, revision=source.revision)
     config.task_type, config.inference_mode = TaskType.SEQ_CLS, False
-    head = model.score.weight.detach().clone()
-    model = get_peft_model(model, config)
+    head = classifier.score.weight.detach().clone()
+    model = get_peft_model(classifier, config)
     weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
-    weights["base_model.model.score.weight"] = head  # which a language model's adapter doesn't have
+    weights["base_model.model.score.weight"] = head
     set_peft_model_state_dict(model, weights)
     return model
 
@@ -166,10 +191,10 @@ def load_policy(
     start: Source | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """What PPO trains. From an adapter: a trainable copy of it, and the adapter itself, frozen, named `reference`.
+    """The model that PPO trains. An adapter is loaded twice: a trainable copy, and a frozen one named `reference`.
 
     Args:
-        start: the adapter that the trainable copy is made of, if not `source`'s.
+        start: the adapter to copy, if it is not that of `source`.
     """
     policy = load_causal_lm(start or source, model_args, tokenizer, trust_remote_code=trust_remote_code)
     if source.adapter is not None:

@@ -5,7 +5,6 @@ Importing this module registers it.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ class LSTMConfig(PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 768
     num_hidden_layers: int = 2
-    initializer_range: float = 0.1  # no norm comes behind the embeddings: with 0.02, the gates see next to nothing
+    initializer_range: float = 0.1  # no norm follows the embeddings: with 0.02 the gates' inputs are near 0
     tie_word_embeddings: bool = True
     use_cache: bool = False
     pad_token_id: int | None = None
@@ -32,7 +31,7 @@ class LSTMConfig(PreTrainedConfig):
 class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     """Embeddings, LSTM layers, tied output projection.
 
-    Generation computes the whole text again for each new token: plain, and fast enough for models of this size.
+    Generation computes the whole text again for each new token. That is fast enough for models of this size.
     """
 
     config_class = LSTMConfig
@@ -56,7 +55,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, nn.LSTM):
             for name, parameter in module.named_parameters():
-                # the gates' order is input, forget, cell, output; the flag, which a slice loses, says "was loaded"
+                # the gates' order is input, forget, cell, output; the flag, which a slice loses, marks loaded weights
                 if "bias_ih" in name and not getattr(parameter, "_is_hf_initialized", False):
                     parameter[module.hidden_size : 2 * module.hidden_size] = 1.0
 
@@ -65,7 +64,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss if there are labels.
 
@@ -79,7 +78,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         """
         hidden = self.embed_tokens(input_ids)
         padded = attention_mask is not None and not bool(attention_mask.all())
-        if padded:  # a state runs through what it is given: real tokens go first, and back to their places afterwards
+        if padded:  # the state runs through padding too: real tokens go first, and return to their places afterwards
             order = torch.eq(attention_mask, 0).to(torch.int64).argsort(dim=1, stable=True)[..., None].expand_as(hidden)
             hidden = hidden.gather(1, order)
         hidden, _ = self.lstm(hidden)
@@ -98,7 +97,11 @@ def lstm_parameters(hidden_size: int, num_hidden_layers: int) -> int:
 
 
 def matching_hidden_size(num_parameters: int, num_hidden_layers: int) -> int:
-    """The width at which an LSTM has, as nearly as whole numbers allow, this number of non-embedding parameters."""
+    """The width whose number of non-embedding parameters is nearest to `num_parameters`.
+
+    >>> matching_hidden_size(lstm_parameters(96, 2), 2)
+    96
+    """
     width = (math.sqrt(1 + num_parameters / (2 * num_hidden_layers)) - 1) / 2  # 8 L (h² + h) = N, solved for h
     candidates = (max(1, math.floor(width)), max(1, math.ceil(width)))
     return min(candidates, key=lambda h: abs(lstm_parameters(h, num_hidden_layers) - num_parameters))

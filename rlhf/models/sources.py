@@ -1,7 +1,7 @@
 """What a model name stands for, before any weights are loaded.
 
-Wherever a recipe takes a model it takes a Hub id, a local folder, the word `starter`, or the adapter of any of them (a
-folder or a repo); an adapter's base is found from its `adapter_config.json`.
+A model's name is a Hub id, a local folder, the word `starter`, or the folder or repo of an adapter. The base of an
+adapter is found from its `adapter_config.json`.
 """
 
 from pathlib import Path
@@ -9,14 +9,8 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from peft import (
-    PeftConfig,
-)
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PretrainedConfig,
-)
+from peft import PeftConfig, TaskType
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig
 
@@ -25,7 +19,7 @@ from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
 
-# their positions begin behind that of the pad token
+# the positions of these begin behind the pad token's id
 ROBERTA = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
     "ibert", "luke", "mpnet",
@@ -40,6 +34,11 @@ class Source(NamedTuple):
     adapter: str | None  # what `PeftModel.from_pretrained` takes, or None for a full model
     revision: str | None  # of the adapter if there is one, else of the base
     peft_config: PeftConfig | None
+
+    @property
+    def is_reward_adapter(self) -> bool:
+        """Whether this is an adapter of a sequence classifier."""
+        return self.peft_config is not None and self.peft_config.task_type == TaskType.SEQ_CLS
 
 
 def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
@@ -68,6 +67,11 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
 
 
 def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
+    """Whether a Hub repo has a file; it is downloaded into the cache.
+
+    Raises:
+        InputError: if the repo doesn't exist, or the Hub can't be reached and the repo is not in the cache.
+    """
     cached = try_to_load_from_cache(repo, file, revision=revision)
     if isinstance(cached, str):
         return True
@@ -79,7 +83,7 @@ def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
         hf_hub_download(repo, file, revision=revision)
         return True
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        if in_cache:  # the repo was downloaded before, and without this file
+        if in_cache:  # the repo was downloaded before and lacks this file
             return False
         raise InputError(
             f"{flag} {repo}: not a local folder, and the Hub can't be reached to look for it there. Go online, "
@@ -101,7 +105,7 @@ def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -
     if not base:
         raise InputError(f"{flag} {name}: adapter_config.json names no base model (base_model_name_or_path). Add it.")
     if Path(base).name.startswith("starter-") and not Path(base).exists():
-        base = starter_model()  # the cache was cleared or is elsewhere: the starter can be made again
+        base = starter_model()  # the cache was cleared or moved: make the starter again
     try:
         source = resolve(base, flag)
     except InputError as error:
@@ -116,8 +120,36 @@ def base_revision(source: Source) -> str | None:
     return source.revision if source.peft_config is None else source.peft_config.revision
 
 
+def named_models(
+    words: list[str], flag: str = "--models", *, repeated: bool = False, bare: bool = False
+) -> list[tuple[str, str]]:
+    """(name, model) for each of a flag's words `name=model`.
+
+    >>> named_models(["sft=outputs/sft", "starter"], bare=True)
+    [('sft', 'outputs/sft'), ('starter', 'starter')]
+
+    Args:
+        repeated: a name may occur several times, for one method with several seeds.
+        bare: a word may be a model alone, which is then its own name.
+
+    Raises:
+        InputError: if there is no word, a name or model is missing, or a name is repeated.
+    """
+    pairs = []
+    for word in words:
+        name, equals, model = word.partition("=")
+        pairs.append((name, model if equals or not bare else name))
+    distinct = repeated or len(dict(pairs)) == len(pairs)
+    if not pairs or not distinct or not all(name and model for name, model in pairs):
+        raise InputError(
+            f"{' '.join([flag, *words])}: give name=model pairs{'' if repeated else ' with different names'}, as in: "
+            "base=starter sft=outputs/sft."
+        )
+    return pairs
+
+
 def refuse_single_model(model_args: ModelConfig) -> None:
-    """Refuse the flags for one model where --models names them all, as they would reach none.
+    """Refuse the flags for one model where --models names all models: they would have no effect.
 
     Raises:
         InputError: if --model_name_or_path or --model_revision is given.
@@ -132,7 +164,7 @@ def refuse_single_model(model_args: ModelConfig) -> None:
 
 
 def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
-    """How many tokens the base takes at once, or None where its config sets no limit."""
+    """The base's context length in tokens, or None if its config sets no limit."""
     config = AutoConfig.from_pretrained(
         source.base, revision=base_revision(source), trust_remote_code=trust_remote_code
     )
@@ -140,25 +172,29 @@ def context_length(source: Source, trust_remote_code: bool = False) -> int | Non
 
 
 def first_position(model_type: str, pad_token_id: int | None) -> int:
-    """Where a model's positions begin: for RoBERTa's kind behind that of the pad token, for MPNet always at 2."""
+    """The first position: behind the pad token's id for RoBERTa and its relatives (for MPNet always 2), else 0.
+
+    >>> first_position("roberta", 1), first_position("llama", 1)
+    (2, 0)
+    """
     return max(pad_token_id or 0, 1) + 1 if model_type in ROBERTA else 0
 
 
 def usable_context(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model takes at once, or None where its config sets no limit."""
+    """A model's context length in tokens, or None if its config sets no limit."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     return positions and positions - first_position(config.model_type, config.pad_token_id)
 
 
 def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:
-    """What PPO's policy starts from: an adapter that differs from the SFT model `source`, or else the SFT model itself.
+    """The model that PPO's policy starts from: the named adapter if it differs from the SFT model `source`, else that.
 
     Args:
         revision: of `model_name_or_path`.
 
     Raises:
-        InputError: if the adapter's base is not that of the SFT model, or the revision would reach nothing.
+        InputError: if the adapter's base is not that of the SFT model, or the revision would have no effect.
     """
     start = resolve(model_name_or_path, revision=revision)
     if start.adapter is None or start.adapter == source.adapter:
@@ -176,7 +212,7 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
     return start
 
 
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model reads from left to right: a causal language model that is no masked one too."""
+def is_decoder(config: PreTrainedConfig) -> bool:
+    """Whether the architecture is a causal language model and not also a masked one."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES

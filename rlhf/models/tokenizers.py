@@ -2,23 +2,19 @@
 
 from pathlib import Path
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.models.sources import Source, base_revision, hub_file, resolve
 
-# Tokens that model families keep for padding or never use, in order of preference.
+# Tokens that model families reserve for padding or never use, in order of preference.
 PAD_CANDIDATES = (
     "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unk>", "[UNK]",
     "<|padding|>", "<|fim_pad|>", "<|vision_pad|>", "<|image_pad|>", "<|endoftext|>", "<|endofprompt|>",
     "<empty_output>",
 )  # fmt: skip
-# For base models without a chat template: plain words, so that no token has to be learned from nothing.
+# For base models without a chat template: plain words, so that no new token must be learned.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -37,16 +33,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token that differs from eos and with a chat template.
 
-    A tokenizer saved with an adapter is preferred to the base's. Where pad is missing or equals eos, an unused token of
-    the vocabulary takes its place: were they equal, every end of a reply would be masked as padding and the model would
+    A tokenizer saved with an adapter is preferred to the base's. If pad is missing or equals eos, an unused token of
+    the vocabulary becomes pad. If they were equal, every end of a reply would be masked as padding, and the model would
     never learn to stop.
 
     Args:
-        chat_template_path: a .jinja file, or a model whose template is taken.
+        chat_template_path: a .jinja file, or a model that has the template.
 
     Raises:
         InputError: if `pad_token` is eos, one of the two isn't in the vocabulary or can't be found, or the chat
-            template ends replies with another token than `eos_token`.
+            template ends replies with a token other than `eos_token`.
     """
     folder = source.adapter if source.adapter and _has_tokenizer(source.adapter, source.revision) else source.base
     revision = source.revision if folder == source.adapter else base_revision(source)
@@ -82,7 +78,7 @@ def load_tokenizer(
 def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
     """Make the control token that ends an assistant's turn the eos token, so that sampling stops where training ended.
 
-    Base models often carry a chat template whose turns end with another token (<|im_end|>) than their eos.
+    The chat template of many base models ends turns with <|im_end|>, which is not their eos token.
     """
     last = encode_messages(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
     if last != tokenizer.eos_token_id and last in control_ids(tokenizer) and last != tokenizer.pad_token_id:

@@ -1,14 +1,19 @@
-"""JSON files that are complete or not there, and digests of files."""
+"""JSON files and digests of files. A file is written beside its target and renamed: it is complete or not there."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]  # of a file of JSON lines
+
 
 def digest(path: str) -> str:
-    """Short SHA-256 of a file; of a folder's weights and data files, or else its tokenizer, or else all in it but
-    hidden files and cards; of anything else the name.
+    """Short SHA-256 of a file or folder. A name that is neither is its own digest.
+
+    Of a folder it covers the weights and data files; without those the tokenizer; without that all files but hidden
+    ones and cards.
     """
     target = Path(path)
     if not target.exists():
@@ -25,8 +30,8 @@ def digest(path: str) -> str:
     return sha.hexdigest()[:12]
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, beside the target first, so that the file is complete or not there."""
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(path.name + ".partial")
     with open(working, "w", encoding="utf-8") as file:
@@ -34,8 +39,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     working.replace(path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, beside the target first, so that the file is complete or not there. Numbers of NumPy are floats."""
+def write_json(path: Path, content: object) -> None:
+    """Write JSON. NumPy's numbers become floats."""
     working = path.with_name(path.name + ".partial")
     working.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
     working.replace(path)
@@ -46,6 +51,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path) -> list[Row]:
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

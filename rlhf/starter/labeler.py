@@ -1,12 +1,21 @@
-"""The starter's hidden truth, VADER sentiment, and the simulated labeler that goes by it."""
+"""The starter's gold score, VADER sentiment, and the simulated labeler that prefers by it."""
 
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from rlhf.comparisons import Comparison, Prompt, Task, bradley_terry, make_task, prefer_higher, preference_pairs
+from rlhf.comparisons import (
+    Comparison,
+    PreferencePair,
+    Prompt,
+    Task,
+    bradley_terry,
+    make_task,
+    prefer_higher,
+    preference_pairs,
+)
 from rlhf.errors import InputError
 from rlhf.starter.conversations import starter_dataset
 
@@ -28,14 +37,14 @@ def gold_scores(completions: list[str]) -> list[float]:
 
 @dataclass
 class SimulatedLabeler:
-    """Prefers what a hidden score ranks higher, with Bradley–Terry noise, so that the truth is known and checkable.
+    """Prefers the completion with the higher gold score, with Bradley–Terry noise.
 
     Completions with equal scores are a tie. Answers depend on the seed, the prompt and the completions alone, so an
-    interrupted collection goes on with the same answers.
+    interrupted collection continues with the same answers.
 
     Args:
-        score: completions -> hidden scores.
-        temperature: noise in units of the score; 0 is a labeler who never errs.
+        score: completions -> gold scores.
+        temperature: noise in units of the score; a labeler with 0 never errs.
     """
 
     temperature: float = 0.15
@@ -67,9 +76,9 @@ class SimulatedLabeler:
         return comparisons
 
 
-def starter_preferences(config: str | None = None, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Preference pairs that need no sampling: two human replies, the real one and another chat's, compared by the
-    simulated labeler. They let recipes/reward.py run without arguments.
+def starter_preferences(config: str | None = None, seed: int = 0) -> dict[str, list[PreferencePair]]:
+    """Preference pairs for recipes/reward.py without arguments: the simulated labeler compares two human replies, the
+    real one and another chat's.
 
     Returns:
         rows by split, `train` and `test`.

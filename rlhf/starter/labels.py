@@ -1,10 +1,10 @@
 """Starter data for recipes/finetune.py: `--dataset_name starter --dataset_config NAME`, with no network.
 
-Sentences and pairs are those tasks of rlhf/starter/tasks.py whose labels are always the same. Two more kinds of labels
-are made here, on the messages of the starter's `sft` part (training) and `held_out` part (test):
+Sentences and pairs are the tasks of rlhf/starter/tasks.py with fixed labels. Two more kinds of labels are made here,
+from the messages of the starter's `sft` part (training) and `held_out` part (test):
 
-- `tags`: which words people wrote with a capital, after case and punctuation are gone (truecasing, Lita et al. 2003,
-  https://aclanthology.org/P03-1020).
+- `tags`: which words people wrote with a capital; the text has neither case nor punctuation (truecasing, Lita et al.
+  2003, https://aclanthology.org/P03-1020).
 - `spans`: facts about two people stand among real sentences, and a question asks for one of them (made like the tasks
   of Weston et al. 2015, https://arxiv.org/abs/1502.05698). No name, place or thing occurs both in training and in test.
 """
@@ -12,13 +12,13 @@ are made here, on the messages of the starter's `sft` part (training) and `held_
 import itertools
 import random
 import re
-from typing import Any
+from collections.abc import Iterator
 
 from datasets import Dataset, DatasetDict
 
 from rlhf.errors import InputError
 from rlhf.starter.conversations import starter_pairs
-from rlhf.starter.tasks import TASKS, starter_task
+from rlhf.starter.tasks import TASKS, Row, starter_task
 
 # (statement, question) with {name} and {thing}; the thing is the answer
 FACTS = {
@@ -45,7 +45,7 @@ MIN_WORDS = 5
 
 
 def finetuning_names() -> list[str]:
-    """What `--dataset_config` can be."""
+    """The values of `--dataset_config`."""
     return [name for name, task in TASKS.items() if task.label_names] + ["tags", "spans"]
 
 
@@ -71,8 +71,8 @@ def finetuning_dataset(config: str | None, max_train: int = 1000, max_test: int 
     return DatasetDict(splits)
 
 
-def _tagged(messages: list[str]) -> Any:
-    """`tokens`, lower-case words, and `tags`: CAPITAL or O. Messages without any case are left out."""
+def _tagged(messages: list[str]) -> Iterator[Row]:
+    """Rows of `tokens`, lower-case words, and `tags`: CAPITAL or O. Messages without any case are left out."""
     for message in messages:
         words = re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)?", message)
         tags = ["CAPITAL" if word[0].isupper() else "O" for word in words]
@@ -85,8 +85,8 @@ def _half(words: list[str], split: str) -> list[str]:
     return words[:middle] if split == "train" else words[middle:]
 
 
-def _spans(messages: list[str], rng: random.Random, split: str) -> Any:
-    """`context`, `question` and `answers` as in SQuAD: four facts in any order, each behind a real sentence."""
+def _spans(messages: list[str], rng: random.Random, split: str) -> Iterator[Row]:
+    """Rows of `context`, `question` and `answers` as in SQuAD: four facts in random order, each behind a sentence."""
     for message in messages:
         sentences = re.split(r"(?<=[.!?])\s+", message)
         kinds, names = rng.sample(sorted(FACTS), 2), rng.sample(_half(NAMES, split), 2)

@@ -48,11 +48,11 @@ PROBLEM_KINDS = (
 def starter_problems(config: str | None = None) -> DatasetDict:
     """Word problems of two steps, as rows {`prompt`, `answer`, `solution`} with splits `train` and `test`.
 
-    Kinds take turns, so the first rows show one of each. A kind's numbers occur in one split only: what is held out
-    can't be answered from memory.
+    Kinds take turns, so the first rows show one of each. A kind's numbers occur in one split only, so no test answer
+    can be memorized.
 
     Args:
-        config: `small` (the default: what a laptop trains on in minutes) or `full`.
+        config: `small` (the default; a laptop trains on it in minutes) or `full`.
 
     Raises:
         InputError: if `config` is unknown.

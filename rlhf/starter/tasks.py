@@ -277,13 +277,13 @@ CLUSTERS: dict[str, tuple[str, ...]] = {
 }
 
 
-KEPT_OUT = 400  # test rows that training leaves alone, however few are asked for
+KEPT_OUT = 400  # test rows whose inputs training never contains, also if fewer test rows are asked for
 
 
 def _balanced(rows: Iterator[Row], name: str, count: int, seen: set[str]) -> list[Row]:
-    """The first `count` rows with equally many of each label, fewer if there aren't so many; their inputs join `seen`.
+    """The first `count` rows with equally many of each label; fewer if there aren't enough.
 
-    A row whose inputs are in `seen` already is passed over.
+    Rows whose inputs are in `seen` are skipped; the inputs of the chosen rows are added to it.
 
     Raises:
         InputError: if `count` is below the number of labels.
@@ -316,8 +316,8 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
 
     Args:
         name: one of `TASKS`.
-        max_train, max_test: rows per split; a multiple of the number of labels is given, at most this.
-        seed: of what is drawn, such as numbers, wrong options and the order of the rows.
+        max_train, max_test: most rows per split; their number is a multiple of the number of labels.
+        seed: of numbers, wrong options and the order of the rows.
 
     Returns:
         columns: the task's inputs (strings), `choices` (list of strings), `label` (int64, index of the right choice; a
@@ -336,7 +336,7 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
     for split, part, count in (("test", "held_out", max_test), ("train", "sft", max_train)):
         rng = random.Random(f"{seed} {name} {split}")
         rows = _balanced(task.make(starter_pairs(part), rng), name, count, seen)
-        if split == "test":  # what another call with more test rows would ask is kept out of training, too
+        if split == "test":  # the test rows of a call with a larger max_test are kept out of training, too
             _balanced(task.make(starter_pairs(part), random.Random(f"{seed} {name} {split}")), name, KEPT_OUT, seen)
         rng.shuffle(rows)
         splits[split] = Dataset.from_list(rows, features=features)

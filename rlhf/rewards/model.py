@@ -1,0 +1,97 @@
+"""A trained reward model as a reward function."""
+
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.comparisons import Prompt, as_message
+from rlhf.data.encoding import encode_messages, encode_text_with_end
+from rlhf.models.adapters import active_adapter, trunk
+from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
+from rlhf.models.sources import usable_context
+from rlhf.rewards.calling import Completion, completion_text
+
+
+class RewardModel:
+    """A trained reward model as a reward function, with its own tokenizer and chat template.
+
+    It scores texts, so the policy's tokenizer doesn't matter. A completion is scored as a finished reply, without the
+    tokens behind the stop token. If prompt and reply exceed the model's context, the beginning of the prompt is cut
+    off; that is printed once.
+
+    Args:
+        model: a sequence classifier with one output. Or the policy, together with `adapter` and `head`: the reward
+            model is then an adapter and a head over the policy's own base, and no second base is in memory.
+        adapter: the name of the policy's adapter that scores.
+        head: from the last hidden state (…, d) to the score (…, 1).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 32,
+        name: str = "reward_model",
+        adapter: str | None = None,
+        head: nn.Linear | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size, self.__name__ = model, tokenizer, batch_size, name
+        self.adapter, self.head = adapter, head
+        self.longest, self._cut_something = usable_context(model.config), False
+        if adapter is None:
+            model.eval().requires_grad_(False)
+
+    def encode(self, prompt: Prompt, completion: str) -> list[int]:
+        """Token ids of a prompt and a completion, ending with the token at which the score is read."""
+        if isinstance(prompt, str):
+            ids = encode_text_with_end(self.tokenizer, prompt + completion)
+        else:
+            ids = encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])
+        if self.longest is None or len(ids) <= self.longest:
+            return ids
+        if not self._cut_something:
+            print(f"{self.__name__}: {len(ids)} tokens of prompt and reply are more than the reward model's context of "
+                  f"{self.longest}: it sees the end of such prompts only.")  # fmt: skip
+            self._cut_something = True
+        return [ids[0], *ids[len(ids) - self.longest + 1 :]]  # the first token is where an encoder reads its score
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: object) -> list[float]:
+        """One score per completion."""
+        texts = [completion_text(completion) for completion in completions]
+        rows = [self.encode(*pair) for pair in zip(prompts, texts, strict=True)]
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        scores = [0.0] * len(rows)
+        side = "left" if self._reads_the_last_token() else "right"
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad(
+                {"input_ids": [rows[number] for number in numbers]}, padding_side=side, return_tensors="pt"
+            ).to(self.model.device)
+            for number, score in zip(numbers, self._scores(**batch).tolist(), strict=True):
+                scores[number] = score
+        return scores
+
+    def _reads_the_last_token(self) -> bool:
+        """Whether the score is read at the last token, as decoders do. An encoder pools in its own way."""
+        classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.head is not None or hasattr(classifier, "score")
+
+    def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: object) -> torch.Tensor:
+        """Scores (B,) float32."""
+        self.model.eval()
+        if not self._reads_the_last_token():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()[:, 0]
+        body = trunk(self.model)
+        # the id of a pad token may lie outside of the embeddings; masked positions can have any id
+        ids = input_ids.masked_fill(attention_mask == 0, 0)
+        with nullcontext() if self.adapter is None else active_adapter(self.model, self.adapter):
+            output = forward_sharing_prefix(body, body.config, rows_of_prompts(ids, attention_mask)).output
+        hidden = output[0][:, -1]
+        if self.head is None:
+            classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            return classifier.score(hidden).float()[:, 0]
+        return self.head.to(hidden.device)(hidden.float())[:, 0]

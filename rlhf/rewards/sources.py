@@ -1,0 +1,148 @@
+"""Finding rewards by name: the starter's scorer, reward models, and functions by import path."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+from trl import ModelConfig
+
+from rlhf.comparisons import Prompt
+from rlhf.errors import InputError
+from rlhf.models.adapters import REWARD, add_frozen_adapter, fits_beside
+from rlhf.models.loading import load_reward_model, place
+from rlhf.models.sources import Source, resolve
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.calling import Completion, RewardFunction, completion_text
+from rlhf.rewards.model import RewardModel
+from rlhf.starter.labeler import gold_scores
+from rlhf.starter.model import STARTER
+
+
+def starter_reward(prompts: list[Prompt], completions: list[Completion], **columns: object) -> list[float]:
+    """The starter's scorer as a reward function: VADER sentiment in [-1, 1]."""
+    return gold_scores([completion_text(completion) for completion in completions])
+
+
+class RewardSource(NamedTuple):
+    """Where a reward comes from: a reward model, or a function."""
+
+    name: str  # as the user gave it
+    model: Source | None
+    function: RewardFunction | None
+
+
+def resolve_reward(
+    name: str, flag: str = "--reward_model_path", *, allow_functions: bool = False, base: str | None = None
+) -> RewardSource:
+    """Find a reward by name, before any model is loaded.
+
+    Args:
+        name: `starter`, or a reward model (folder or Hub id).
+        flag: the flag that gave the name, for error messages.
+        allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
+        base: the policy's base model, which a reward adapter has to share.
+
+    Raises:
+        InputError: if there is no such function, or the model is a language model or an adapter of another base.
+    """
+    if name == STARTER:
+        return RewardSource(name, None, starter_reward)
+    is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
+    if allow_functions and is_import_path:
+        return RewardSource(name, None, _imported(name, flag))
+    return RewardSource(name, _resolve_reward_model(name, flag, base), None)
+
+
+class RewardFlags(Protocol):
+    """The flags that name rewards, of PPOConfig, RLOOConfig and eval/overoptimization.py."""
+
+    reward_model_path: str | None
+    reward_funcs: list[str] | None
+    reward_weights: list[float] | None
+
+
+def resolve_rewards(args: RewardFlags, base: str | None = None) -> list[RewardSource]:
+    """The rewards that the flags name; the starter's scorer if they name none.
+
+    Raises:
+        InputError: see `resolve_reward`; or if `reward_weights` are not as many as rewards.
+    """
+    rewards = [resolve_reward(args.reward_model_path, base=base)] if args.reward_model_path else []
+    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base)
+    rewards = rewards or [resolve_reward(STARTER)]
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+        names = [reward.name for reward in rewards]
+        raise InputError(f"--reward_weights: {len(args.reward_weights)} weights for the rewards {names}.")
+    return rewards
+
+
+def resolve_reward_functions(names: list[str] | None, flag: str, base: str | None = None) -> list[RewardSource]:
+    """The rewards of a flag that takes functions as well as models; see `resolve_reward`."""
+    return [resolve_reward(name, flag, allow_functions=True, base=base) for name in names or []]
+
+
+def _imported(name: str, flag: str) -> RewardFunction:
+    module_name, _, function_name = name.rpartition(".")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # find the user's own file in the current folder, as `python -m` does
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"{flag} {name}: can't import {module_name} ({error}).") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"{flag} {name}: {module_name} has no function {function_name!r}.")
+    return function
+
+
+def _resolve_reward_model(name: str, flag: str, base: str | None) -> Source:
+    source = resolve(name, flag)
+    if source.peft_config is None:
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+        architecture = (config.architectures or ["none"])[0]
+        if "SequenceClassification" not in architecture or config.num_labels != 1:
+            raise InputError(
+                f"{flag} {name}: a reward model is a sequence classifier with one output; found "
+                f"{architecture} with {config.num_labels}. Train one with recipes/reward.py."
+            )
+        return source
+    if not source.is_reward_adapter:
+        raise InputError(
+            f"{flag} {name}: a reward adapter has task type SEQ_CLS; found "
+            f"{source.peft_config.task_type}. Train one with recipes/reward.py."
+        )
+    if base is not None and source.base != base:
+        raise InputError(
+            f"{flag} {name}: this adapter belongs to the base {source.base}, the policy to {base}. Train "
+            "a reward adapter on the policy's base, or merge this one into a full model (merge_and_unload)."
+        )
+    return source
+
+
+def load_reward(
+    source: RewardSource,
+    model_args: ModelConfig,
+    *,
+    policy: PreTrainedModel | PeftModel | None = None,
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
+) -> RewardFunction:
+    """The reward function that `resolve_reward` found.
+
+    Args:
+        policy: a PeftModel. The first reward adapter over the same base is put beside the policy's own adapter, so
+            that no second base is in memory.
+    """
+    if source.model is None:
+        assert source.function is not None
+        return source.function
+    tokenizer = load_tokenizer(source.model, trust_remote_code=trust_remote_code)
+    if isinstance(policy, PeftModel) and fits_beside(policy, source.model, REWARD):
+        head = add_frozen_adapter(policy, source.model, REWARD)
+        return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
+    model = load_reward_model(source.model, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code)
+    return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
