@@ -7,41 +7,47 @@
 
 Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}) and
 samples.jsonl. One reply per model and prompt, by pure sampling at --temperature. `best_of_<n>` is, for each prompt, the
-reply of the reference model that the reward model likes best of n. Intervals are bootstrapped over prompts (distinct-2:
-over groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
+best of n replies of the reference model by the reward model. Intervals are bootstrapped over prompts (distinct-2: over
+groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
 
---judges say whose reply is better than the reference's, not knowing which is which: `gold` (the starter's hidden
-score), `reward` (--reward_funcs: best a reward model that was not trained against; without it --reward_model_path),
-`judge` (a model that goes by --principle), `human` (opens the voting page; the same command goes on after Ctrl-C).
+--judges compare each model's reply with the reference's, not knowing which is which: `gold` (the starter's hidden
+score), `reward` (--reward_funcs, preferably a reward model that no model was trained on; else --reward_model_path),
+`judge` (a model that follows --principle), `human` (opens the voting page; after Ctrl-C the same command continues).
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from eval.measuring.comparison import ComparedModels, compare, differences_of
+from eval.measuring.comparison import ComparedModels, ComparisonPlan, compare, differences_of
 from eval.measuring.judges import make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
+from eval.stats.intervals import Interval, JsonObject
 from rlhf.comparisons import Labeler
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.feedback.labelers import LabelerSettings
-from rlhf.models.sources import context_length, named_models, refuse_single_model, resolve
+from rlhf.models.generation import Sampling
+from rlhf.models.sources import Source, context_length, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
-from rlhf.run.arguments import parse
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
@@ -54,13 +60,13 @@ class CompareArguments:
     models: list[str] = field(
         default_factory=list, metadata={"help": "name=model pairs; a model is an id or a folder."}
     )
-    reference: str = field(default="sft", metadata={"help": "Name of the model for win rates, KL and best-of-n."})
+    reference: str = field(default="sft", metadata={"help": "Name of the model that others are compared with."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Reward model for its score and best-of-n."})
     judges: list[str] | None = field(
         default=None,
         metadata={"help": "Who judges: gold, reward, judge, human. Default: gold for the starter, else reward."},
     )
-    best_of_n: int = field(default=4, metadata={"help": "Replies of the reference to choose from; below 2: none."})
+    best_of_n: int = field(default=4, metadata={"help": "Replies per prompt to choose from; below 2: no best-of-n."})
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder for results.json, samples.jsonl."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
@@ -69,10 +75,48 @@ class CompareArguments:
     max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
 
 
+def compared_models(arguments: CompareArguments) -> dict[str, str]:
+    """The models of --models by name, the reference among them."""
+    pairs = dict(named_models(arguments.models))
+    if arguments.reference not in pairs:
+        raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(pairs)}.")
+    return pairs
+
+
+def rows_for_all(
+    test: Dataset,
+    dataset: str,
+    models: dict[str, Source],
+    reference: PreTrainedTokenizerBase,
+    arguments: CompareArguments,
+) -> Dataset:
+    """The test rows as prompts.
+
+    Args:
+        reference: the reference's tokenizer.
+
+    Raises:
+        InputError: if a model has another tokenizer, or a prompt and its reply don't fit into a model's context.
+    """
+    for name, source in models.items():
+        tokenizer = load_tokenizer(source)
+        if tokenizer.get_vocab() != reference.get_vocab():
+            raise InputError(
+                f"--models {name}=...: its tokenizer differs from that of {arguments.reference!r}, so neither KL nor "
+                "perplexity could be compared. Compare models of one family."
+            )
+        rows = prompt_rows(test, dataset, tokenizer, arguments.max_new_tokens, context_length(source))
+    return rows
+
+
 def judges_of(
-    arguments: CompareArguments, settings: LabelerSettings, dataset: str, model_args: ModelConfig, tokenizer: Any
+    arguments: CompareArguments,
+    settings: LabelerSettings,
+    dataset: str,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Labeler]:
-    """The judges of --judges, or those that go without saying."""
+    """The judges that --judges names, else the default ones."""
     names = arguments.judges
     if names is None:
         names = ["gold"] if dataset == STARTER else ["reward"] if arguments.reward_model_path else []
@@ -85,7 +129,7 @@ def judges_of(
     return make_judges(names, settings, model_args, tokenizer, arguments.output_dir, arguments.seed)
 
 
-def print_comparison(results: dict[str, Any], comparison: ComparedModels, reference: str) -> None:
+def print_comparison(results: JsonObject, comparison: ComparedModels, reference: str) -> None:
     """The table of metrics, and five prompts with every model's reply."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     names, rows = table_rows(results)
@@ -107,44 +151,18 @@ def print_comparison(results: dict[str, Any], comparison: ComparedModels, refere
     console.print(samples)
 
 
-def main() -> None:
-    script_args, arguments, settings, model_args = parse(
-        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
-    )
-    need_one_process(__file__)
-    need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
-    refuse_single_model(model_args)
-    paths = dict(named_models(arguments.models))
-    if arguments.reference not in paths:
-        raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(paths)}.")
-    models = {name: resolve(path, f"--models {name}=") for name, path in paths.items()}
-    reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
-    _, test = load_splits(script_args, "held_out")
-    test = test.select(range(min(len(test), arguments.max_prompts)))
-    tokenizers = {name: load_tokenizer(source) for name, source in models.items()}
-    for name, source in models.items():
-        if tokenizers[name].get_vocab() != tokenizers[arguments.reference].get_vocab():
-            raise InputError(
-                f"--models {name}=...: its tokenizer differs from that of {arguments.reference!r}, so neither KL nor "
-                "perplexity could be compared. Compare models of one family."
-            )
-        rows = prompt_rows(
-            test, script_args.dataset_name, tokenizers[name], arguments.max_new_tokens, context_length(source)
-        )
-    judges = judges_of(arguments, settings, script_args.dataset_name, model_args, tokenizers[arguments.reference])
-    if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, model_args):
-        return
+def results_of_comparison(comparison: ComparedModels, arguments: CompareArguments) -> JsonObject:
+    """The content of results.json."""
 
-    comparison = compare(models, rows, script_args.dataset_name, reward, judges, model_args, arguments)
-    commands, seeds = history_of([*paths.values(), arguments.reward_model_path or ""])
-    results = {
-        "models": {
-            name: {
-                metric: {key: result[key] for key in ("mean", "low", "high", "n")} for metric, result in metrics.items()
-            }
-            for name, metrics in comparison.metrics.items()
-        },
-        "differences": differences_of(comparison.metrics, arguments.seed),
+    def to_json(cells_by_name: dict[str, dict[str, Interval]]) -> JsonObject:
+        return {
+            name: {metric: cell.to_json() for metric, cell in cells.items()} for name, cells in cells_by_name.items()
+        }
+
+    commands, seeds = history_of([*compared_models(arguments).values(), arguments.reward_model_path or ""])
+    return {
+        "models": to_json(comparison.metrics),
+        "differences": to_json(differences_of(comparison.metrics, arguments.seed)),
         "reference": arguments.reference,
         "reward_model": comparison.reward_accuracy,
         "commands": commands,
@@ -153,8 +171,42 @@ def main() -> None:
             name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
         },
     }
+
+
+def main() -> None:
+    script_args, arguments, settings, model_args = parse(
+        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
+    )
+    need_one_process(__file__)
+    need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
+    refuse_single_model(model_args)
+    models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
+    reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
+    _, test = load_splits(script_args, "held_out")
+    test = test.select(range(min(len(test), arguments.max_prompts)))
+    tokenizer = load_tokenizer(models[arguments.reference])
+    rows = rows_for_all(test, script_args.dataset_name, models, tokenizer, arguments)
+    judges = judges_of(arguments, settings, script_args.dataset_name, model_args, tokenizer)
+    if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, model_args):
+        return
+
     folder = Path(arguments.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
+    )
+    plan = ComparisonPlan(
+        sources=models,
+        reference=arguments.reference,
+        rows=rows,
+        has_gold=script_args.dataset_name == STARTER,
+        sampling=sampling,
+        best_of_n=arguments.best_of_n,
+        model_args=model_args,
+        folder=folder,
+    )
+    comparison = compare(plan, reward, judges)
+    results = results_of_comparison(comparison, arguments)
+    write_json(folder / "results.json", results)
     write_jsonl(
         folder / "samples.jsonl",
         [

@@ -4,17 +4,22 @@
     accelerate launch eval/compression.py --models mine=outputs/pretrain starter=starter --max_texts 400 \
         --output_dir outputs/compression
 
-A model that gives a text the probability p can be made to store it in -log2(p) bits, so prediction and compression are
-one thing, and tokenizers don't matter. Every byte is paid for: the first token of a text, and its end, too. `xz` is
-`xz -9` on all the texts in one file; `xz_primed` counts by how much the compressed training text grows when they are
-behind it; `3-gram` is an interpolated Kneser-Ney model of the training text over the tokens of the first of --models.
+A model that gives a text the probability p can store it in -log2(p) bits, so prediction and compression are one thing,
+and tokenizers don't matter. Every byte counts, also the first token of a text and its end. `xz` is `xz -9` on all the
+texts in one file; `xz_primed` is by how many bytes the compressed training text grows when they follow it; `3-gram` is
+an interpolated Kneser-Ney model of the training text over the tokens of the first of --models.
 Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,20 +28,19 @@ from trl import ModelConfig
 
 from eval.drawing.figures import compression_figure, save_figure
 from eval.measuring.bits import bits_per_byte, in_groups, ngram_bits, xz_bits
-from eval.measuring.replies import loaded_model
+from eval.measuring.replies import use_model
 from eval.report import write_report
-from eval.stats.intervals import difference, interval
+from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 
-GROUPS = 50  # of texts, over which the intervals of xz are bootstrapped: what it writes is known at a few places only
+GROUPS = 50  # groups of texts over which xz is bootstrapped: its output's size is known behind each group only
 
 
 @dataclass
@@ -52,27 +56,28 @@ class CompressionArguments:
     output_dir: str = field(default="outputs/compression", metadata={"help": "Folder for results.json."})
 
 
-# ---------------------------------------------------------------------------------------------- what it is held against
-
-
-def by_groups(cell: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A result of `interval` over texts, over groups of texts."""
-    values, weights = ([sum(group) for group in in_groups(cell[key], groups)] for key in ("values", "weights"))
+def by_groups(cell: Interval, groups: int) -> Interval:
+    """A mean over texts, bootstrapped over groups of texts."""
+    assert cell.sample is not None
+    columns = (cell.sample.values, cell.sample.weights)
+    values, weights = ([sum(group) for group in in_groups(column, groups)] for column in columns)
     return interval(values, weights)
 
 
-def measure(
-    sources: dict[str, Any], train: list[str], texts: list[str], args: CompressionArguments, model_args: ModelConfig
-) -> dict[str, dict[str, Any]]:
-    """Bits per byte of everything, results of `interval`."""
+def measure_compression(
+    sources: dict[str, Source], train: list[str], texts: list[str], args: CompressionArguments, model_args: ModelConfig
+) -> dict[str, Interval]:
+    """Bits per byte of every model, the n-gram model and xz."""
     sizes = [float(len(text.encode())) for text in texts]
     # first, since an order may be too large for the vocabulary
     bits, _ = ngram_bits(load_tokenizer(next(iter(sources.values()))), train, texts, args.ngram_order)
     cells = {}
     for name, source in sources.items():
         window = min(args.max_length, context_length(source) or args.max_length)
-        with loaded_model(source, model_args) as (model, tokenizer):
-            cells[name] = bits_per_byte(model, tokenizer, texts, window, args.per_device_eval_batch_size)
+        text_bits = functools.partial(
+            bits_per_byte, texts=texts, max_length=window, batch_size=args.per_device_eval_batch_size
+        )
+        cells[name] = use_model(source, model_args, text_bits)
     cells[f"{args.ngram_order}-gram"] = interval(bits, sizes)
     in_bytes = [sum(group) for group in in_groups(sizes, GROUPS)]
     cells["xz_primed"] = interval(xz_bits(texts, train, GROUPS), in_bytes)
@@ -81,29 +86,27 @@ def measure(
 
 
 def refuse_look_ahead(name: str, source: Source) -> None:
-    """Raise InputError if the model is not one that predicts each token from those before."""
+    """Raise InputError unless the model predicts each token from those before it."""
     config = AutoConfig.from_pretrained(source.base, revision=source.revision)
     if not is_decoder(config) and not getattr(config, "is_decoder", False):
         raise InputError(
-            f"--models {name}={source.name}: a {config.model_type} sees the whole text, so it gives no probability to "
-            "turn into bits. Give causal language models."
+            f"--models {name}={source.name}: a {config.model_type} sees the whole text, so it gives no probability of "
+            "the text. Give causal language models."
         )
 
 
-def differences(cells: dict[str, dict[str, Any]], models: list[str]) -> dict[str, Any]:
-    """Each model less everything else, resampled together, `<model>_minus_<other>`."""
-    found = {}
+def differences_to_others(cells: dict[str, Interval], models: list[str]) -> dict[str, Interval]:
+    """Paired differences of each model to everything else, `<model>_minus_<other>`."""
+    differences = {}
     for name in models:
-        for other in cells:
+        for other, cell in cells.items():
             if other != name:
-                first, second = cells[name], cells[other]
-                if second["n"] != first["n"]:
-                    first = by_groups(first, GROUPS)
-                found[f"{name}_minus_{other}"] = difference(first, second)
-    return found
+                own = cells[name] if cells[name].n == cell.n else by_groups(cells[name], GROUPS)
+                differences[f"{name}_minus_{other}"] = own.minus(cell)
+    return differences
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(results: JsonObject) -> None:
     """Bits per byte, and the first model's less the others'."""
     first = next(iter(results["bits_per_byte"]))
     table = Table(title=f"Bits per byte of {results['texts']} held-out texts ({results['bytes']:,} bytes)")
@@ -111,13 +114,8 @@ def print_table(results: dict[str, Any]) -> None:
         table.add_column(heading)
     for name, cell in results["bits_per_byte"].items():
         less = results["differences"].get(f"{first}_minus_{name}")
-        table.add_row(name, shown(cell, ".3f"), shown(less, "+.3f") if less else "")
+        table.add_row(name, f"{Interval.from_json(cell):.3f}", f"{Interval.from_json(less):+.3f}" if less else "")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-
-
-def shown(cell: dict[str, Any], style: str) -> str:
-    """`mean [low, high]`."""
-    return f"{cell['mean']:{style}} [{cell['low']:{style}}, {cell['high']:{style}}]"
 
 
 def main() -> None:
@@ -125,7 +123,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
-    sources = {name: resolve(path, f"--models {name}=") for name, path in named_models(args.models)}
+    sources = {name: resolve(path, "--models") for name, path in named_models(args.models)}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")
@@ -134,11 +132,11 @@ def main() -> None:
     if not start_run(__file__, args.output_dir, script_args, args, model_args):
         return
 
-    cells = measure(sources, train, test, args, model_args)
-    keep = ("mean", "low", "high", "n")
+    cells = measure_compression(sources, train, test, args, model_args)
+    differences = differences_to_others(cells, list(sources))
     results = {
-        "bits_per_byte": {name: {key: cell[key] for key in keep} for name, cell in cells.items()},
-        "differences": differences(cells, list(sources)),
+        "bits_per_byte": {name: cell.to_json() for name, cell in cells.items()},
+        "differences": {name: cell.to_json() for name, cell in differences.items()},
         "texts": len(test),
         "bytes": sum(len(text.encode()) for text in test),
         "training_bytes": sum(len(text.encode()) for text in train),
@@ -147,7 +145,7 @@ def main() -> None:
     write_json(folder / "results.json", results)
     save_figure(compression_figure(results), folder / "compression.png")
     print_table(results)
-    finish_run(args.output_dir, {f"bits_per_byte/{name}": cell["mean"] for name, cell in cells.items()})
+    finish_run(args.output_dir, {f"bits_per_byte/{name}": cell.mean for name, cell in cells.items()})
     print(f"Report: {write_report(args.output_dir)}")
 
 

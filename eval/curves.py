@@ -4,23 +4,26 @@
     accelerate launch eval/curves.py --models ppo=outputs/ppo ppo=outputs/ppo-1 rloo=outputs/rloo rloo=outputs/rloo-1
 
 A name given more than once is one method with several seeds: thin lines are runs, the thick one is their mean. The runs
-have to start from the same model, on the same data and reward, else they could not be compared. Writes curves.json and
-curves.png.
+must start from the same model and have the same data and reward. Writes curves.json and curves.png.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="no finished run of recipes/ppo.py or recipes/rloo.py.")
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from eval.report import read_log, write_report
+from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 
-# what each recipe calls the raw reward; all of them log `episode` and `objective/kl`, in nats per completion
+# the name of the raw reward in each recipe's log; all of them log `episode` and `objective/kl`, in nats per completion
 REWARDS = {"ppo": "objective/raw_scores", "rloo": "reward"}
 SAME = ("model_name_or_path", "dataset_name", "dataset_config", "reward_model_path", "reward_funcs", "reward_weights")
 
@@ -33,14 +36,14 @@ class CurvesArguments:
     output_dir: str = field(default="outputs/curves", metadata={"help": "Folder for curves.json and curves.png."})
 
 
-def read_curves(models: list[str]) -> list[dict[str, Any]]:
+def read_curves(models: list[str]) -> list[JsonObject]:
     """The curves of runs: `name`, `folder`, and `points`, a list of {episode, reward, kl}.
 
     Args:
         models: `name=folder` pairs.
 
     Raises:
-        InputError: if a folder is no finished run of PPO or RLOO, or the runs differ in what has to be the same.
+        InputError: if a folder has no finished run of PPO or RLOO, or the runs differ in model, data or reward.
     """
     curves, first = [], None
     for name, path in named_models(models, repeated=True):

@@ -9,8 +9,8 @@ Needs `pip install -e '.[eval]'`. Without arguments it reads recipes/configs/in_
 starter's tasks. --tasks takes their names, `starter` for all of them, names that lm-eval knows (their data comes from
 the Hub) and YAML files in its format. Answers are ranked by log-likelihood (FLAN's rank classification).
 
-For zero-shot accuracy before and after instruction tuning, run the untuned model first, then the tuned one with it as
-the --baseline_dir; prompts are worded with all templates, in the form that the model was tuned on:
+For zero-shot accuracy before and after instruction tuning, run the untuned model first, then the tuned one with the
+first run as --baseline_dir. Prompts are then written with all templates, in the form that the model was tuned on:
 
     accelerate launch eval/in_context.py --tasks reverse_words upper_case replace_word --num_fewshot 0 \
         --num_templates 10 --include_options true --apply_chat_template true --output_dir outputs/before
@@ -18,29 +18,33 @@ the --baseline_dir; prompts are worded with all templates, in the form that the 
 
 Writes results.json (`tasks.<task>.<number of examples>`, `clusters`, `differences` between most and no examples, and
 `against_baseline`, each {mean, low, high, n}), every answer in answers-<number of examples>.jsonl, in_context.png and
-report.html. Intervals are 95% bootstrap intervals over test rows, and differences are paired. They don't cover which
-examples are drawn: ten test rows in a row share theirs. The same command goes on after an interruption.
+report.html. Intervals are 95% bootstrap intervals over test rows, and differences are paired. They don't cover the
+choice of examples, which ten test rows in a row share. After an interruption the same command continues.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
-import json
+import functools
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
+from eval.stats.intervals import Interval, JsonObject
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -58,7 +62,7 @@ class InContextArguments:
     output_dir: str = field(default="outputs/in-context", metadata={"help": "Folder for results.json and answers."})
     num_fewshot: list[int] = field(default_factory=lambda: [0, 1, 4, 8], metadata={"help": "Numbers of examples."})
     limit: int = field(default=100, metadata={"help": "Test rows per task, at most."})
-    num_templates: int = field(default=1, metadata={"help": "The first so many templates of a task, taken in turn."})
+    num_templates: int = field(default=1, metadata={"help": "How many of a task's templates are used, in turn."})
     apply_chat_template: bool = field(default=False, metadata={"help": "Prompts and examples as turns of a chat."})
     baseline_dir: str | None = field(
         default=None, metadata={"help": "Finished run of another model on the same rows: adds paired differences."}
@@ -68,54 +72,54 @@ class InContextArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
-def print_accuracies(results: dict[str, Any]) -> None:
-    """Accuracy by number of examples, whether they help, and how a baseline did."""
+def print_accuracies(results: JsonObject) -> None:
+    """Print accuracy by number of examples, whether examples help, and differences to a baseline."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     numbers = [str(number) for number in results["num_fewshot"]]
-    table = Table(title="Accuracy by number of examples; means with 95% intervals")
-    gains = results["differences"]
-    for heading in (
-        "task",
-        "chance",
-        *numbers,
-        *((f"{numbers[-1]} − {numbers[0]}", "examples help?") if gains else ()),
-    ):
-        table.add_column(heading)
+    gains = {task: Interval.from_json(gain) for task, gain in results["differences"].items()}
+    more = (f"{numbers[-1]} − {numbers[0]}", "examples help?") if gains else ()
+    table = Table("task", "chance", *numbers, *more, title="Accuracy by number of examples; means with 95% intervals")
     for task, cells in results["tasks"].items():
         chance = results["chance"].get(task)
         table.add_row(
-            task, "" if chance is None else f"{chance:.0%}", *(shown(cells[number]) for number in numbers),
-            *((shown(gains[task]), verdict(gains[task])) if gains else ()),
+            task, "" if chance is None else f"{chance:.0%}",
+            *(f"{Interval.from_json(cells[number]):.1%}" for number in numbers),
+            *((f"{gains[task]:.1%}", verdict(gains[task])) if gains else ()),
         )  # fmt: skip
     console.print(table)
     if gains:
-        verdicts = [verdict(gain) for gain in gains.values()]
+        better = [gain for gain in gains.values() if gain.mean > 0]
+        worse = [gain for gain in gains.values() if gain.mean < 0]
         print(
-            f"{numbers[-1]} examples beat {numbers[0]} on {sum(v.startswith('yes') for v in verdicts)} of "
-            f"{len(verdicts)} tasks (beyond doubt on {verdicts.count('yes')}); they are worse on "
-            f"{sum(v.startswith('no') for v in verdicts)} (beyond doubt on {verdicts.count('no')})."
+            f"{numbers[-1]} examples beat {numbers[0]} on {len(better)} of {len(gains)} tasks (significantly on "
+            f"{sum(gain.excludes_zero for gain in better)}); they are worse on {len(worse)} (significantly on "
+            f"{sum(gain.excludes_zero for gain in worse)}). Significantly: the 95% interval excludes 0."
         )
     for kind, rows in results.get("against_baseline", {}).items():
         for name, cells in rows.items():
             for number, gain in cells.items():
-                print(f"{kind} {name}, {number} examples: {shown(gain)} against {results['baseline']}")
+                difference = f"{Interval.from_json(gain):.1%}"
+                print(f"{kind} {name}, {number} examples: {difference} against {results['baseline']}")
 
 
-def shown(cell: dict[str, Any]) -> str:
-    return f"{cell['mean']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]"
+def verdict(gain: Interval) -> str:
+    """Whether examples help.
 
-
-def verdict(gain: dict[str, Any]) -> str:
-    """`yes` and `no` where the interval excludes 0."""
-    if gain["mean"] == 0:
+    >>> verdict(Interval(0.2, 0.1, 0.3)), verdict(Interval(-0.1, -0.3, 0.1))
+    ('yes', 'no, not significant')
+    """
+    if gain.mean == 0:
         return "equal"
-    word, sure = ("yes", gain["low"] > 0) if gain["mean"] > 0 else ("no", gain["high"] < 0)
-    return word if sure else f"{word}, within doubt"
+    word = "yes" if gain.mean > 0 else "no"
+    return word if gain.excludes_zero else f"{word}, not significant"
 
 
-def check(args: InContextArguments) -> None:
-    """Refuse numbers that can't be, and say how to install lm-eval if it isn't there."""
-    args.num_fewshot = sorted(set(args.num_fewshot))
+def check_in_context(args: InContextArguments) -> None:
+    """Refuse impossible numbers, and say how to install lm-eval if it is missing.
+
+    Args:
+        args: its `num_fewshot` is in order.
+    """
     if not args.num_fewshot or args.num_fewshot[0] < 0 or args.num_fewshot[-1] > POOL:
         raise InputError(f"--num_fewshot {args.num_fewshot}: give numbers from 0 to {POOL}.")
     need_at_least(args, limit=1, num_templates=1, per_device_eval_batch_size=1)
@@ -125,21 +129,20 @@ def check(args: InContextArguments) -> None:
         raise InputError("eval/in_context.py needs lm-eval. Install it with: pip install -e '.[eval]'") from None
 
 
-def is_ours(task: str) -> bool:
+def is_starter_task(task: str) -> bool:
     return task in {STARTER, *TASKS}
 
 
-def questions(
+def word_questions(
     script_args: ScriptArguments, task_args: TaskArguments, args: InContextArguments
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The worded rows, `train` and `test`, of the starter's tasks and the user's own, by task.
+) -> dict[str, dict[str, list[JsonObject]]]:
+    """The rows as prompts, `train` and `test`, of the starter's tasks and the user's own, by task.
 
     Raises:
         InputError: if a task has fewer training rows than examples are asked for.
     """
     if task_args.tasks == [] and script_args.dataset_name in (None, STARTER):
         return {}
-    wording: dict[str, Any] = {"num_templates": args.num_templates, "include_options": task_args.include_options}
     tasks = load_tasks(script_args, task_args, POOL, args.limit, args.seed)
     for task in tasks:
         if len(task.train) < args.num_fewshot[-1]:
@@ -147,13 +150,10 @@ def questions(
                 f"--num_fewshot {args.num_fewshot[-1]}: task {task.name!r} has {len(task.train)} training rows to draw "
                 "examples from. Give at most as many."
             )
-    return {
-        task.name: {
-            "train": word_instructions(task, task.train, **wording),
-            "test": word_instructions(task, task.test, **wording),
-        }
-        for task in tasks
-    }
+    word = functools.partial(
+        word_instructions, num_templates=args.num_templates, include_options=task_args.include_options
+    )
+    return {task.name: {"train": word(task, task.train), "test": word(task, task.test)} for task in tasks}
 
 
 def main() -> None:
@@ -161,14 +161,15 @@ def main() -> None:
         __file__, ScriptArguments, TaskArguments, InContextArguments, ModelConfig
     )
     need_one_process(__file__)
-    check(args)
+    args.num_fewshot = sorted(set(args.num_fewshot))
+    check_in_context(args)
     from eval.measuring import harness  # takes seconds, so mistakes above answer first
 
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
     names = task_args.tasks
-    others = harness.find_tasks([name for name in names or [] if not is_ours(name)])
-    ours = None if names is None else [name for name in names if is_ours(name)]
-    rows = questions(script_args, dataclasses.replace(task_args, tasks=ours), args)
+    others = harness.find_tasks([name for name in names or [] if not is_starter_task(name)])
+    ours = None if names is None else [name for name in names if is_starter_task(name)]
+    rows = word_questions(script_args, dataclasses.replace(task_args, tasks=ours), args)
     baseline = harness.read_answers(args.baseline_dir, args.num_fewshot, rows) if args.baseline_dir else None
     tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
     if not start_run(__file__, args.output_dir, script_args, task_args, args, model_args):
@@ -180,7 +181,9 @@ def main() -> None:
     ).eval()
     lm = harness.SharedPrefixLM(model, tokenizer, args.per_device_eval_batch_size)
     configs = [harness.write_task(name, splits, folder / "tasks") for name, splits in rows.items()]
-    answers = {k: harness.answer(lm, [*configs, *others], k, args) for k in args.num_fewshot}
+    how = {"limit": args.limit, "apply_chat_template": args.apply_chat_template, "seed": args.seed}
+    answers = {k: harness.answer(lm, [*configs, *others], k, folder, **how) for k in args.num_fewshot}
+    gains = harness.compare_with_baseline(answers, baseline, args.seed) if baseline else {}
     results = {
         "model": public_base(source.name),
         "num_fewshot": args.num_fewshot,
@@ -189,12 +192,11 @@ def main() -> None:
             name: sum(1 / len(row["choices"]) for row in splits["test"]) / len(splits["test"])
             for name, splits in rows.items()
         },
-        **({"baseline": Path(args.baseline_dir).name, "against_baseline": harness.against(answers, baseline, args.seed)}
-           if baseline else {}),
+        **({"baseline": Path(args.baseline_dir).name, "against_baseline": gains} if args.baseline_dir else {}),
         "commands": [command(__file__)],
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lm_eval")},
-    }  # fmt: skip
-    write_json(folder / "results.json", json.loads(json.dumps(results)))
+    }
+    write_json(folder / "results.json", results)
     print_accuracies(results)
     print(f"Written: {folder / 'results.json'} and answers")
     finish_run(args.output_dir, {})

@@ -1,32 +1,37 @@
-"""Over-optimization: where the reward model stops telling the truth, and which checkpoint of a PPO run to keep.
+"""Over-optimization: where the reward model no longer agrees with the truth, and which checkpoint of a PPO run to keep.
 
     accelerate launch eval/overoptimization.py --model_name_or_path outputs/ppo
     accelerate launch eval/overoptimization.py --model_name_or_path outputs/qwen-ppo \
         --eval_reward_funcs Skywork/Skywork-Reward-V2-Qwen3-0.6B --output_dir outputs/qwen-overoptimization
 
 Every checkpoint of the run replies to held-out prompts, and its replies are scored by the reward it was trained on (the
-proxy) and by the truth: the starter's gold score, or for other datasets the first of --eval_reward_funcs. The same is
-done for best-of-n of the model that the run started from. Written are overoptimization.json, with both scores against
-sqrt(KL), the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; samples.jsonl; and a picture. Keep
-checkpoints with --save_total_limit when training. What is not given here is taken from the run.
+proxy) and by the truth: the starter's gold score, or for other datasets the first of --eval_reward_funcs. Best-of-n of
+the model that the run started from is scored likewise. Writes overoptimization.json, with both scores against sqrt(KL),
+the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; samples.jsonl; and a picture. Keep checkpoints
+with --save_total_limit when training. Flags that are not given are taken from the run.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, model_name_or_path="no run of recipes/ppo.py. Give its output folder.")
+
+import functools
 import math
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments
 
 from eval.drawing.figures import overoptimization_figure, save_figure
-from eval.measuring.comparison import sample_replies, split
-from eval.measuring.replies import loaded_model, reply_logprobs
+from eval.measuring.replies import ModelReplies, Replies, reply_logprobs, sample_replies, use_model
 from eval.report import write_report
-from eval.stats.fits import CurveKind, best_of_n, best_of_n_kl, fit, to_keep
-from eval.stats.intervals import interval
-from rlhf.comparisons import as_message
+from eval.stats.fits import KEEP_RULE, CurveKind, ScoredPoint, best_of_n, best_of_n_kl, fit_curve, to_keep
+from eval.stats.intervals import Interval, JsonObject, interval
+from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import load_splits
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import prompt_rows
@@ -36,18 +41,15 @@ from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
 
-PUBLIC = ("mean", "low", "high", "n")
-
 
 @dataclass
 class OverOptimizationArguments:
-    """What is sampled and scored. Rewards, reply length and temperature are the run's unless they are given."""
+    """What is sampled and scored. Default of rewards, reply length and temperature: the run's."""
 
     output_dir: str = field(default="outputs/overoptimization", metadata={"help": "Folder for the results."})
     reward_model_path: str | None = field(default=None, metadata={"help": "The proxy. Default: the run's reward."})
@@ -64,7 +66,7 @@ class OverOptimizationArguments:
     seed: int = field(default=42, metadata={"help": "Seed of sampling."})
 
 
-def read_ppo_run(folder: str | None) -> dict[str, Any]:
+def read_ppo_run(folder: str | None) -> JsonObject:
     """Settings of the PPO run in a folder.
 
     Raises:
@@ -80,8 +82,8 @@ def read_ppo_run(folder: str | None) -> dict[str, Any]:
     return run["settings"]
 
 
-def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, run: dict[str, Any]) -> None:
-    """Take from the run what the command line leaves open."""
+def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, run: JsonObject) -> None:
+    """Set the flags that were not given to the run's settings."""
     if not arguments.reward_model_path and not arguments.reward_funcs:
         for name in ("reward_model_path", "reward_funcs", "reward_weights"):
             setattr(arguments, name, run.get(name))
@@ -95,88 +97,116 @@ def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, 
 
 
 class Scorer:
-    """Scores replies by the truth (`gold`) and by what was trained on (`proxy`); models are loaded once."""
+    """Scores replies by the truth (`gold`) and by the rewards of the training (`proxy`). Models are loaded once."""
 
     def __init__(
-        self, gold: RewardSource, proxies: list[RewardSource], weights: list[float] | None, model_args
+        self, gold: RewardSource, proxies: list[RewardSource], weights: list[float] | None, model_args: ModelConfig
     ) -> None:
         self.functions = [load_reward(source, model_args) for source in (gold, *proxies)]
         self.weights = weights or [1.0] * len(proxies)
 
-    def __call__(self, prompts: list, replies: dict[str, list]) -> tuple[list[float], list[float]]:
-        completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies["texts"], strict=True)]
-        columns = call_rewards(self.functions, prompts, completions, replies["ids"])
+    def __call__(self, prompts: list[Prompt], replies: Replies) -> tuple[list[float], list[float]]:
+        """Gold and proxy score of each reply."""
+        completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies.texts, strict=True)]
+        columns = call_rewards(self.functions, prompts, completions, replies.ids)
         sums = [[math.fsum(s) if isinstance(s, list) else s or 0.0 for s in column] for column in columns]
         proxy = [sum(map(operator.mul, self.weights, row)) for row in zip(*sums[1:], strict=True)]
         return sums[0], proxy
 
 
+def _sample_policy(
+    name: str,
+    prompts: list[Prompt],
+    count: int,
+    sampling: Sampling,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ModelReplies:
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    replies = sample_replies(model, tokenizer, ids, count, sampling, name)
+    chosen = replies.first_of(count)
+    own = reply_logprobs(model, tokenizer, ids, chosen.ids, description=f"{name}: itself")
+    return ModelReplies(replies, chosen, own)
+
+
+def _logprobs_under_start(
+    policies: dict[str, ModelReplies],
+    prompts: list[Prompt],
+    start: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, list[float]]:
+    """Log-probabilities of every policy's chosen replies under the model that training started from."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    others = {name: policy.chosen.ids for name, policy in policies.items() if name != start}
+    under = {
+        name: reply_logprobs(model, tokenizer, ids, replies, description=f"{name} under {start}").sums
+        for name, replies in others.items()
+    }
+    return {start: policies[start].own.sums, **under}
+
+
 def measure_policies(
-    sources: dict[str, Source], rows: Any, scorer: Scorer, model_args: ModelConfig, arguments: Any
-) -> tuple[list[dict[str, Any]], dict[str, list[str]], dict[str, Any]]:
-    """One point per model: gold, proxy and KL to the first model. And all replies, by model; and the candidates."""
-    prompts, points = rows["prompt"][:], []
-    texts: dict[str, list[str]] = {}
-    sampled, own = {}, {}
-    most = max(1, arguments.best_of_n)
-    sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
-    )
+    sources: dict[str, Source],
+    prompts: list[Prompt],
+    scorer: Scorer,
+    sampling: Sampling,
+    candidates: int,
+    model_args: ModelConfig,
+) -> tuple[list[ScoredPoint], dict[str, ModelReplies]]:
+    """Sample from every policy, one of which is in memory at a time, and score the replies.
+
+    Args:
+        sources: the model that training started from, then the checkpoints.
+        candidates: how many replies the first gives to each prompt; the others give one.
+    """
+    start = next(iter(sources))
+    policies = {}
     for name, source in sources.items():
-        with loaded_model(source, model_args) as (model, tokenizer):
-            ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-            sampled[name] = sample_replies(model, tokenizer, ids, 1 if texts else most, sampling, name)
-            if not texts:
-                candidates, sampled[name] = sampled[name], {k: v[::most] for k, v in sampled[name].items()}
-            own[name] = reply_logprobs(model, tokenizer, ids, sampled[name]["ids"], description=f"{name}: itself").sums
-            texts[name] = sampled[name]["texts"]
-    reference = next(iter(sources))
-    with loaded_model(sources[reference], model_args) as (model, tokenizer):
-        for name in sources:
-            under = own[name] if name == reference else reply_logprobs(
-                model, tokenizer, ids, sampled[name]["ids"], description=f"{name} under {reference}"
-            ).sums  # fmt: skip
-            gold, proxy = scorer(prompts, sampled[name])
-            kl = [a - b for a, b in zip(own[name], under, strict=True)]
-            points.append({"name": name, "kl": interval(kl), "gold": interval(gold), "proxy": interval(proxy)})
-    return points, texts, candidates
+        count = candidates if name == start else 1
+        policies[name] = use_model(
+            source, model_args, functools.partial(_sample_policy, name, prompts, count, sampling)
+        )
+    under = use_model(sources[start], model_args, functools.partial(_logprobs_under_start, policies, prompts, start))
+    points = []
+    for name, policy in policies.items():
+        gold, proxy = scorer(prompts, policy.chosen)
+        kl = [a - b for a, b in zip(policy.own.sums, under[name], strict=True)]
+        points.append(ScoredPoint(name, interval(kl), interval(gold), interval(proxy)))
+    return points, policies
 
 
-def best_of_n_points(prompts: list, candidates: dict[str, Any], scorer: Scorer, most: int) -> list[dict[str, Any]]:
-    """One point per n = 1, 2, 4, ... up to `most`."""
+def best_of_n_points(prompts: list[Prompt], candidates: Replies, scorer: Scorer, most: int) -> list[ScoredPoint]:
+    """One point per n = 1, 2, 4, ... up to `most`, the number of candidates of each prompt."""
     repeated = [prompt for prompt in prompts for _ in range(most)]
-    gold, proxy = (np.asarray(split(scores, prompts)) for scores in scorer(repeated, candidates))
+    gold, proxy = (np.asarray(scores).reshape(len(prompts), -1) for scores in scorer(repeated, candidates))
     points, n = [], 1
     while n <= most:
         kl = best_of_n_kl(n)
-        scores = {key: interval(best_of_n(proxy, values, n).tolist()) for key, values in
-                  (("gold", gold), ("proxy", proxy))}  # fmt: skip
-        points.append({"name": f"best of {n}", "kl": {"mean": kl, "low": kl, "high": kl, "n": len(prompts)}, **scores})
+        scores = [interval(best_of_n(proxy, values, n).tolist()) for values in (gold, proxy)]
+        points.append(ScoredPoint(f"best of {n}", Interval(kl, kl, kl, len(prompts)), *scores))
         n *= 2
     return points
 
 
-def fits_of(points: list[dict[str, Any]], kind: CurveKind) -> dict[str, Any]:
-    """The curve of each score in points of one kind; the first of them is the start."""
-    start, later = points[0], [point for point in points[1:] if point["kl"]["mean"] > 0]
-    distance = np.sqrt([point["kl"]["mean"] for point in later])
-    fits = {}
-    for score in ("gold", "proxy"):
-        gains = [np.asarray(point[score]["values"]) - np.asarray(start[score]["values"]) for point in later]
-        fits[score] = fit(distance, np.stack(gains), kind) if len(later) > 2 else None
-    return fits
+def fits_of(points: list[ScoredPoint], kind: CurveKind) -> JsonObject:
+    """The fitted curves of `gold` and `proxy` in points of one kind, the first of which is the start.
+
+    None in place of a curve with fewer than three points at a distance from the start.
+    """
+    later = [point for point in points[1:] if point.kl.mean > 0]
+    if len(later) < 3:
+        return {"gold": None, "proxy": None}
+    distance = np.sqrt([point.kl.mean for point in later])
+    gold = fit_curve(distance, _gains([point.gold for point in later], points[0].gold), kind)
+    proxy = fit_curve(distance, _gains([point.proxy for point in later], points[0].proxy), kind)
+    return {"gold": gold and gold.to_json(), "proxy": proxy and proxy.to_json()}
 
 
-def public(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points without the single values, and with sqrt(KL)."""
-    return [
-        {
-            "name": point["name"],
-            "sqrt_kl": math.sqrt(max(0.0, point["kl"]["mean"])),
-            **{key: {name: point[key][name] for name in PUBLIC} for key in ("kl", "gold", "proxy")},
-        }
-        for point in points
-    ]
+def _gains(cells: list[Interval], start: Interval) -> np.ndarray:
+    """(P, N) what each of N prompts gained over the start at each of P points."""
+    first, *later = [np.asarray(cell.sample.values) for cell in (start, *cells) if cell.sample]
+    return np.stack([values - first for values in later])
 
 
 def main() -> None:
@@ -194,35 +224,37 @@ def main() -> None:
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])
     room = context_length(sources["start"])
-    rows = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)
+    prompts = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)["prompt"][:]
     if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
         return
 
     scorer = Scorer(truth, proxies, arguments.reward_weights, model_args)
-    policies, texts, candidates = measure_policies(sources, rows, scorer, model_args, arguments)
-    chosen = best_of_n_points(rows["prompt"][:], candidates, scorer, arguments.best_of_n)
-    best, keep = to_keep(policies)
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
+    )
+    most = max(1, arguments.best_of_n)
+    points, policies = measure_policies(sources, prompts, scorer, sampling, most, model_args)
+    chosen = best_of_n_points(prompts, policies["start"].candidates, scorer, most) if most > 1 else []
+    best, keep = to_keep(points)
     results = {
-        "ppo": public(policies),
-        "best_of_n": public(chosen),
-        "fits": {"ppo": fits_of(policies, "ppo"), "best_of_n": fits_of(chosen, "best_of_n")},
+        "ppo": [point.to_json() for point in points],
+        "best_of_n": [point.to_json() for point in chosen],
+        "fits": {"ppo": fits_of(points, "ppo"), "best_of_n": fits_of(chosen, "best_of_n")},
         "gold": truth.name if truth.name != STARTER else "gold score",
         "proxy": " + ".join(Path(proxy.name).name for proxy in proxies),
-        "best": policies[best]["name"],
-        "keep": policies[keep]["name"],
+        "best": points[best].name,
+        "keep": points[keep].name,
     }
     output = Path(arguments.output_dir)
     write_json(output / "overoptimization.json", results)
-    replies = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
-    write_jsonl(output / "samples.jsonl", [{"prompt": p, **r} for p, r in zip(rows["prompt"][:], replies, strict=True)])
+    write_jsonl(output / "samples.jsonl", [
+        {"prompt": prompt, **{name: policy.chosen.texts[number] for name, policy in policies.items()}}
+        for number, prompt in enumerate(prompts)
+    ])  # fmt: skip
     save_figure(overoptimization_figure(results), output / "overoptimization.png")
-    for point in (*results["ppo"], *results["best_of_n"]):
-        print(f"{point['name']:>15}  sqrt(KL) {point['sqrt_kl']:.2f}  " + "  ".join(
-            f"{score} {point[score]['mean']:.3f} [{point[score]['low']:.3f}, {point[score]['high']:.3f}]"
-            for score in ("gold", "proxy")))  # fmt: skip
-    print(
-        f"Best by the truth: {results['best']}. Keep: {results['keep']} (no worse beyond doubt, and nearer the start)."
-    )
+    for point in (*points, *chosen):
+        print(f"{point.name:>15}  sqrt(KL) {point.sqrt_kl:.2f}  gold {point.gold:.3f}  proxy {point.proxy:.3f}")
+    print(f"Best by the truth: {results['best']}. Keep {results['keep']}: {KEEP_RULE}.")
     finish_run(arguments.output_dir, {})
     print(f"Report: {write_report(arguments.output_dir)}")
 

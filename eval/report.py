@@ -3,25 +3,29 @@
     accelerate launch eval/report.py --output_dir outputs/ppo
     accelerate launch eval/report.py --output_dir outputs/demo
 
-Takes the folder of any run, or a folder of runs. The page has what was made from what, curves with the monitor's
+Takes the folder of any run, or a folder of runs. The page shows what each run was made from, curves with the monitor's
 remarks, the reward model's accuracy and calibration, win rates with intervals, over-optimization, replies side by side,
 and commands and versions to repeat it. It needs no network and no other file. The recipes write it when they finish.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, output_dir="no run in it (run.json is missing). Give the folder of a run.")
 
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from eval.drawing.figures import data_uri, save_figure, training_figure
 from eval.drawing.pictures import draw_pictures
 from eval.drawing.tables import number, tables_of
+from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
-from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl
 from rlhf.run.folders import RUN_FILE, checkpoints, read_run
 from rlhf.run.processes import main_process
@@ -30,7 +34,7 @@ REPORT = "report.html"
 MANY_RUNS = 12
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate")
 LOG_FILES = ("trainer_state.json", "ppo_state.json")
-# which setting names what a run was made from, in the order of the road, and what the page calls it
+# the settings that name what a run was made from, in the order of the road, and their names on the page
 SOURCES = {
     "model_name_or_path": "model", "sft_model_path": "SFT model", "models": "models", "dataset_name": "data",
     "ptx_dataset_name": "SFT data", "reward_model_path": "reward model", "reward_funcs": "reward functions",
@@ -56,7 +60,7 @@ class ReportArguments:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run folders to report on, what a run was made from before the run.
+    """Run folders to report on; the sources of a run come before it.
 
     Args:
         folder: of a run, or one whose subfolders (and theirs) are runs.
@@ -77,7 +81,7 @@ def find_runs(folder: Path) -> list[Path]:
         run = read_run(path)
         if run is None or path.resolve() in found:
             return
-        found[path.resolve()] = path  # holds its place, against circles
+        found[path.resolve()] = path  # marked as found, against circles
         for key in SOURCES:
             values = run["settings"].get(key) or []
             for value in [values] if isinstance(values, str) else values:
@@ -89,7 +93,7 @@ def find_runs(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: Path) -> list[JsonObject]:
     """The log of a training run: of its end, or of its newest checkpoint."""
     for place in (folder, *reversed(checkpoints(str(folder)))):
         for name in LOG_FILES:
@@ -119,12 +123,12 @@ def run_names(folders: list[Path]) -> dict[Path, str]:
     return {path: path.name if count[path.name] == 1 else "/".join(path.parts[-2:]) for path in paths}
 
 
-def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe(folder: Path, names: dict[Path, str], metrics: dict[str, float] | None = None) -> JsonObject:
     """What the page says about one run.
 
     Args:
         names: what the page calls each run, by folder.
-        metrics: its results, if run.json hasn't got them yet.
+        metrics: its results, if run.json doesn't have them yet.
     """
     run = read_json(folder / RUN_FILE)
     settings = {key: value for key, value in run["settings"].items() if not key.endswith("hub_token")}
@@ -145,7 +149,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, Any] | Non
     }  # fmt: skip
 
 
-def samples_of(folders: list[Path]) -> dict[str, Any] | None:
+def samples_of(folders: list[Path]) -> JsonObject | None:
     """Prompts with the models' replies, from the newest comparison, or else the newest run that has some."""
     newest_first = folders[::-1]
     for folder in sorted(newest_first, key=lambda path: not (path / "results.json").exists()):
@@ -169,11 +173,11 @@ def _summary(recipes: list[str]) -> str:
     return f"{len(recipes)} runs: {counts}."
 
 
-def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path | None:
+def write_report(output_dir: str, metrics: dict[str, float] | None = None) -> Path | None:
     """Draw the pictures of a run and of what it was made from, and write report.html. Only the main process writes.
 
     Args:
-        metrics: results of the run, if run.json hasn't got them yet.
+        metrics: results of the run, if run.json doesn't have them yet.
     """
     if not main_process():
         return None
@@ -185,7 +189,7 @@ def write_report(output_dir: str, metrics: dict[str, Any] | None = None) -> Path
     tables = [{"id": f"table-{n}", **table._asdict()} for n, table in enumerate(tables_of(folders), 1)]
     sections = [("lineage", "Lineage"), *((table["id"], table["title"]) for table in tables)]
     shown = [run for run in runs if run["pictures"] or run["remarks"]]
-    # of many runs, those that have nothing but training curves are folded up at the end
+    # with many runs on the page, runs that have only training curves are folded up at its end
     folded = [run for run in shown if len(runs) > MANY_RUNS and run["training_only"]]
     shown = [run for run in shown if run not in folded]
     sections += [(f"run-{number}", run["name"]) for number, run in enumerate(shown, 1)]

@@ -9,9 +9,14 @@ and its difference to --reference, paired by row and by seed. The score is accur
 Intervals are bootstrapped over the held-out rows and the seeds together.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="give name=folder of finished runs of recipes/finetune.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -19,10 +24,9 @@ from rich.table import Table
 
 from eval.drawing.tables import transfer_rows
 from eval.report import write_report
-from eval.stats.intervals import RESAMPLES
+from eval.stats.intervals import RESAMPLES, Interval, JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
-from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -44,7 +48,7 @@ class TransferArguments:
 
 
 def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Path]], str]:
-    """The runs by name and seed, and what their score is.
+    """The runs by name and seed, and the name of their score.
 
     Raises:
         InputError: if a word is no name=model pair, a folder is no finished fine-tuning run, two of a name have the
@@ -70,7 +74,7 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
         if set(by_seed) != set(runs[reference]):
             raise InputError(
                 f"--models: {name} has the seeds {sorted(by_seed)}, {reference} {sorted(runs[reference])}. They are "
-                "compared seed by seed: give the same ones."
+                "compared seed by seed: give the same seeds."
             )
     if len(set(kinds.values())) > 1:
         raise InputError(f"--models: runs on different kinds of tasks ({', '.join(sorted(set(kinds.values())))}).")
@@ -83,7 +87,7 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
     Raises:
         InputError: if two runs were not evaluated on the same rows.
     """
-    first: list[Any] | None = None
+    first: list[JsonObject] | None = None
     scores: dict[str, list[list[float]]] = {}
     for name, by_seed in runs.items():
         scores[name] = []
@@ -93,23 +97,30 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
             first = inputs if first is None else first
             if inputs != first:
                 raise InputError(
-                    f"--models {name}={path}: was evaluated on other rows than the first run. Take the same."
+                    f"--models {name}={path}: was evaluated on other rows than the first run. Give runs on the same."
                 )
             scores[name].append([row["score"] for row in rows])
     weights = [float(len(row.get("tags", "1"))) for row in first or []]
     return {name: np.asarray(values, dtype=float) for name, values in scores.items()}, np.asarray(weights)
 
 
-def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
+class SeedScores(NamedTuple):
+    """What one way of training reaches."""
+
+    cell: Interval  # over rows and seeds; n is the number of rows
+    seeds: list[float]  # mean of each seed
+
+    def to_json(self) -> JsonObject:
+        return {**self.cell.to_json(), "seeds": self.seeds}
+
+
+def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> SeedScores:
     """Mean of scores (seeds, rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
 
     Each row counts by its weight, as in the runs' own accuracy per word.
 
-    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap": it errs on the wide side, except that few
-    seeds say little about how much seeds differ.
-
-    Returns:
-        `mean`, `low`, `high`, `n` (rows) and `seeds`, the mean of each.
+    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval is rather too wide than too
+    narrow, except that few seeds say little about how much seeds differ.
     """
     count, rows = scores.shape
     rng = np.random.default_rng(seed)
@@ -118,7 +129,7 @@ def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> d
     means = ((seed_weights @ scores) * row_weights).sum(axis=1) / row_weights.sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     by_seed = (scores @ weights / weights.sum()).tolist()
-    return {"mean": float(np.mean(by_seed)), "low": float(low), "high": float(high), "n": rows, "seeds": by_seed}
+    return SeedScores(Interval(float(np.mean(by_seed)), float(low), float(high), rows), by_seed)
 
 
 def main() -> None:
@@ -133,10 +144,15 @@ def main() -> None:
         return
 
     # Comparison
-    cells = {name: over_rows_and_seeds(values, weights, args.seed) for name, values in scores.items()}
-    differences = {name: over_rows_and_seeds(values - scores[args.reference], weights, args.seed)
-                   for name, values in scores.items() if name != args.reference}  # fmt: skip
-    result = {"score": score, "reference": args.reference, "models": cells, "differences": differences}
+    reached = {name: over_rows_and_seeds(values, weights, args.seed) for name, values in scores.items()}
+    gained = {name: over_rows_and_seeds(values - scores[args.reference], weights, args.seed)
+              for name, values in scores.items() if name != args.reference}  # fmt: skip
+    result = {
+        "score": score,
+        "reference": args.reference,
+        "models": {name: one.to_json() for name, one in reached.items()},
+        "differences": {name: one.to_json() for name, one in gained.items()},
+    }
     write_json(Path(args.output_dir) / TRANSFER_FILE, result)
 
     # Report
@@ -145,7 +161,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    finish_run(args.output_dir, {f"{score} of {name}": cell["mean"] for name, cell in cells.items()})
+    finish_run(args.output_dir, {f"{score} of {name}": one.cell.mean for name, one in reached.items()})
     print(f"Report: {write_report(args.output_dir)}")
 
 

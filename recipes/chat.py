@@ -5,25 +5,32 @@
     accelerate launch recipes/chat.py --models sft=outputs/sft ppo=outputs/ppo --page true
     accelerate launch recipes/reward.py --dataset_name outputs/chat/train.jsonl --output_dir outputs/chat-reward
 
-Without arguments it reads recipes/configs/chat.yaml: the starter, in the terminal. `/new` starts over; an empty line,
-`/quit` or Ctrl-D ends. `--page true` opens a page instead, on this machine only unless --server_name says otherwise.
+Without arguments it reads recipes/configs/chat.yaml: the starter, in the terminal. `/new` starts over. An empty line,
+`/quit` or Ctrl-D ends. `--page true` opens a page instead. Only this machine can reach it, unless --server_name says
+otherwise.
 
-Two models reply as A and B, in an order drawn anew each turn, and only your answer reveals who was who; the
-conversation goes on with the better reply. Answers go into votes.jsonl and tasks.jsonl of --output_dir, as those of the
-voting page do, and its train.jsonl has the preference pairs. Skipped replies are not kept. The folder of
-`recipes/collect.py --labeler human` may be given too: the votes are then added to those.
+Two models reply as A and B, in an order drawn anew each turn. Your answer reveals who was who, and the conversation
+continues with the better reply. Answers go into votes.jsonl and tasks.jsonl of --output_dir, in the voting page's
+format; train.jsonl there has the preference pairs. Skipped replies are not kept. --output_dir may be the folder of
+`recipes/collect.py --labeler human`: your votes are then added to those.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
 from rlhf.errors import need_at_least, report_errors
-from rlhf.feedback.chat import Chat, chat_in_terminal, chosen_models, load_speakers
+from rlhf.feedback.chat import Chat
+from rlhf.feedback.chat_terminal import chat_in_terminal
 from rlhf.feedback.chat_votes import ChatVotes
+from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.models.sources import refuse_single_model
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.processes import need_one_process
 
 
@@ -33,14 +40,14 @@ class ChatArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["starter"],
-        metadata={"help": "One or two models: an id or a folder, or name=model."},
+        metadata={"help": "One model or two: Hub ids, folders, or name=model."},
     )
     page: bool = field(default=False, metadata={"help": "Chat on a page instead of in the terminal."})
     server_name: str = field(default="127.0.0.1", metadata={"help": "Address of the page."})
     server_port: int = field(default=7860, metadata={"help": "Port of the page."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; training samples at 1."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling, and of who is A and who is B."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the order of A and B."})
     labeler_name: str = field(default="me", metadata={"help": "Your name, kept with your answers."})
     output_dir: str = field(default="outputs/chat", metadata={"help": "Folder for the answers about two models."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
@@ -52,11 +59,11 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, max_new_tokens=1, temperature=1e-3)
     refuse_single_model(model_args)
-    sources = chosen_models(args.models)
+    sources = resolve_speakers(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
     if args.page:
         from rlhf.feedback.chat_page import chat_on_page  # Gradio takes seconds to import
-        from rlhf.feedback.serving import need_free_port  # Gradio takes seconds to import
+        from rlhf.feedback.serving import need_free_port
 
         need_free_port(args.server_name, args.server_port)
 

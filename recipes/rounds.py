@@ -1,24 +1,29 @@
-"""Rounds: samples → comparisons → reward model → PPO → new samples, as often as you like.
+"""Rounds: samples → comparisons → reward model → PPO → new samples, again and again.
 
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 2
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 3 --collect_config people.yaml
 
-Each round lets a labeler compare replies of the newest policy, trains a reward model on all comparisons so far, goes on
-with PPO from the newest policy (the reference stays the SFT model, so the KL is the distance from it), and compares
-every round's policy on held-out prompts. The stages are the other recipes, with their own configurations: for people
-in the loop, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,
-comparison}, rounds.json, rounds.png and report.html. The same command goes on after an interruption, also with more
---rounds.
+In each round a labeler compares replies of the newest policy, a reward model is trained on all comparisons so far, PPO
+continues from the newest policy, and every round's policy is compared on held-out prompts. The reference of PPO stays
+the SFT model, so the KL is the distance from it. The stages are the other recipes with their own configurations. For
+people in the loop, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,
+comparison}, rounds.json, rounds.png and report.html. After an interruption, run the same command again to continue; it
+may ask for more --rounds.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.report import write_report
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.data.paths import need_file
+from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
@@ -28,10 +33,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class RoundsArguments:
-    """What is repeated, and with which configurations."""
+    """The loop's start, its length, and the configurations of its stages."""
 
-    model_name_or_path: str = field(default="outputs/sft", metadata={"help": "SFT model: where round 1 starts."})
-    rounds: int = field(default=2, metadata={"help": "How many rounds; a finished run can be given more."})
+    model_name_or_path: str = field(default="outputs/sft", metadata={"help": "SFT model, from which round 1 starts."})
+    rounds: int = field(default=2, metadata={"help": "Number of rounds; a finished run can get more."})
     dataset_name: str = field(default="starter", metadata={"help": "Prompts of all stages."})
     output_dir: str = field(default="outputs/rounds", metadata={"help": "Folder for the rounds."})
     seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
@@ -42,7 +47,7 @@ class RoundsArguments:
 
 
 def run_round(args: RoundsArguments, number: int) -> bool:
-    """One round, stage by stage; False if people have more to compare."""
+    """One round, stage by stage. Returns False if people have more to compare."""
     rounds = [Path(args.output_dir) / f"round-{r}" for r in range(1, number + 1)]
     folder, sft, seed = rounds[-1], args.model_name_or_path, args.seed + number - 1
     newest = str(rounds[-2] / "ppo") if number > 1 else sft
@@ -69,8 +74,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, rounds=1)
     for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
-        if not Path(getattr(args, flag)).is_file():
-            raise InputError(f"--{flag} {getattr(args, flag)}: no such file.")
+        need_file(getattr(args, flag), f"--{flag}")
 
     # Model
     check_start(resolve(args.model_name_or_path), args.ppo_config, args.rounds)
@@ -81,7 +85,7 @@ def main() -> None:
     # Rounds
     for number in range(1, args.rounds + 1):
         if not run_round(args, number):
-            return print(f"Round {number} waits for more comparisons: the same command goes on.")
+            return print(f"Round {number} waits for more comparisons. Run the same command again to continue.")
         summary = summarize_rounds(args.output_dir, number)
 
     # Report

@@ -7,16 +7,20 @@
         --max_new_tokens 256 --output_dir outputs/qwen-star
 
 Without arguments it reads recipes/configs/star.yaml: the starter model and generated word problems. A dataset has
-`prompt` and `answer`, and `solution` in the few rows that are shown to the base as examples. --rationalize tells the
-answer of what was not solved and keeps the solution if it gets there (Zelikman et al. 2022). --majority_vote takes the
-most common answer for the right one (Huang et al. 2022), as is done wherever a row has no `answer`.
+`prompt` and `answer`, and `solution` in the few rows that become the base's examples. --rationalize gives the answer to
+problems that were not solved and keeps the solutions that reach it (Zelikman et al. 2022). --majority_vote takes the
+most common answer for the right one (Huang et al. 2022). Rows without `answer` are always treated so.
 
-Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py; the solutions of a tenth of
+Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py. The solutions of a tenth of
 the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
-and report.html. The same command goes on after an interruption, also with more --rounds.
+and report.html. After an interruption, run the same command again to continue; it may ask for more --rounds.
 """
 
-from dataclasses import dataclass, field
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from pathlib import Path
 
 from trl import ModelConfig
@@ -24,45 +28,29 @@ from trl import ModelConfig
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.errors import report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
-from rlhf.tasks.star import Solver, check_star, gather_solutions, problem_rows, solve_held_out, write_solutions
-
-
-@dataclass
-class StarArguments:
-    """How solutions are sampled, and which are kept."""
-
-    rounds: int = field(default=3, metadata={"help": "How many rounds; a finished run can be given more."})
-    num_generations: int = field(default=4, metadata={"help": "Solutions sampled for each problem."})
-    num_fewshot: int = field(default=4, metadata={"help": "Worked examples in the base's prompt; later models: none."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest solution, in tokens."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."})
-    rationalize: bool = field(default=False, metadata={"help": "Tell the answer of problems that were not solved."})
-    majority_vote: bool = field(default=False, metadata={"help": "Don't look at answers to train on: vote."})
-    max_train_samples: int = field(default=384, metadata={"help": "Use at most this many training problems."})
-    max_eval_samples: int = field(default=200, metadata={"help": "Use at most this many held-out problems."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Solutions to sample at once."})
-    sft_config: str = field(default="recipes/configs/star_sft.yaml", metadata={"help": "YAML of sft.py."})
-    output_dir: str = field(default="outputs/star", metadata={"help": "Folder for the rounds."})
-    seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+from rlhf.tasks.star import (
+    Solver,
+    StarArguments,
+    check_star,
+    gather_solutions,
+    problem_rows,
+    solve_held_out,
+    write_solutions,
+)
 
 
 def main() -> None:
     # Arguments
     script_args, args, model_args = parse(__file__, DatasetArguments, StarArguments, ModelConfig)
     need_one_process(__file__)
-    need_at_least(args, rounds=1, num_generations=1, num_fewshot=0, max_new_tokens=1, temperature=1e-3)
-    need_at_least(args, max_train_samples=1, max_eval_samples=1)
-    if not Path(args.sft_config).is_file():
-        raise InputError(f"--sft_config {args.sft_config}: no such file.")
     check_star(args, model_args)
 
     # Data
@@ -70,8 +58,10 @@ def main() -> None:
 
     # Tokenizer
     base = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    tokenizer, longest = load_tokenizer(base), context_length(base)
-    examples, problems, held_out = problem_rows(train, test, script_args.dataset_name, args, longest, tokenizer)
+    tokenizer = load_tokenizer(base)
+    examples, problems, held_out = problem_rows(
+        train, test, script_args.dataset_name, args, context_length(base), tokenizer
+    )
     folders = [Path(args.output_dir) / f"round-{number}" for number in range(args.rounds + 1)]
     more = not (folders[-1] / HELD_OUT_FILE).exists()
     if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more):

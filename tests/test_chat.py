@@ -19,9 +19,11 @@ from rlhf.comparisons import make_task
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import preference_rows
 from rlhf.errors import InputError
-from rlhf.feedback.chat import Chat, Conversation, chosen_models, harmless, load_speakers
+from rlhf.feedback.chat import Chat, Conversation
+from rlhf.feedback.chat_terminal import harmless
 from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.feedback.sampling import read_tasks, write_tasks
+from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.feedback.votes import Vote, VoteFile, now
 from rlhf.models.adapters import active_adapter
 from rlhf.models.tokenizers import load_tokenizer
@@ -55,7 +57,7 @@ def jsonl(file):
 
 
 def speakers_of(models, **settings):
-    sources = chosen_models(models)
+    sources = resolve_speakers(models)
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
     return load_speakers(
         sources, tokenizers, LORA, **{"max_new_tokens": 6, "temperature": 1.0, **settings}
@@ -159,7 +161,7 @@ def test_mistakes_are_one_line(mistake, tmp_path):
 @pytest.mark.parametrize("words", [["a=starter", "a=starter"], ["=starter"], ["a="], ["starter", "starter"], ["./no"]])
 def test_models_that_can_not_be_meant(words):
     with pytest.raises(InputError, match="--models"):
-        chosen_models(words)
+        resolve_speakers(words)
 
 
 def test_a_port_in_use_and_a_reward_adapter_are_refused_before_loading(tiny, sft, reward_adapter):
@@ -170,7 +172,7 @@ def test_a_port_in_use_and_a_reward_adapter_are_refused_before_loading(tiny, sft
     assert (result.returncode, "in use. Give another one." in result.stderr) == (2, True)
     assert "Loading weights" not in result.stderr
     with pytest.raises(InputError, match="is a reward adapter"):
-        chosen_models([f"sft={sft}", f"reward={reward_adapter}"])
+        resolve_speakers([f"sft={sft}", f"reward={reward_adapter}"])
 
 
 def test_a_terminal_gets_no_control_characters():
@@ -280,13 +282,13 @@ def test_models_of_different_families(sft, tokenizer, tmp_path):
     assert [speaker.context for speaker in speakers] == [256, 64]
 
 
-def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tiny):
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(tiny):
     (speaker,) = speakers_of([tiny])
     chat = Chat([speaker], None, max_new_tokens=6, seed=0)
     conversation = Conversation()
     notices = [reply(chat, conversation, "Tell me more about the weather " * 6) for _ in range(6)]
     assert notices[0] is None
-    assert "oldest message and its reply were forgotten" in notices[-1]
+    assert "oldest message and its reply were dropped" in notices[-1]
     assert conversation.messages[0]["role"] == conversation.messages[-1]["role"] == "user"
     before = list(conversation.messages)
     with pytest.raises(InputError, match="Shorten it"):
@@ -361,8 +363,10 @@ def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
 
 SERVER = f"""
 import sys, time
-from rlhf.feedback.chat import Chat, ChatVotes, Speaker
+from rlhf.feedback.chat import Chat
 from rlhf.feedback.chat_page import chat_on_page
+from rlhf.feedback.chat_votes import ChatVotes
+from rlhf.feedback.speakers import Speaker
 NASTY = {NASTY!r}
 class Scripted(Chat):
     def reply(self, conversation, place):

@@ -32,7 +32,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from eval.metrics import metric
+from eval.metrics import metric, metric_results
 from eval.transfer import over_rows_and_seeds
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve
@@ -273,8 +273,10 @@ BAD_ROWS = {
     "unknown test label": ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], [{"text": "c", "label": "z"}],
                            "test has the label 'z', which no training row has"),
     "one label": ([{"text": "a", "label": "x"}], None, "at least 2 different labels; found ['x']"),
-    "missing label": ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], None, "row 1: a label is a name"),
-    "a number as label": ([{"text": "a", "label": 0.5}], None, "row 0: a label is a name or an integer; found 0.5"),
+    "missing label": ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], None,
+                      "row 1: a label must be a name or an integer; found None"),
+    "a number as label": ([{"text": "a", "label": 0.5}], None,
+                          "row 0: a label must be a name or an integer; found 0.5"),
     "empty text": ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], None, "column 'text', row 1 is empty"),
     "tags that don't match": ([{"tokens": ["a", "b"], "tags": ["X"]}], None, "row 0 has 2 tokens and 1 tags"),
     "answer elsewhere": ([{"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [2]}}], None,
@@ -282,7 +284,7 @@ BAD_ROWS = {
     "no answer": ([{"question": "q", "context": "abc", "answers": {"text": [""], "answer_start": []}}], None,
                   "with at least one answer"),
     "no context": ([{"question": "q", "context": None, "answers": {"text": ["b"], "answer_start": [0]}}], None,
-                   "row 0: column 'context' is text; found None"),
+                   "row 0: column 'context' must be text; found None"),
     "columns": ([{"sentence": "a", "label": "x"}], None, "found ['label', 'sentence']"),
 }  # fmt: skip
 
@@ -397,21 +399,21 @@ def test_accumulated_batches_take_the_step_of_the_whole_batch(bases, tmp_path):
 
 
 def test_span_f1_by_hand():
-    result = metric("span_f1", predictions=["in the old house", "Lima!", "", "a dog"],
-                    references=[["an old house"], ["Oslo", "the lima"], [""], ["a cat"]])  # fmt: skip
+    result = metric_results("span_f1", predictions=["in the old house", "Lima!", "", "a dog"],
+                            references=[["an old house"], ["Oslo", "the lima"], [""], ["a cat"]])  # fmt: skip
     assert result["values"] == pytest.approx([0.8, 1, 1, 0])  # 2 shared words of 3 and 2: 2 · 2 / 5
     assert result["mean"] == pytest.approx(0.7) and result["exact_match"]["mean"] == 0.5
 
 
 def test_tag_f1_by_hand():
     entity = metric("tag_f1", predictions=[["B-PER", "I-PER", "O", "I-LOC"]], references=[["B-PER", "I-PER", "O", "O"]])
-    assert entity["mean"] == pytest.approx(2 / 3)
+    assert entity.mean == pytest.approx(2 / 3)
     half = metric("tag_f1", predictions=[["B-PER", "O"]], references=[["B-PER", "I-PER"]])
-    assert half["mean"] == 0  # only a whole entity is right
+    assert half.mean == 0  # only a whole entity is right
     plain = metric("tag_f1", predictions=[["X", "O", "Y"], ["O", "O"]], references=[["X", "Y", "Y"], ["O", "O"]])
-    assert plain["mean"] == pytest.approx(2 * 2 / 5) and plain["n"] == 1
+    assert plain.mean == pytest.approx(2 * 2 / 5) and plain.n == 1
     two = metric("tag_f1", predictions=[["B-A", "B-A"]], references=[["B-A", "I-A"]])
-    assert two["mean"] == 0
+    assert two.mean == 0
 
 
 # ---------------------------------------------------------------------------------------------- the starter's labels
@@ -554,26 +556,26 @@ def test_transfer_compares_runs_paired_by_row_and_seed(monkeypatch, tmp_path, ca
 
 
 def test_long_rows_of_tags_weigh_more():
-    cell = over_rows_and_seeds(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([9.0, 1.0]), 0)
-    assert cell["seeds"] == pytest.approx([0.9, 0.45]) and cell["mean"] == pytest.approx(0.675)
-    assert cell["low"] >= 0 and cell["high"] <= 1
+    cell, seeds = over_rows_and_seeds(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([9.0, 1.0]), 0)
+    assert seeds == pytest.approx([0.9, 0.45]) and cell.mean == pytest.approx(0.675)
+    assert cell.low >= 0 and cell.high <= 1
 
 
 def test_the_two_way_bootstrap_knows_rows_and_seeds():
     rng = np.random.default_rng(0)
     rows = rng.random((1, 400)) < 0.7
-    alike = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
+    alike, _ = over_rows_and_seeds(np.repeat(rows, 3, axis=0).astype(float), np.ones(400), 0)
     width = 1.96 * (0.7 * 0.3 / 400) ** 0.5  # of one seed's mean: equal seeds add nothing
-    assert alike["high"] - alike["mean"] == pytest.approx(width, rel=0.15)
-    apart = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), np.ones(400), 0)
-    assert (apart["low"], apart["mean"], apart["high"]) == pytest.approx((0, 0.5, 1))
+    assert alike.high - alike.mean == pytest.approx(width, rel=0.15)
+    apart, _ = over_rows_and_seeds(np.stack([np.zeros(400), np.ones(400)]), np.ones(400), 0)
+    assert (apart.low, apart.mean, apart.high) == pytest.approx((0, 0.5, 1))
 
 
 BAD_FLAGS = {
     "lm_coef of an encoder": ("bert", "sentences", ["--lm_coef", "0.5"], "--lm_coef 0.5: bert is an encoder"),
-    "lm_coef on tags": ("llama", "tags", ["--lm_coef", "0.5"], "is for sentences and pairs"),
+    "lm_coef on tags": ("llama", "tags", ["--lm_coef", "0.5"], "needs sentences or pairs"),
     "negative lm_coef": ("llama", "sentences", ["--lm_coef", "-1"], "--lm_coef -1.0: must be at least 0"),
-    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "true keeps it"),
+    "lm_coef and frozen": ("llama", "sentences", ["--lm_coef", "1", "--freeze_body", "true"], "true freezes. Drop one"),
     "frozen and LoRA": ("llama", "sentences", ["--freeze_body", "true", "--use_peft", "true"], "Drop one"),
     "scratch and LoRA": ("llama", "sentences", ["--from_scratch", "true", "--use_peft", "true"], "random weights"),
     "too many rows": ("llama", "sentences", ["--max_train_samples", "9999"], "--max_train_samples 9999: there are"),

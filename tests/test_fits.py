@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import TINY_PPO, run
 
-from eval.stats.fits import best_of_n, best_of_n_kl, curve, fit, to_keep
-from eval.stats.intervals import interval
+from eval.stats.fits import ScoredPoint, best_of_n, best_of_n_kl, curve, fit_curve, to_keep
+from eval.stats.intervals import Interval, interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -32,27 +32,28 @@ def test_kl_of_best_of_n():
 def test_the_fit_finds_the_curve_that_made_the_points(kind):
     distance = np.asarray([0.5, 1.0, 1.5, 2.0, 3.0])
     noise = np.random.default_rng(0).normal(0, 0.3, (5, 400))
-    result = fit(distance, curve(distance, 1.0, 0.4, kind)[:, None] + noise, kind)
-    for name, truth in (("alpha", 1.0), ("beta", 0.4)):
-        assert result[name]["low"] < truth < result[name]["high"]
-    assert result["r2"] > 0.98
+    result = fit_curve(distance, curve(distance, 1.0, 0.4, kind)[:, None] + noise, kind)
+    for cell, truth in ((result.alpha, 1.0), (result.beta, 0.4)):
+        assert cell.low < truth < cell.high
+    assert result.r2 > 0.98
     # where the derivative of d (1 - 0.4 d), or of d (1 - 0.4 log d), is 0
-    assert result["peak"] == pytest.approx(1 / 0.8 if kind == "best_of_n" else math.exp(1 / 0.4 - 1), rel=0.25)
+    assert result.peak == pytest.approx(1 / 0.8 if kind == "best_of_n" else math.exp(1 / 0.4 - 1), rel=0.25)
 
 
 def test_a_curve_that_never_turns_has_no_peak_and_two_points_no_curve():
     distance = np.asarray([1.0, 2.0, 3.0])
-    assert fit(distance, np.tile(distance[:, None], (1, 5)), "best_of_n")["peak"] is None
-    assert fit(distance[:2], np.ones((2, 5)), "ppo") is None
+    assert fit_curve(distance, np.tile(distance[:, None], (1, 5)), "best_of_n").peak is None
+    assert fit_curve(distance[:2], np.ones((2, 5)), "ppo") is None
 
 
-def test_kept_is_the_nearest_checkpoint_that_is_not_worse_beyond_doubt():
+def test_kept_is_the_checkpoint_of_lowest_kl_that_is_not_significantly_worse():
     noise = np.random.default_rng(0).normal(0, 0.1, 200)
 
     def point(kl, gold, extra=0.0):
         other = np.random.default_rng(int(kl)).normal(0, 0.1, 200)
         values = gold + noise - noise.mean() + extra * (other - other.mean())
-        return {"kl": {"mean": kl}, "gold": interval(values.tolist())}
+        score = interval(values.tolist())
+        return ScoredPoint(f"at {kl}", Interval(kl, kl, kl), score, score)
 
     points = [point(0.0, 0.0), point(2.0, 0.5), point(5.0, 0.505, extra=1.0), point(9.0, 0.3)]
     assert to_keep(points) == (2, 1)

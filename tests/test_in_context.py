@@ -16,12 +16,13 @@ import eval.in_context as script
 from eval.measuring.harness import (
     SharedExamples,
     SharedPrefixLM,
-    against,
+    compare_with_baseline,
     find_tasks,
     sharpen_head,
     summarize_answers,
     write_task,
 )
+from eval.stats.intervals import Interval
 from rlhf.data.encoding import encode_messages
 from rlhf.errors import InputError
 from rlhf.models.loading import load_causal_lm
@@ -162,15 +163,15 @@ def test_results_by_hand():
     assert results["differences"]["a"]["mean"] == 0.5 and results["differences"]["b"]["mean"] == -0.5
     assert results["clusters"] == {"c": {"0": results["clusters"]["c"]["0"], "4": results["clusters"]["c"]["4"]}}
     assert results["clusters"]["c"]["0"]["mean"] == pytest.approx(4 / 6)
-    gains = against({4: some}, {4: none}, seed=0)
+    gains = compare_with_baseline({4: some}, {4: none}, seed=0)
     assert gains["cluster"]["c"]["4"]["mean"] == pytest.approx(1 / 6) and gains["cluster"]["c"]["4"]["n"] == 6
     assert gains["task"]["other"]["4"]["mean"] == -1
     for changed in ([{"score": 0.0, "doc": {}}], [{"score": 0.0, "doc": {"x": n}} for n in range(2)]):
         with pytest.raises(InputError, match=f"--baseline_dir: task 'other' has {len(changed)} rows here and 2 in"):
-            against({4: {**some, "other": changed}}, {4: none}, seed=0)
-    assert [script.verdict({"mean": m, "low": low, "high": high}) for m, low, high in (
+            compare_with_baseline({4: {**some, "other": changed}}, {4: none}, seed=0)
+    assert [script.verdict(Interval(*numbers)) for numbers in (
         (0.2, 0.1, 0.3), (0.1, -0.1, 0.2), (0, 0, 0), (-0.1, -0.2, 0.1), (-0.2, -0.3, -0.1)
-    )] == ["yes", "yes, within doubt", "equal", "no, within doubt", "no"]  # fmt: skip
+    )] == ["yes", "yes, not significant", "equal", "no, not significant", "no"]  # fmt: skip
 
 
 def test_the_run_reports_what_was_answered(evaluated):
@@ -190,7 +191,7 @@ def test_the_run_reports_what_was_answered(evaluated):
     assert answers[0][0]["responses"] != answers[2][0]["responses"]  # the examples were read
     assert results["chance"] == {"question": 0.5, "addition": 0.25, "mine": 0.5}
     assert results["num_fewshot"] == [0, 2]
-    assert "2 examples beat 0 on" in log and "of 4 tasks" in log
+    assert "2 examples beat 0 on" in log and "of 4 tasks (significantly on" in log
     report = (out / "a" / "report.html").read_text()
     assert (out / "a" / "in_context.png").exists() and "Accuracy in context" in report
 
@@ -248,7 +249,7 @@ def test_bad_input_gets_one_clear_line(arguments, message, monkeypatch, tmp_path
 def test_other_questions_are_no_baseline(evaluated, sharp, monkeypatch, tmp_path):
     out, _, arguments = evaluated
     other = [*arguments, "--seed", 7, "--model_name_or_path", sharp, "--baseline_dir", out / "a"]
-    with pytest.raises(InputError, match="other questions were asked in task 'question'"):
+    with pytest.raises(InputError, match="has other questions in task 'question'"):
         again(monkeypatch, *other, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -263,7 +264,7 @@ def test_more_examples_than_training_rows_are_refused_before_a_model_is_loaded(e
 
 def test_a_task_file_with_too_few_examples_is_refused_in_one_line(evaluated, sharp, monkeypatch, tmp_path):
     out, _, _ = evaluated
-    with pytest.raises(InputError, match="--num_fewshot 20: lm-eval can't ask one"):
+    with pytest.raises(InputError, match="--num_fewshot 20: lm-eval can't ask a task"):
         again(monkeypatch, "--tasks", out / "colours.yaml", "--num_fewshot", 20, "--model_name_or_path", sharp,
               "--limit", 2, "--dtype", "float32", "--output_dir", tmp_path / "out")  # fmt: skip
 

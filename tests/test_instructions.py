@@ -116,7 +116,7 @@ GOOD = [{"review": f"film {n}", "label": n % 2} for n in range(30)]
         (("{{ review }} (", "{{ review ("), "template 'plain' of task 'mine': not a Jinja template"),
         (("{{ review }} (", "{{ review.__class__.__mro__ }} ("), "template 'plain' can't be rendered"),
         (("[thumbs down, thumbs up]", "[thumbs down]"), "template 'worded' words 1 choices; a row has 2"),
-        (("[thumbs down, thumbs up]", "[no, yes]"), "template 1: 'choices' is a list of texts; found [False, True]"),
+        (("[thumbs down, thumbs up]", "[no, yes]"), "template 1: 'choices' must be a list of texts; found [False"),
         (("cluster: own\n", ""), "needs 'task', 'cluster' and 'templates'"),
         (("name: worded", "name: plain"), "two templates of one name"),
         (("task: mine", "task: addition"), "a starter task has the same name"),
@@ -138,11 +138,11 @@ def test_a_bad_template_is_named(change, message, tmp_path):
         ([{"review": "x", "label": 2}] * 5, "row 0 has the label 2 for 2 choices"),
         ([{"review": "x", "label": "fine"}] * 5, "has the label 'fine', not among ['bad', 'good']"),
         ([{"review": "the same", "label": 1}] * 20, "2 of 2 test rows of task 'mine' are training rows too"),
-        ([{"review": "only one", "label": 1}], "are training rows too, for example review 'only one'. Remove"),
+        ([{"review": "only one", "label": 1}], "are training rows too. Example: review 'only one'. Remove"),
         ([{"id": n, "review": f"film {n % 20}", "label": 1} for n in range(40)], "of 4 test rows of task 'mine'"),
-        ([{"review": f"{n}", "label": 0, "choices": "no"} for n in range(9)], "row 0 has the choices no; a list"),
+        ([{"review": f"{n}", "label": 0, "choices": "no"} for n in range(9)], "row 0 has the choices no, not a list"),
         ([{"review": f"{n}", "label": 0, "choices": {"text": ["a"]}} for n in range(9)], "has the choices {'text'"),
-        ([{"review": f"{n}", "label": 0, "choices": [True, False]} for n in range(9)], "choices [True, False]; a"),
+        ([{"review": f"{n}", "label": 0, "choices": [True, False]} for n in range(9)], "choices [True, False], not"),
         ([{"review": f"{n}", "label": 0, "options": ["a"]} for n in range(9)], "has a column 'options'"),
         ([{"review": "x", "stars": 3}] * 5, "needs 'label' (a number) or 'answer' (a text)"),
     ],
@@ -170,9 +170,9 @@ def test_clusters_that_cannot_be_held_out():
         InstructionTask(name, TASKS[name].cluster, [], None, None) for name in ("addition", "sort_words")
     )
     assert hold_out([addition, sorting], ["sorting"]) == ([addition], [sorting])
-    with pytest.raises(InputError, match=r"--held_out_clusters poetry: no task is of this cluster. There are \['arith"):
+    with pytest.raises(InputError, match=r"--held_out_clusters poetry: has no task. Clusters are arith"):
         hold_out([addition, sorting], ["poetry"])
-    with pytest.raises(InputError, match="nothing would be left"):
+    with pytest.raises(InputError, match="leaves no task to train on"):
         hold_out([addition, sorting], ["arithmetic", "sorting"])
 
 

@@ -1,5 +1,6 @@
 """The evaluate modules and their intervals."""
 
+import json
 import math
 import os
 import subprocess
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from eval.measuring.comparison import agreement_with_gold, differences_of
 from eval.measuring.judges import ask, win_rates
 from eval.measuring.replies import Replies, reply_logprobs
-from eval.metrics import table_rows
-from eval.stats.intervals import difference, interval
+from eval.metrics import metric, metric_results, table_rows
+from eval.stats.intervals import Interval, interval
 from rlhf.comparisons import Comparison
 from rlhf.starter.labeler import SimulatedLabeler
 
@@ -63,8 +64,7 @@ def test_modules_load_offline():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
     covered = sum(
-        result["low"] <= 0.0 <= result["high"]
-        for result in (interval(list(generator.normal(size=60))) for _ in range(150))
+        result.low <= 0.0 <= result.high for result in (interval(list(generator.normal(size=60))) for _ in range(150))
     )
     assert 0.88 <= covered / 150 <= 1.0
 
@@ -73,19 +73,42 @@ def test_paired_differences_are_sharper_than_unpaired_intervals():
     generator = np.random.default_rng(1)
     common = generator.normal(size=200)
     first, second = interval(list(common + 0.2)), interval(list(common + 0.01 * generator.normal(size=200)))
-    result = difference(first, second)
-    assert math.isclose(result["mean"], first["mean"] - second["mean"])
-    assert result["high"] - result["low"] < 0.02 < first["high"] - first["low"]
-    assert result["low"] > 0.15
-    assert set(differences_of({"a": {"m": first}, "b": {"m": second, "x": first}}, 0)) == {"b_minus_a"}
+    result = first.minus(second)
+    assert math.isclose(result.mean, first.mean - second.mean)
+    assert result.high - result.low < 0.02 < first.high - first.low
+    assert result.low > 0.15 and result.excludes_zero and not first.minus(first).excludes_zero
+    one_fit = Interval(0.5, 0.4, 0.6, 200)  # a length-controlled win rate
+    differences = differences_of(
+        {"a": {"m": first, "fit": one_fit}, "b": {"m": second, "fit": one_fit, "only b's": first}}, 0
+    )
+    assert {pair: list(cells) for pair, cells in differences.items()} == {"b_minus_a": ["m"]}
+    with pytest.raises(ValueError, match="needs two samples of one size"):
+        first.minus(one_fit)
+
+
+def test_an_interval_as_text_and_as_json():
+    cell = interval([0.0, 1.0, 0.0, 1.0])
+    assert f"{Interval(0.5, 0.25, 0.75, 4):.1%}" == "50.0% [25.0%, 75.0%]"
+    assert Interval.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+    assert set(cell.to_json()) == {"mean", "low", "high", "n"} and cell.sample.values == [0.0, 1.0, 0.0, 1.0]
+    open_end = Interval(1.0, -math.inf, 2.0)
+    assert open_end.to_json() == {"mean": 1.0, "low": None, "high": 2.0}
+    assert Interval.from_json(open_end.to_json()) == open_end and f"{open_end:+.2f}" == "+1.00 [-, +2.00]"
+
+
+def test_a_metric_and_all_its_results():
+    inputs = {"predictions": [1.0, 2.0, 0.0], "references": [0.0, 2.0, 3.0]}
+    cell, results = metric("win_rate", **inputs), metric_results("win_rate", **inputs)
+    assert (cell.mean, cell.low, cell.high, cell.n) == tuple(results[key] for key in ("mean", "low", "high", "n"))
+    assert results["ties"] == 1 / 3 and cell.sample.values == results["values"] == [1.0, 0.5, 0.0]
 
 
 def test_perplexity_difference_resamples_ratios():
     first = interval([2.0, 4.0], [1, 2], "exp")
     second = interval([1.0, 2.0], [1, 2], "exp")
-    result = difference(first, second)
-    assert math.isclose(result["mean"], math.exp(2) - math.exp(1))
-    assert math.isclose(result["low"], result["mean"])
+    result = first.minus(second)
+    assert math.isclose(result.mean, math.exp(2) - math.exp(1))
+    assert math.isclose(result.low, result.mean)
 
 
 def test_reward_accuracy_counts_pairs_that_gold_tells_apart():
@@ -158,13 +181,10 @@ def test_judges_are_asked_about_different_replies_only():
     texts = {"mine": ["a", "b", "c", "same"], "sft": ["x", "y", "z", "same"]}
     verdicts = ask(Panel(), ["1", "2", "3", "4"], {"mine": texts["mine"], "sft": texts["sft"]}, "sft")
     assert verdicts["mine"].prompts == [0, 1, 3]
-    assert win_rates(verdicts["mine"], [1] * 4, [1] * 4)["win_rate"]["mean"] == (0.5 + 1 + 0.5) / 3
-    assert win_rates(verdicts["sft"], [1] * 4, [1] * 4)["win_rate"]["mean"] == 0.5
+    assert win_rates(verdicts["mine"], [1] * 4, [1] * 4)["win_rate"].mean == (0.5 + 1 + 0.5) / 3
+    assert win_rates(verdicts["sft"], [1] * 4, [1] * 4)["win_rate"].mean == 0.5
     gold = ask(SimulatedLabeler(temperature=0.0), ["1"], {"up": ["I love it"], "sft": ["I hate it"]}, "sft")
-    assert (
-        win_rates(gold["up"], [3], [3])["win_rate"] | {"mean": 1.0, "ties": 0.0}
-        == win_rates(gold["up"], [3], [3])["win_rate"]
-    )
+    assert win_rates(gold["up"], [3], [3])["win_rate"] == Interval(1.0, 1.0, 1.0, 1)
 
 
 def test_the_table_has_one_row_per_metric_and_judge():

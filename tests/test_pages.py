@@ -23,9 +23,11 @@ FLAGS = [
 ]  # fmt: skip
 SERVER = """
 import sys
-from rlhf.data.datasets import read_tasks
-from rlhf.feedback.vote_page import VotePage, serve, wait
-from rlhf.feedback.votes import Assignment, VoteFile
+from rlhf.feedback.assignment import Assignment
+from rlhf.feedback.sampling import read_tasks
+from rlhf.feedback.serving import serve, wait
+from rlhf.feedback.vote_page import VotePage
+from rlhf.feedback.votes import VoteFile
 folder, port, ratings, overlap = sys.argv[1:]
 assignment = Assignment(read_tasks(folder), VoteFile(folder + "/votes.jsonl"), overlap=float(overlap), repeats=0.0)
 print(serve(VotePage(assignment, ratings == "True").blocks(), "127.0.0.1", int(port)), flush=True)

@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -303,7 +304,7 @@ def test_an_architecture_with_demands_of_its_own_says_so_in_one_line(own):
     args = settings_of(objective="masked", block_size=32)
     for model_type, message in (("funnel", "num_hidden_layers"), ("reformer", "axial_pos_embds")):
         model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-        with pytest.raises(InputError, match=rf"--model_type {model_type}: can't be made of these sizes .*{message}"):
+        with pytest.raises(InputError, match=rf"--model_type {model_type}: can't be made with these sizes .*{message}"):
             new_model(new_config(model_args, args, own), args)
 
 
@@ -395,7 +396,7 @@ def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(
     ("replaced", "bert", {}, "--objective replaced: bert has no head for it. Give --model_type electra or roformer"),
     ("span", "llama", {}, "--objective span: llama has no head for it. Give --model_type t5"),
     ("masked", "electra", {"next_sentence_prediction": True}, "electra has no head for it. Give --model_type bert"),
-    ("causal", "bert", {"next_sentence_prediction": True}, "goes with --objective masked, not with causal"),
+    ("causal", "bert", {"next_sentence_prediction": True}, "needs --objective masked; found causal"),
     ("causal", "gpt2", {"use_muon": True, "fsdp": "full_shard"}, "--use_muon: needs whole matrices"),
     ("causal", "gpt2", {"hidden_size": 10}, "--num_attention_heads 4: must divide --hidden_size 10"),
     ("causal", "gpt2", {"max_position_embeddings": 8}, "--max_position_embeddings 8: less than --block_size 256"),
@@ -599,18 +600,24 @@ def test_discounts_are_chen_and_goodmans():
     assert discounts(counts)[1:] == pytest.approx([1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2])
 
 
-def test_xz_is_paid_in_full():
-    texts = [f"text number {number}" for number in range(10)]
-    whole = b"".join(text.encode() + b"\0" for text in texts)
-    assert sum(xz_bits(texts, [], 10)) == 8 * len(lzma.compress(whole, preset=9))
-    both = b"".join(text.encode() + b"\0" for text in texts[:4]) + whole
-    before = b"".join(text.encode() + b"\0" for text in texts[:4])
-    primed = xz_bits(texts, texts[:4], 3)
-    assert len(primed) == 3
-    assert sum(primed) == 8 * (len(lzma.compress(both, preset=9)) - len(lzma.compress(before, preset=9)))
+def test_xz_is_paid_in_full(monkeypatch):
+    texts = [f"text number {number}, größer than {number * 7919}" for number in range(10)]
+    monkeypatch.setattr(os, "fork", None)  # torch has threads here
+
+    def compressed(texts):
+        return 8 * len(lzma.compress(b"".join(text.encode() + b"\0" for text in texts), preset=9))
+
+    sizes = [compressed(texts[:end]) for end in range(1, 11)]
+    assert xz_bits(texts, [], 10) == [sizes[0], *np.diff(sizes)]
+    before = texts[3:7]
+    sizes = [compressed(before + texts[:end]) for end in (0, 4, 7, 10)]
+    assert xz_bits(texts, before, 3) == np.diff(sizes).tolist()
+
+
+def test_texts_are_put_into_groups():
     assert in_groups(list(range(7)), 3) == [[0, 1, 2], [3, 4], [5, 6]]
     grouped = by_groups(interval([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0]), 2)
-    assert (grouped["values"], grouped["weights"], grouped["mean"]) == ([3.0, 7.0], [2.0, 4.0], 10 / 6)
+    assert grouped.mean == 10 / 6 and grouped.sample == ([3.0, 7.0], [2.0, 4.0], "none")
 
 
 def test_compression_writes_a_table_with_intervals_and_a_picture(causal, data, tmp_path):

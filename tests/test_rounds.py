@@ -138,8 +138,9 @@ def test_the_verdict_says_what_the_interval_says():
     said = round_verdicts({"truth_name": "gold_score", "rounds": [{"round": 0}, entry(1, 0.1, 0.3), entry(2, -0.1, 0.2),
                                                             entry(3, -0.3, -0.1)]})  # fmt: skip
     assert [sentence.split(" in gold")[0] for sentence in said] == [
-        "Round 1 beats SFT", "Round 2 does not beat beyond doubt round 1", "Round 3 is worse than round 2",
+        "Round 1 beats SFT", "Round 2 does not differ significantly from round 1", "Round 3 is worse than round 2",
     ]  # fmt: skip
+    assert [sentence.endswith("the 95% interval excludes 0.") for sentence in said] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_bad_input(flags, said, tmp_path):
 def test_a_stage_that_fails_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: ./nowhere\n")
     with pytest.raises(InputError, match=r"recipes/sft\.py ended with exit code 2"):
-        run_stage("recipes/sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
+        run_stage(ROOT / "recipes" / "sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
 
 
 STAGE = """
@@ -172,8 +173,8 @@ time.sleep(1)  # longer than subprocess.run leaves a child after Ctrl-C
 
 def test_ctrl_c_lets_a_stage_write_what_there_is(tmp_path):
     (tmp_path / "stage.py").write_text(STAGE)
-    call = f"run_stage({str(tmp_path / 'stage.py')!r}, 'c.yaml', Path({str(tmp_path)!r}), {{}})"
-    code = f"from pathlib import Path; from rlhf.feedback.rounds import run_stage; print('finished:', {call})"
+    call = f"run_stage(Path({str(tmp_path / 'stage.py')!r}), 'c.yaml', Path({str(tmp_path)!r}), {{}})"
+    code = f"from pathlib import Path; from rlhf.run.stages import run_stage; print('finished:', {call})"
     loop = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import re
-import types
 from contextlib import redirect_stdout
 
 import pytest
@@ -21,7 +20,7 @@ from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
 from rlhf.starter.problems import PROBLEM_KINDS, starter_problems
 from rlhf.tasks.problems import few_shot, final_answer, known_answer, majority, plain_answer
-from rlhf.tasks.star import gather_solutions, keep, problem_rows, solve_held_out, write_solutions
+from rlhf.tasks.star import StarArguments, gather_solutions, keep, problem_rows, solve_held_out, write_solutions
 
 BOXES = ("red", "blue", "green", "white", "black", "brown", "grey", "pink", "gold", "silver", "amber", "olive")
 
@@ -91,8 +90,8 @@ def test_the_prompt_shows_examples_and_tells_the_answer_only_as_a_hint():
     example = {"prompt": "1 + 1?", "answer": "2", "solution": "1 + 1 is <<1+1=2>>2.\n#### 2"}
     plain = few_shot([example], {"prompt": "2 + 3?", "answer": "5"})
     assert plain == [*user("1 + 1?"), {"role": "assistant", "content": "1 + 1 is 2. The answer is 2."}, *user("2 + 3?")]
-    told = few_shot([example], {"prompt": user("2 + 3?"), "answer": "5"}, hint=True)
-    assert [m["content"] for m in told[::2]] == ["1 + 1? (The answer is 2.)", "2 + 3? (The answer is 5.)"]
+    hinted = few_shot([example], {"prompt": user("2 + 3?"), "answer": "5"}, hint=True)
+    assert [m["content"] for m in hinted[::2]] == ["1 + 1? (The answer is 2.)", "2 + 3? (The answer is 5.)"]
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
@@ -108,12 +107,12 @@ def test_right_solutions_are_kept_once():
     assert keep([{"prompt": "d", "reference": None}], [["no number", "none"]], "sampled") == []
 
 
-def asked(log, sampled, told="it is {reference}"):
-    """A solver that says the same to everybody and notes what it was asked."""
+def make_solver(log, sampled, hinted="it is {reference}"):
+    """A solver that gives every problem the same solution and logs its calls."""
 
-    def solver(rows, what, *, count=1, seed=None, told_examples=None, **hint):
-        log.append((what, [row["prompt"] for row in rows], count, hint.get("told")))
-        text = told if hint else sampled
+    def solver(rows, what, *, count=1, seed=None, hints=None):
+        log.append((what, [row["prompt"] for row in rows], count, hints))
+        text = sampled if hints is None else hinted
         return [[text.format(**row)] * count for row in rows]
 
     return solver
@@ -122,16 +121,16 @@ def asked(log, sampled, told="it is {reference}"):
 def test_only_what_was_not_solved_is_rationalized_and_trained_on_without_the_hint():
     rows = [{"prompt": "a", "answer": "1", "reference": "1"}, {"prompt": "b", "answer": "2", "reference": "2"},
             {"prompt": "c", "answer": None, "reference": None}]  # fmt: skip
-    args, log = types.SimpleNamespace(num_generations=3, rationalize=True), []
-    kept = gather_solutions(asked(log, "it is 1"), rows, ["example"], args, seed=0)
+    args, log = StarArguments(num_generations=3, rationalize=True), []
+    kept = gather_solutions(make_solver(log, "it is 1"), rows, ["example"], args, seed=0)
     assert [(row["prompt"], row["kind"]) for row in kept] == [
         (user("a"), "sampled"), (user("c"), "sampled"), (user("b"), "rationalized"),
     ]  # fmt: skip
     assert log == [("sampling", ["a", "b", "c"], 3, None), ("rationalizing", ["b"], 1, ["example"])]
     args.rationalize = False
-    assert {row["kind"] for row in gather_solutions(asked(log, "it is 1"), rows, [], args, seed=0)} == {"sampled"}
+    assert {row["kind"] for row in gather_solutions(make_solver(log, "it is 1"), rows, [], args, seed=0)} == {"sampled"}
     with pytest.raises(InputError, match=r"none of the solutions of 2 problems .* --rationalize true"):
-        gather_solutions(asked(log, "it is 7"), rows[:2], [], args, seed=0)
+        gather_solutions(make_solver(log, "it is 7"), rows[:2], [], args, seed=0)
 
 
 def problems(count, first=0, **more):
@@ -140,10 +139,8 @@ def problems(count, first=0, **more):
 
 
 def settings(**changes):
-    return types.SimpleNamespace(**{
-        "num_fewshot": 0, "max_train_samples": 9, "max_eval_samples": 9, "max_new_tokens": 9, "majority_vote": False,
-        **changes,
-    })  # fmt: skip
+    return StarArguments(**{"num_fewshot": 0, "max_train_samples": 9, "max_eval_samples": 9, "max_new_tokens": 9,
+                            **changes})  # fmt: skip
 
 
 def test_examples_are_neither_trained_on_nor_limited(tokenizer):
@@ -182,9 +179,9 @@ def test_bad_problems(train, test, changes, context, said, tokenizer):
 
 def test_accuracy_of_one_of_the_majority_and_of_the_best():
     solutions, references = [["1", "2", "2"], ["3", "3", "4"], ["5", "6", "7"]], ["1", "3", None]
-    assert solved_share(solutions, references)["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert solved_share(solutions, references, "majority")["mean"] == 0.5
-    assert solved_share(solutions, references, "best")["mean"] == 1.0
+    assert solved_share(solutions, references).mean == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert solved_share(solutions, references, "majority").mean == 0.5
+    assert solved_share(solutions, references, "best").mean == 1.0
     assert references_of([{"reference": None, "samples": ["1", "2", "2"]}])[0] == ["2"]
 
 
@@ -335,7 +332,7 @@ def test_a_finished_run_is_skipped(rounds, monkeypatch, capsys):
     [(["--rounds", 0], "--rounds 0: must be at least 1"), (["--num_generations", 0], "--num_generations 0"),
      (["--sft_config", "no.yaml"], "--sft_config no.yaml: no such file"), (["--round", 1], "unknown flag --round"),
      (["--num_fewshot", 1], "--num_fewshot 1"),
-     (["--majority_vote", "true", "--rationalize", "true"], "--rationalize true: tells the answer"),
+     (["--majority_vote", "true", "--rationalize", "true"], "--rationalize true: gives the answer"),
      (["--use_peft", "true"], "--use_peft True: would not reach the training"),
      (["--lora_r", 8], "--lora_r 8: would not reach"), (["--load_in_4bit", "true"], "of --sft_config (")],
 )  # fmt: skip
@@ -357,6 +354,6 @@ def test_without_any_answer_the_majority_stands_in(rounds):
 
 def test_held_out_solutions_are_greedy(tokenizer):
     log = []
-    rows = solve_held_out(asked(log, "it is 3"), [{"prompt": "a", "reference": "3"}], count=2, seed=5)
+    rows = solve_held_out(make_solver(log, "it is 3"), [{"prompt": "a", "reference": "3"}], count=2, seed=5)
     assert rows == [{"prompt": "a", "reference": "3", "solution": "it is 3", "samples": ["it is 3", "it is 3"]}]
     assert [(what, count) for what, _, count, _ in log] == [("held out", 1), ("held out, samples", 2)]

@@ -113,7 +113,7 @@ def test_later_stages_load_it_unchanged(own, tmp_path, capsys):
 
 def test_bytes_per_token_by_hand(own):
     cell = bytes_per_token(own, ["the", "é"])  # one token of 3 bytes; 2 bytes that were never merged
-    assert cell["mean"] == pytest.approx(5 / 3) and cell["n"] == 2
+    assert cell.mean == pytest.approx(5 / 3) and cell.n == 2
 
 
 def test_the_recipe_reports_bytes_per_token_beside_the_starters(tmp_path):

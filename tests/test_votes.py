@@ -10,7 +10,9 @@ import pytest
 
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
-from rlhf.feedback.votes import Assignment, Vote, VoteFile, agreement, check_labeler_name
+from rlhf.feedback.agreement import measure_agreement
+from rlhf.feedback.assignment import Assignment
+from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name
 
 
 def tasks(count, replies=2):
@@ -167,17 +169,17 @@ def test_agreement_is_krippendorffs_alpha():
     as_ranks = {1: (1, 2), 2: (2, 1)}
     votes = [vote(f"{n}", "ada", as_ranks[a]) for n, a in enumerate(ada)]
     votes += [vote(f"{n}", "ben", as_ranks[b]) for n, b in enumerate(ben)]
-    result = agreement(votes)
+    result = measure_agreement(votes)
     # for two values and no gaps: 1 - observed disagreement / expected disagreement (Krippendorff 2004, section 11.3.1)
     disagreements = sum(a != b for a, b in zip(ada, ben, strict=True))
     ones = sum(v == 1 for v in ada + ben)
     expected = 1 - (disagreements / 10) / (2 * ones * (20 - ones) / (20 * 19))
-    assert math.isclose(result["alpha"], expected, abs_tol=1e-9)
-    assert (result["pairs"], result["labelers"], result["repeats"]) == (10, 2, None)
+    assert math.isclose(result.alpha, expected, abs_tol=1e-9)
+    assert (result.pairs, result.labelers, result.repeats) == (10, 2, None)
 
 
 def test_agreement_with_oneself():
     votes = [vote("a"), vote("b"), vote("a", repeat=True), vote("b", repeat=True, ranks=(2, 1))]
-    result = agreement(votes)
-    assert (result["repeats"], result["repeated_pairs"], result["alpha"]) == (0.5, 2, None)
-    assert agreement([vote("a"), vote("a", "ben")])["alpha"] == 1.0
+    result = measure_agreement(votes)
+    assert (result.repeats, result.repeated_pairs, result.alpha) == (0.5, 2, None)
+    assert measure_agreement([vote("a"), vote("a", "ben")]).alpha == 1.0

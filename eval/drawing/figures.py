@@ -4,17 +4,19 @@ Each function takes plain data as it is in the run's folder and returns a matplo
 """
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.stats.fits import CurveKind, curve
-from eval.stats.scaling_laws import formula, predict
+from eval.stats.intervals import Interval, JsonObject
+from eval.stats.scaling_laws import LawFit, formula, predict, read_fits
 
-Log = list[dict[str, Any]]
+Log = list[JsonObject]
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
@@ -60,7 +62,7 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
 }  # fmt: skip
 
 
-def _grid(count: int, columns: int = 3, height: float = 2.6) -> tuple[Figure, list[Any]]:
+def _grid(count: int, columns: int = 3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
@@ -72,6 +74,14 @@ def _grid(count: int, columns: int = 3, height: float = 2.6) -> tuple[Figure, li
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes
+
+
+def _means_and_errors(cells: Iterable[JsonObject]) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) means of P cells {mean, low, high}, and (2, P) distances to their ends, as `errorbar` takes them."""
+    intervals = [Interval.from_json(cell) for cell in cells]
+    means = np.asarray([cell.mean for cell in intervals])
+    errors = [[cell.mean - cell.low for cell in intervals], [cell.high - cell.mean for cell in intervals]]
+    return means, np.maximum(0, errors)
 
 
 def training_figure(recipe: str, log: Log) -> Figure | None:
@@ -106,7 +116,7 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
     return figure
 
 
-def calibration_figure(accuracy: dict[str, Any]) -> Figure:
+def calibration_figure(accuracy: JsonObject) -> Figure:
     """Reliability of a reward model, and its accuracy by length difference.
 
     Args:
@@ -131,19 +141,17 @@ def calibration_figure(accuracy: dict[str, Any]) -> Figure:
     return figure
 
 
-def _intervals(axis: Any, labels: list[str], cells: list[dict[str, Any]], color: str, shift: float = 0.0) -> None:
+def _intervals(axis: Axes, labels: list[str], cells: list[JsonObject], color: str, shift: float = 0.0) -> None:
     """Means with intervals, one below the other."""
     heights = [number + shift for number in range(len(cells))]
-    means = [cell["mean"] for cell in cells]
-    spread = [[m - c["low"] for m, c in zip(means, cells, strict=True)],
-              [c["high"] - m for m, c in zip(means, cells, strict=True)]]  # fmt: skip
-    axis.errorbar(means, heights, xerr=np.maximum(0, spread), fmt="o", color=color, capsize=3, markersize=4)
+    means, errors = _means_and_errors(cells)
+    axis.errorbar(means, heights, xerr=errors, fmt="o", color=color, capsize=3, markersize=4)
     if not shift:
         axis.set_yticks(range(len(cells)), labels)
         axis.invert_yaxis()
 
 
-def comparison_figure(results: dict[str, Any]) -> Figure | None:
+def comparison_figure(results: JsonObject) -> Figure | None:
     """Win rates of a comparison, plain and length-controlled, one panel per judge; scores if there are no judges.
 
     Args:
@@ -166,13 +174,12 @@ def comparison_figure(results: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def overoptimization_figure(results: dict[str, Any]) -> Figure:
+def overoptimization_figure(results: JsonObject) -> Figure:
     """Gold and proxy score against the square root of the KL, for PPO's checkpoints and best-of-n, with fitted curves.
 
     Args:
         results: content of overoptimization.json.
     """
-
     figure, axes = _grid(2, height=3.6)
     kinds: tuple[tuple[CurveKind, str], ...] = (("ppo", BLUE), ("best_of_n", ORANGE))
     for axis, score in zip(axes, ("gold", "proxy"), strict=True):
@@ -181,8 +188,7 @@ def overoptimization_figure(results: dict[str, Any]) -> Figure:
             if not points:
                 continue
             distance = np.asarray([point["sqrt_kl"] for point in points])
-            means = np.asarray([point[score]["mean"] for point in points])
-            errors = np.abs([[p[score][end] - p[score]["mean"] for p in points] for end in ("low", "high")])
+            means, errors = _means_and_errors(point[score] for point in points)
             axis.errorbar(distance, means, errors, fmt="o", color=color, capsize=2, markersize=4,
                           label=kind.replace("_", " ").replace("ppo", "PPO"))  # fmt: skip
             fit = (results["fits"][kind] or {}).get(score)
@@ -199,7 +205,7 @@ def overoptimization_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def curves_figure(curves: list[dict[str, Any]]) -> Figure:
+def curves_figure(curves: list[JsonObject]) -> Figure:
     """Reward and KL against episodes, and reward against the square root of the KL, of several runs.
 
     Args:
@@ -214,12 +220,11 @@ def curves_figure(curves: list[dict[str, Any]]) -> Figure:
         mean = [{key: float(np.mean([run[episode][key] for run in at])) for key in ("episode", "reward", "kl")}
                 for episode in shared]  # fmt: skip
         for points, width in [*((points, 0.6) for points in runs if len(runs) > 1), (mean, 2.0)]:
-            style: dict[str, Any] = {"color": color, "linewidth": width}
-            style |= {"label": f"{name}, mean of {len(runs)}" if len(runs) > 1 else name} if points is mean else {}
-            episodes, rewards = [p["episode"] for p in points], [p["reward"] for p in points]
-            axes[0].plot(episodes, rewards, **style)
-            axes[1].plot(episodes, [p["kl"] for p in points], **style)
-            axes[2].plot([max(0.0, p["kl"]) ** 0.5 for p in points], rewards, **style)
+            mean_label = f"{name}, mean of {len(runs)}" if len(runs) > 1 else name
+            episodes, rewards, kls = ([p[key] for p in points] for key in ("episode", "reward", "kl"))
+            lines = ((episodes, rewards), (episodes, kls), ([max(0.0, kl) ** 0.5 for kl in kls], rewards))
+            for axis, (x, y) in zip(axes, lines, strict=True):
+                axis.plot(x, y, color=color, linewidth=width, label=mean_label if points is mean else None)
     for axis, title in zip(axes, ("reward", "KL to the reference, nats per reply", "reward against √KL"), strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("√KL" if axis is axes[2] else "episodes", fontsize=8)
@@ -227,19 +232,18 @@ def curves_figure(curves: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def rounds_figure(summary: dict[str, Any]) -> Figure:
+def rounds_figure(summary: JsonObject) -> Figure:
     """The truth, the proxy and the KL after each round.
 
     Args:
         summary: content of rounds.json: `rounds`, a list with `round` and cells {mean, low, high} by name; perhaps
-            `baselines`, the same cells of what the rounds are compared with.
+            `baselines`, the same cells of the baselines by name.
     """
     names = [name for name in ("truth", "proxy", "kl") if any(entry.get(name) for entry in summary["rounds"])]
     figure, axes = _grid(len(names), height=3.0)
     for axis, name, color in zip(axes, names, COLORS, strict=False):
         known = [entry for entry in summary["rounds"] if entry.get(name)]
-        means = np.asarray([entry[name]["mean"] for entry in known])
-        errors = np.abs([[e[name][end] - e[name]["mean"] for e in known] for end in ("low", "high")])
+        means, errors = _means_and_errors(entry[name] for entry in known)
         axis.errorbar([entry["round"] for entry in known], means, errors, marker="o", color=color, capsize=3)
         axis.set_xticks([entry["round"] for entry in known])
         for style, (label, cell) in zip(("--", ":", "-."), summary.get("baselines", {}).items(), strict=False):
@@ -251,13 +255,13 @@ def rounds_figure(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def scaling_figure(summary: dict[str, Any]) -> Figure:
+def scaling_figure(summary: JsonObject) -> Figure:
     """Loss against size, tokens and compute, with the fitted laws and the forecast.
 
     Args:
         summary: content of scaling.json.
     """
-    points, fits = summary["points"], summary["fits"]
+    points, fits = summary["points"], read_fits(summary)
     figure, axes = _grid(3, height=4.2)
     keys = {"N": "parameters", "D": "tokens", "C": "compute"}
     lines = {"N": ("tokens", "D = {}"), "D": ("parameters", "N = {}"), "C": ("parameters", "")}
@@ -267,11 +271,11 @@ def scaling_figure(summary: dict[str, Any]) -> Figure:
         values = sorted({point[other] for point in points})
         for number, value in enumerate(values):
             row = [point for point in points if point[other] == value]
-            style = {"color": BLUE, "alpha": 0.35 + 0.65 * (number + 1) / len(values)}
             axis.plot([p[key] for p in row], [p["loss"] for p in row], "o" if law != "C" else ".-", markersize=4,
-                      linewidth=0.7, label=label.format(_short(value)) if label else None, **style)  # fmt: skip
-        if fits[law]:
-            _law(axis, law, fits[law], summary["forecast"]["parameters"] if law == "N" else None)
+                      linewidth=0.7, label=label.format(_short(value)) if label else None, color=BLUE,
+                      alpha=0.35 + 0.65 * (number + 1) / len(values))  # fmt: skip
+        if fit := fits[law]:
+            _law(axis, law, fit, summary["forecast"]["parameters"] if law == "N" else None)
         axis.set(xscale="log", xlabel=name)
         if law != "C":
             more = [summary["forecast"]["parameters"]] if law == "N" else []
@@ -291,32 +295,32 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _ticks(axis: Any, labels: dict[float, str]) -> None:
-    """Ticks of a logarithmic axis at these places, and no others."""
+def _ticks(axis: Axes, labels: dict[float, str]) -> None:
+    """Ticks of a logarithmic axis at these values only."""
     axis.set_xticks(list(labels), list(labels.values()))
     axis.minorticks_off()
 
 
-def _law(axis: Any, law: str, fit: dict[str, Any], end: float | None) -> None:
+def _law(axis: Axes, law: str, fit: LawFit, end: float | None) -> None:
     """A fitted law, drawn over its points and on to `end`."""
-    used = [x[0] for x in fit["x"]]
+    used = [x[0] for x in fit.x]
     smooth = np.geomspace(min(used), max(*used, end or 0), 100)
-    axis.plot(smooth, predict(fit, smooth), color=ORANGE, linewidth=1.2, label=f"fit, R² {fit['r2']:.4f}")
+    axis.plot(smooth, predict(fit, smooth), color=ORANGE, linewidth=1.2, label=f"fit, R² {fit.r2:.4f}")
     axis.set_title(formula(law, fit), fontsize=8)
 
 
-def _forecast(axis: Any, made: dict[str, Any]) -> None:
-    """A forecast with its interval, and what came out."""
-    cell, x = made["N"], made["parameters"]
-    if cell["low"] is not None and cell["high"] is not None:
-        errors = np.maximum(0, [[cell["mean"] - cell["low"]], [cell["high"] - cell["mean"]]])
-        axis.errorbar([x], [cell["mean"]], errors, fmt="_", color=ORANGE, capsize=3, label="forecast, 95%")
+def _forecast(axis: Axes, made: JsonObject) -> None:
+    """A forecast with its interval, and the measured loss."""
+    means, errors = _means_and_errors([made["N"]])
+    x = made["parameters"]
+    if np.isfinite(errors).all():
+        axis.errorbar([x], means, errors, fmt="_", color=ORANGE, capsize=3, label="forecast, 95%")
     if "measured" in made:
-        error = f"measured: forecast {cell['error']:+.1%}"
+        error = f"measured: forecast {made['N']['error']:+.1%}"
         axis.plot([x], [made["measured"]["loss"]], "*", color=GREEN, markersize=8, label=error)
 
 
-def positions_figure(positions: dict[str, Any]) -> Figure:
+def positions_figure(positions: JsonObject) -> Figure:
     """Loss by position in the context, and the difference to the first model, with 95% intervals.
 
     Args:
@@ -332,8 +336,7 @@ def positions_figure(positions: dict[str, Any]) -> Figure:
     )
     for axis, lines, colors in panels:
         for (key, label), color in zip(lines, colors, strict=False):
-            means = np.asarray([b[key]["mean"] for b in bins])
-            errors = np.abs([[b[key][end] - b[key]["mean"] for b in bins] for end in ("low", "high")])
+            means, errors = _means_and_errors(b[key] for b in bins)
             axis.errorbar(at, means, errors, marker="o", markersize=4, color=color, capsize=2, label=label)
         axis.set(xscale="log", xlabel="tokens of context", ylabel="nats per token")
         _ticks(axis, {x: f"{b['first']}–{b['last']}" for x, b in zip(at, bins, strict=True)})
@@ -345,7 +348,7 @@ def positions_figure(positions: dict[str, Any]) -> Figure:
     return figure
 
 
-def compression_figure(results: dict[str, Any]) -> Figure:
+def compression_figure(results: JsonObject) -> Figure:
     """Bits per byte as bars with intervals, the fewest first.
 
     Args:
@@ -354,8 +357,7 @@ def compression_figure(results: dict[str, Any]) -> Figure:
     cells = sorted(results["bits_per_byte"].items(), key=lambda item: item[1]["mean"])
     figure, axes = _grid(1, height=1.0 + 0.4 * len(cells))
     figure.set_figwidth(6)
-    means = np.asarray([cell["mean"] for _, cell in cells])
-    errors = np.abs([[cell[end] - cell["mean"] for _, cell in cells] for end in ("low", "high")])
+    means, errors = _means_and_errors(cell for _, cell in cells)
     bars = axes[0].barh([name for name, _ in cells], means, xerr=errors, color=BLUE, ecolor=GREY, capsize=3)
     axes[0].bar_label(bars, [f"{mean:.2f}" for mean in means], fontsize=8, padding=4)
     axes[0].invert_yaxis()
@@ -364,7 +366,7 @@ def compression_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def in_context_figure(results: dict[str, Any]) -> Figure:
+def in_context_figure(results: JsonObject) -> Figure:
     """Accuracy against the number of examples, one panel per task, with intervals and the level of chance.
 
     Args:
@@ -373,8 +375,7 @@ def in_context_figure(results: dict[str, Any]) -> Figure:
     tasks, numbers = results["tasks"], results["num_fewshot"]
     figure, axes = _grid(len(tasks), columns=4, height=2.2)
     for axis, (task, cells) in zip(axes, tasks.items(), strict=False):
-        means = np.asarray([cells[str(number)]["mean"] for number in numbers])
-        errors = np.abs([[cells[str(n)][end] - cells[str(n)]["mean"] for n in numbers] for end in ("low", "high")])
+        means, errors = _means_and_errors(cells[str(number)] for number in numbers)
         axis.errorbar(range(len(numbers)), means, errors, marker="o", color=BLUE, capsize=3, markersize=4)
         if task in results["chance"]:
             axis.axhline(results["chance"][task], color=GREY, linestyle=":", linewidth=1)
@@ -386,7 +387,7 @@ def in_context_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def transfer_figure(transfer: dict[str, Any]) -> Figure:
+def transfer_figure(transfer: JsonObject) -> Figure:
     """Ways of fine-tuning: the score of each with its seeds as dots, and the difference to the reference.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which pictures a run has: what each is drawn from, its file name and its caption."""
+"""Which pictures a run has: the file each is drawn from, its name and its caption."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +19,19 @@ from eval.drawing.figures import (
     scaling_figure,
     transfer_figure,
 )
+from eval.stats.intervals import JsonObject
 from eval.stats.scaling_laws import SCALING_FILE
 from rlhf.run.files import read_json
 
 
 class Picture(NamedTuple):
-    """A picture that is drawn if the run's folder has `source` and there is something in it to draw."""
+    """A picture, drawn if the run's folder has the file `source` and `content` finds something in it."""
 
     source: str
     name: str
-    content: Callable[[dict[str, Any]], Any]  # of the source's content what is drawn, or nothing
+    content: Callable[[JsonObject], Any]  # takes from the source's content what is drawn, or None
     figure: Callable[[Any], Figure | None]
-    caption: str  # filled from what is drawn
+    caption: str  # with fields of what is drawn
 
 
 PICTURES = (

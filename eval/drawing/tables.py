@@ -1,10 +1,12 @@
-"""Which tables a report has: what the runs' result files say, with intervals."""
+"""Which tables a report has: the results of the runs, with intervals."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from eval.measuring.solving import solving_rows
 from eval.metrics import table_rows
+from eval.stats.fits import KEEP_RULE
+from eval.stats.intervals import Interval, JsonObject
 from eval.stats.scaling_laws import SCALING_FILE, scaling_tables
 from rlhf.run.files import read_json
 
@@ -48,73 +50,68 @@ def tables_of(folders: list[Path]) -> list[ReportTable]:
     return tables
 
 
-def newest_results(folders: list[Path]) -> Any:
-    """Content of the newest results.json with models among the runs."""
+def newest_results(folders: list[Path]) -> JsonObject | None:
+    """Content of the newest results.json with models among the runs; None if there is none."""
     files = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
     found = [(file.stat().st_mtime, read_json(file)) for file in files]
     return max(((when, r) for when, r in found if "models" in r), key=lambda pair: pair[0], default=(0, None))[1]
 
 
-def number(value: Any) -> str:
-    """A value as it is shown."""
+def number(value: object) -> str:
+    """A value with four digits, if it is a float.
+
+    >>> number(0.123456), number(7)
+    ('0.1235', '7')
+    """
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def with_interval(cell: dict[str, Any] | None) -> str:
-    """A share {mean, low, high} in percent; empty for none."""
-    return f"{cell['mean']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]" if cell else ""
+def _write(cell: JsonObject | None, style: str) -> str:
+    """`mean [low, high]` of a cell; empty for none."""
+    return f"{Interval.from_json(cell):{style}}" if cell else ""
 
 
-def _comparison(results: dict[str, Any]) -> ReportTable:
+def _comparison(results: JsonObject) -> ReportTable:
     names, rows = table_rows(results)
     note = f"Means with 95% bootstrap intervals; win rates and KL against {results.get('reference', 'sft')!r}."
     return ReportTable("Evaluation on held-out prompts", note, ["", *names], rows)
 
 
-def _compression(results: dict[str, Any]) -> ReportTable:
-    rows = [
-        [name, *(f"{cell[key]:.3f}" for key in ("mean", "low", "high"))]
-        for name, cell in results["bits_per_byte"].items()
-    ]
+def _compression(results: JsonObject) -> ReportTable:
+    rows = [[name, _write(cell, ".3f")] for name, cell in results["bits_per_byte"].items()]
     note = f"{results['texts']} held-out texts of {results['bytes']:,} bytes; 95% bootstrap intervals."
-    return ReportTable("Compression", note, ["", "bits per byte", "low", "high"], rows)
+    return ReportTable("Compression", note, ["", "bits per byte"], rows)
 
 
-def _in_context(results: dict[str, Any], name: str) -> ReportTable:
+def _in_context(results: JsonObject, name: str) -> ReportTable:
     numbers = [str(count) for count in results["num_fewshot"]]
     rows = [
-        [task, *(with_interval(cells[count]) for count in numbers), with_interval(results["differences"].get(task))]
+        [task, *(_write(cells[count], ".1%") for count in numbers), _write(results["differences"].get(task), ".1%")]
         for task, cells in results["tasks"].items()
     ]
     for cluster, cells in results.get("against_baseline", {}).get("cluster", {}).items():
-        rows.append([f"{cluster}, against {results['baseline']}", *(with_interval(cells[n]) for n in numbers), ""])
+        rows.append([f"{cluster}, against {results['baseline']}", *(_write(cells[n], ".1%") for n in numbers), ""])
     heading = ["task", *(f"{count} examples" for count in numbers), f"{numbers[-1]} − {numbers[0]}"]
-    if len(numbers) == 1:  # nothing to take a difference of
+    if len(numbers) == 1:  # no difference
         heading, rows = heading[:-1], [row[:-1] for row in rows]
     note = "95% bootstrap intervals; differences are paired."
     return ReportTable(f"Accuracy in context: {name}", note, heading, rows)
 
 
-def _overoptimization(over: dict[str, Any]) -> ReportTable:
+def _overoptimization(over: JsonObject) -> ReportTable:
     rows = [
-        [point["name"], f"{point['sqrt_kl']:.2f}",
-         *("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**point[score]) for score in ("gold", "proxy"))]
+        [point["name"], f"{point['sqrt_kl']:.2f}", _write(point["gold"], ".3f"), _write(point["proxy"], ".3f")]
         for point in (*over["ppo"], *over["best_of_n"])
-    ]  # fmt: skip
-    note = f"Best by the truth: {over['best']}. Keep {over['keep']}: no worse beyond doubt, nearer the start."
+    ]
+    note = f"Best by the truth: {over['best']}. Keep {over['keep']}: {KEEP_RULE}."
     return ReportTable("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows)
 
 
-def transfer_rows(transfer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def transfer_rows(transfer: JsonObject) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table of transfer.json."""
     heading = ["", transfer["score"], "each seed", f"minus {transfer['reference']}"]
     rows = []
     for name, cell in transfer["models"].items():
-        gain = transfer["differences"].get(name)
-        rows.append([
-            name,
-            "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**cell),
-            ", ".join(f"{value:.1%}" for value in cell["seeds"]),
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * gain[key] for key in ("mean", "low", "high"))) if gain else "",
-        ])  # fmt: skip
+        seeds = ", ".join(f"{value:.1%}" for value in cell["seeds"])
+        rows.append([name, _write(cell, ".1%"), seeds, _write(transfer["differences"].get(name), "+.1%")])
     return heading, rows

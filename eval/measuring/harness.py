@@ -1,13 +1,13 @@
 """lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) over this project's models and tasks.
 
-The harness builds prompts, draws examples and scores answers. What is ours: models come from rlhf/models/, and
+The harness builds prompts, draws examples and scores answers. Two things are ours: models come from rlhf/models/, and
 log-likelihoods are computed with less work and more precision than by its `HFLM`:
 
-- a question runs once, not once for each answer, and what the questions of a batch begin with, such as the examples,
+- a question runs once, not once for each answer, and the common beginning of a batch's questions, such as the examples,
   runs once for all of them (rlhf/models/prefix.py);
-- logits are computed where an answer stands, not at every token: with 49,152 words, log-probabilities of all positions
-  take as long as the model itself;
-- the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and answers tie that are not equal.
+- logits are computed at the tokens of answers, not at every token: with a vocabulary of 49,152, log-probabilities of
+  all positions take as long as the model itself;
+- the head multiplies in float32. In bfloat16, logits near 20 are 0.125 apart, and different answers tie.
 """
 
 import copy
@@ -31,21 +31,21 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.stats.intervals import difference, interval
+from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import need_cache
 from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
-# that a model is handed over loaded, and the number of examples set, is meant
+# lm-eval warns of a model that is handed over loaded and of a number of examples that is set; both are intended
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
 SAME_EXAMPLES = 10  # documents in a row that get the same examples
-Rows = list[dict[str, Any]]
-Request = tuple[Any, list[int], list[int]]  # (texts, context ids, continuation ids)
-# stands in for a control token that is meant as text, until it is encoded
+Rows = list[JsonObject]
+Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context ids, continuation ids)
+# in place of a control token that is meant as text, until the text is encoded
 STAND_IN = re.compile("\U000f0000(\\d+)\U000f0001")
 
 
@@ -61,12 +61,12 @@ class SharedExamples(ContextSampler):
         self.seed, self.calls = rnd, 0
         return self
 
-    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **kwargs: Any) -> Sequence[dict[str, Any]]:
+    def sample(self, n: int, eval_doc: JsonObject | None = None, df: object = None, **_: Any) -> Sequence[JsonObject]:
         group, self.calls = self.calls // SAME_EXAMPLES, self.calls + 1
         docs = [doc for doc in self.fewshot_docs() if doc != eval_doc]
         rng = random.Random(f"{self.seed} {group}")
         rng.shuffle(docs)
-        by_label: dict[Any, list[dict[str, Any]]] = {}
+        by_label: dict[object, list[JsonObject]] = {}
         for doc in docs:
             by_label.setdefault(doc["label"], []).append(doc)
         rounds = [[doc for doc in turn if doc is not None] for turn in itertools.zip_longest(*by_label.values())]
@@ -74,7 +74,7 @@ class SharedExamples(ContextSampler):
 
 
 def sharpen_head(model: PreTrainedModel) -> None:
-    """Let the output head compute in float32 with weights of its own, also where it shares them with the embeddings."""
+    """Make the output head compute in float32, with its own weights even if it shared the embeddings'."""
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
         head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
@@ -82,10 +82,10 @@ def sharpen_head(model: PreTrainedModel) -> None:
 
 
 class SharedPrefixLM(HFLM):
-    """HFLM whose log-likelihoods are computed as said above; generation is HFLM's own.
+    """HFLM with the log-likelihoods that this module's docstring describes; generation is HFLM's own.
 
-    Only the chat template makes control tokens. In questions, examples and answers they are encoded as the ordinary
-    characters they are written with, as rlhf.data.encoding.encode_messages does.
+    Only the chat template makes control tokens. In questions, examples and answers they are encoded as ordinary
+    characters, as rlhf.data.encoding.encode_messages does.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -120,14 +120,14 @@ class SharedPrefixLM(HFLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """For generation, which is HFLM's own: control tokens stay what they are written as."""
+        """For generation, which is HFLM's own: control tokens in texts stay control tokens."""
         plain = [STAND_IN.sub(lambda found: self.controls[int(found[1])], string) for string in strings]
         return super().tok_batch_encode(plain, *args, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy decoding would have said it) of each request."""
+        """(log p(continuation | context), whether greedy decoding gives the continuation) of each request."""
         contexts: dict[tuple[int, ...], list[int]] = {}
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
@@ -136,7 +136,7 @@ class SharedPrefixLM(HFLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             contexts.setdefault(tuple(ids[: len(ids) - len(continuation)]), []).append(number)
         answers: dict[int, tuple[float, bool]] = {}
-        # a context of one token leaves nothing to compute before the answers
+        # a context of one token has nothing to compute before the answers
         if alone := [number for context, numbers in contexts.items() if len(context) < 2 for number in numbers]:
             scored = super()._loglikelihood_tokens([requests[number] for number in alone], disable_tqdm, override_bs)
             answers.update(zip(alone, scored, strict=True))
@@ -154,7 +154,7 @@ class SharedPrefixLM(HFLM):
 
     @staticmethod
     def _batches(contexts: list[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
-        """Contexts of equal beginnings together, of similar lengths beside each other."""
+        """Batches of contexts with the same beginning, sorted by length."""
         beginnings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for context in contexts:
             beginnings.setdefault(context[:64], []).append(context)
@@ -174,7 +174,7 @@ class SharedPrefixLM(HFLM):
 
         Args:
             contexts: D token sequences of two tokens or more.
-            places: for each continuation, which of the contexts it follows.
+            places: number of the context that each continuation follows.
         """
         device, config = self.device, self.model.config.get_text_config()
         # the last token of a context runs with the answers, whose first token it predicts
@@ -211,7 +211,7 @@ class SharedPrefixLM(HFLM):
 
 @functools.cache
 def _task_manager(known: bool) -> TaskManager:
-    """With the tasks that lm-eval knows, which takes seconds, or without."""
+    """With lm-eval's own tasks, which takes seconds, or without."""
     return TaskManager(include_defaults=known)
 
 
@@ -220,10 +220,10 @@ def _is_file(name: str) -> bool:
 
 
 def find_tasks(names: list[str]) -> list[str]:
-    """Names that lm-eval knows, and YAML files in its format.
+    """The names, if each is one of lm-eval's tasks or a YAML file in its format.
 
     Raises:
-        InputError: for anything else.
+        InputError: if one is neither.
     """
     for name in names:
         if _is_file(name):
@@ -238,11 +238,11 @@ def find_tasks(names: list[str]) -> list[str]:
     return names
 
 
-def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]:
+def write_task(name: str, rows: dict[str, Rows], folder: Path) -> JsonObject:
     """Write a task's rows into the folder, and return its lm-eval configuration: eval/measuring/multiple_choice.yaml.
 
     Args:
-        rows: `train`, which examples are drawn from, and `test`, of rlhf.tasks.instructions.word_instructions.
+        rows: `train`, from which examples are drawn, and `test`, both of rlhf.tasks.instructions.word_instructions.
     """
     files = {split: str(folder / f"{name}.{split}.jsonl") for split in rows}
     for split, file in files.items():
@@ -252,34 +252,44 @@ def write_task(name: str, rows: dict[str, Rows], folder: Path) -> dict[str, Any]
     return {**config, "task": name, "dataset_kwargs": {"data_files": files}, "fewshot_config": examples}
 
 
-def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str, Rows]:
-    """Let lm-eval ask all tasks with so many examples; what was answered before an interruption is read.
+def answer(
+    lm: HFLM,
+    tasks: list[str | JsonObject],
+    num_fewshot: int,
+    folder: Path,
+    *,
+    limit: int,
+    apply_chat_template: bool,
+    seed: int,
+) -> dict[str, Rows]:
+    """Let lm-eval ask all tasks with so many examples; answers of an interrupted run are read from its folder.
 
     Args:
         tasks: what `lm_eval.simple_evaluate` takes: names, files, configurations.
-        args: `output_dir`, `limit`, `apply_chat_template` and `seed`.
+        folder: of the run, for answers-<num_fewshot>.jsonl.
+        limit: the most test rows per task.
 
     Returns:
         by task, one row per test row: `task`, `number`, `score` (of the task's first metric), `responses` and `doc`.
 
     Raises:
-        InputError: if a task can't be loaded (the Hub out of reach, say) or has fewer examples to draw than are to be
-            shown, or its metric isn't one of single rows.
+        InputError: if a task can't be loaded (for example because the Hub can't be reached) or has too few rows to draw
+            `num_fewshot` examples from, or its metric has no value for a single row.
     """
-    file = Path(args.output_dir) / f"answers-{num_fewshot}.jsonl"
+    file = folder / f"answers-{num_fewshot}.jsonl"
     if not file.exists():
         manager = _task_manager(any(isinstance(task, str) and not _is_file(task) for task in tasks))
         try:
             results = lm_eval.simple_evaluate(
-                lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=args.limit, bootstrap_iters=0,
-                apply_chat_template=args.apply_chat_template, task_manager=manager, random_seed=args.seed,
-                numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
+                lm, tasks=copy.deepcopy(tasks), num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0,
+                apply_chat_template=apply_chat_template, task_manager=manager, random_seed=seed,
+                numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
         except InputError:
             raise
         except (OSError, KeyError, ValueError, DatasetsError) as error:  # ValueError: too few examples to draw, say
             raise InputError(
-                f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask one ({type(error).__name__}: {error})."
+                f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask a task ({type(error).__name__}: {error})."
             ) from error
         write_jsonl(file, [
             {"task": task, "number": sample["doc_id"], "score": _score(task, sample),
@@ -290,7 +300,7 @@ def answer(lm: HFLM, tasks: list[Any], num_fewshot: int, args: Any) -> dict[str,
     return _read(file)
 
 
-def _score(task: str, sample: dict[str, Any]) -> float:
+def _score(task: str, sample: JsonObject) -> float:
     score = sample[sample["metrics"][0]]
     if not isinstance(score, int | float):
         raise InputError(f"--tasks {task}: its metric {sample['metrics'][0]} has no value for a single row.")
@@ -305,10 +315,10 @@ def _read(file: Path) -> dict[str, Rows]:
 
 
 def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str, Rows]]) -> dict[int, dict[str, Rows]]:
-    """The answers of another run, the baseline, by number of examples and task.
+    """The answers of the baseline, another run, by number of examples and task.
 
     Raises:
-        InputError: if it asked other questions.
+        InputError: if its questions were other ones.
     """
     answers = {}
     for number in num_fewshot:
@@ -320,7 +330,7 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
             asked = [row["doc"]["prompt"] for row in answers[number].get(task, [])]
             if asked != [row["prompt"] for row in rows["test"]]:
                 raise InputError(
-                    f"--baseline_dir {folder}: other questions were asked in task {task!r}. Run both with the same "
+                    f"--baseline_dir {folder}: has other questions in task {task!r}. Run both with the same "
                     "--tasks, --limit, --num_templates and --seed."
                 )
     return answers
@@ -329,7 +339,7 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
 # ---------------------------------------------------------------------------------------------- results
 
 
-def _cells(rows_by_task: dict[str, Rows], seed: int) -> dict[str, dict[str, Any]]:
+def _cells(rows_by_task: dict[str, Rows], seed: int) -> dict[str, Interval]:
     return {task: interval([row["score"] for row in rows], seed=seed) for task, rows in rows_by_task.items()}
 
 
@@ -343,37 +353,36 @@ def by_cluster(tasks: dict[str, Rows]) -> dict[str, Rows]:
     return clusters
 
 
-def summarize_answers(answers: dict[int, dict[str, Rows]], seed: int) -> dict[str, Any]:
-    """Means with intervals, and what the most examples change against the fewest.
+def summarize_answers(answers: dict[int, dict[str, Rows]], seed: int) -> JsonObject:
+    """Means with intervals, and the differences between the most and the fewest examples.
 
     Returns:
         `tasks.<task>.<number of examples>`, `clusters.<cluster>.<number>` and `differences.<task>`, each
         {mean, low, high, n}.
     """
 
-    def plain(cells: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-        keys = ("mean", "low", "high", "n")
-        return {
-            name: {str(number): {key: cells[number][name][key] for key in keys} for number in cells}
-            for name in next(iter(cells.values()))
-        }
+    def by_name(cells: dict[int, dict[str, Interval]]) -> JsonObject:
+        names = next(iter(cells.values()))
+        return {name: {str(number): cells[number][name].to_json() for number in cells} for name in names}
 
     tasks = {number: _cells(rows, seed) for number, rows in answers.items()}
     clusters = {number: _cells(by_cluster(rows), seed) for number, rows in answers.items()}
     most, fewest = max(answers), min(answers)
-    gains = {task: difference(tasks[most][task], tasks[fewest][task], seed) for task in tasks[most] if most > fewest}
-    return {"tasks": plain(tasks), "clusters": plain(clusters), "differences": gains}
+    gains = {}
+    if most > fewest:
+        gains = {name: cell.minus(tasks[fewest][name], seed).to_json() for name, cell in tasks[most].items()}
+    return {"tasks": by_name(tasks), "clusters": by_name(clusters), "differences": gains}
 
 
-def against(
+def compare_with_baseline(
     answers: dict[int, dict[str, Rows]], baseline: dict[int, dict[str, Rows]], seed: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Paired differences from the baseline: `task.<task>.<number of examples>`, `cluster.<cluster>.<number>`.
 
     Raises:
         InputError: if a task's rows are not those of the baseline.
     """
-    result: dict[str, dict[str, Any]] = {"task": {}, "cluster": {}}
+    result: dict[str, JsonObject] = {"task": {}, "cluster": {}}
     for number, tasks in answers.items():
         tasks = {task: rows for task, rows in tasks.items() if task in baseline[number]}
         before = {task: baseline[number][task] for task in tasks}
@@ -381,10 +390,11 @@ def against(
             if [row["doc"] for row in rows] != [row["doc"] for row in before[task]]:
                 raise InputError(
                     f"--baseline_dir: task {task!r} has {len(rows)} rows here and {len(before[task])} in the baseline, "
-                    "or other ones. Run both with the same --limit and --seed, on the same data."
+                    "or different rows. Run both with the same --limit and --seed, on the same data."
                 )
         for kind, ours, theirs in (("task", tasks, before), ("cluster", by_cluster(tasks), by_cluster(before))):
             first, second = _cells(ours, seed), _cells(theirs, seed)
             for name in second:
-                result[kind].setdefault(name, {})[str(number)] = difference(first[name], second[name], seed)
+                difference = first[name].minus(second[name], seed)
+                result[kind].setdefault(name, {})[str(number)] = difference.to_json()
     return result

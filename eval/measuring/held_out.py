@@ -1,18 +1,18 @@
-"""Held-out rows, beyond what the trainers log: with intervals, row by row.
+"""Held-out results with intervals and row by row, beside those that the trainers log.
 
-A reward model's accuracy by length and its calibration; what a fine-tuned model predicts.
+A reward model's accuracy by length and its calibration; a fine-tuned model's predictions.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import RewardTrainer
 
-from eval.metrics import metric
-from eval.stats.intervals import interval
+from eval.metrics import metric, metric_results
+from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.processes import main_process
 from rlhf.tasks.finetuning import FinetuningTrainer
@@ -21,18 +21,18 @@ from rlhf.tasks.labelled_rows import predict_labels
 
 
 @torch.no_grad()
-def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> dict[str, Any]:
+def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> JsonObject:
     """Score both replies of every held-out pair, and write evaluation.json into the run's folder.
 
     Every process scores all pairs, so that sharded models work too. TRL's own accuracy and margin are means of batches,
-    the last of which weighs as much as a full one (of 133 pairs in batches of 32: 64.9% instead of 69.9%); in the log
-    of the last evaluation those over pairs take their place.
+    the last of which weighs as much as a full one (of 133 pairs in batches of 32: 64.9% instead of 69.9%). The last
+    evaluation in the log gets the means over pairs instead.
 
     Args:
         rows: `chosen_ids` and `rejected_ids`.
 
     Returns:
-        result of the metric reward_accuracy; lengths are in tokens.
+        all results of the metric reward_accuracy; lengths are in tokens.
     """
     model, size = trainer.model_wrapped.eval(), trainer.args.per_device_eval_batch_size
     scores: dict[str, list[float]] = {}
@@ -43,7 +43,7 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
             with trainer.autocast_smart_context_manager():
                 logits = model(**batch.to(trainer.args.device), use_cache=False).logits
             scores[column] += logits.squeeze(-1).float().tolist()
-    result = metric(
+    result = metric_results(
         "reward_accuracy",
         predictions=scores["chosen_ids"],
         references=scores["rejected_ids"],
@@ -55,35 +55,46 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
     return result
 
 
-def evaluate_finetuned(trainer: FinetuningTrainer, task: LabelledTask, rows: Dataset) -> dict[str, Any]:
+class FinetunedResults(NamedTuple):
+    """What a fine-tuned model reaches on the test rows."""
+
+    loss: float
+    metrics: dict[str, Interval]
+
+
+def evaluate_finetuned(trainer: FinetuningTrainer, task: LabelledTask, rows: Dataset) -> FinetunedResults:
     """Predict every test row; write predictions.jsonl and evaluation.json into the run's folder.
 
-    Args:
-        rows: of `finetuning_rows` of the test split.
+    Metrics are accuracy and macro F1 for sentences and pairs, accuracy and F1 of the tags, F1 and exact match of the
+    spans. The first one is the mean of `score` in predictions.jsonl.
 
-    Returns:
-        `task`, `labels`, `n` and cells {mean, low, high, n} by metric: accuracy and macro F1 for sentences and pairs,
-        accuracy and F1 of the tags, F1 and exact match of the spans. The first one is the score of predictions.jsonl.
+    Args:
+        rows: what `finetuning_rows` made of the test split.
     """
     output = trainer.predict(rows, metric_key_prefix="eval")
     found = predict_labels(task, rows, output.predictions)
     scores, cells = _score(task, found)
-    cells = {name: {key: cell[key] for key in ("mean", "low", "high", "n")} for name, cell in cells.items()}
-    result = {"task": task.kind, "labels": task.labels, "n": len(found), "metrics": cells}
     if main_process():
+        metrics = {name: cell.to_json() for name, cell in cells.items()}
+        result = {"task": task.kind, "labels": task.labels, "n": len(found), "metrics": metrics}
         lines = [{**row, "prediction": answer, "score": score}
                  for row, answer, score in zip(task.test, found, scores, strict=True)]  # fmt: skip
         write_jsonl(Path(trainer.args.output_dir) / "predictions.jsonl", lines)
         write_json(Path(trainer.args.output_dir) / "evaluation.json", result)
-    return {**result, "eval_loss": output.metrics["eval_loss"]}
+    return FinetunedResults(output.metrics["eval_loss"], cells)
 
 
-def _score(task: LabelledTask, found: list[Any]) -> tuple[list[float], dict[str, dict[str, Any]]]:
-    """Score of each row in [0, 1], and the metrics."""
+def _score(task: LabelledTask, found: list) -> tuple[list[float], dict[str, Interval]]:
+    """Score of each row in [0, 1], and the metrics.
+
+    Args:
+        found: the predictions: a label, the tags of a sentence, or the text of a span.
+    """
     if task.kind == "spans":
         answers = [answer["text"] for answer in task.test["answers"]]
-        spans = metric("span_f1", predictions=found, references=answers)
-        return spans["values"], {"f1": spans, "exact_match": spans["exact_match"]}
+        spans = metric_results("span_f1", predictions=found, references=answers)
+        cells = {"f1": Interval.from_json(spans), "exact_match": Interval.from_json(spans["exact_match"])}
+        return spans["values"], cells
     true = task.test[LABEL_COLUMNS[task.kind]]
     if task.kind == "tags":  # a word that was cut off was not tagged right
         right = [float(sum(a == b for a, b in zip(*row, strict=True))) for row in zip(found, true, strict=True)]
@@ -93,5 +104,6 @@ def _score(task: LabelledTask, found: list[Any]) -> tuple[list[float], dict[str,
         return shares, {"accuracy": interval(right, lengths), "f1": tags}
     numbers = {label: number for number, label in enumerate(task.labels)}
     pair = {"predictions": [numbers[label] for label in found], "references": [numbers[label] for label in true]}
-    accuracy = metric("accuracy", **pair)
-    return accuracy["values"], {"accuracy": accuracy, "f1": metric("f1", **pair, average="macro")}
+    accuracy = metric_results("accuracy", **pair)
+    f1 = metric("f1", **pair, average="macro")
+    return accuracy["values"], {"accuracy": Interval.from_json(accuracy), "f1": f1}

@@ -1,11 +1,12 @@
-"""Who says which of two replies is better: labelers (rlhf/feedback/labelers.py), asked about one reply per model."""
+"""Judges say which of two replies is better: labelers (rlhf/feedback/labelers.py), asked about one reply per model."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.metrics import metric
+from eval.stats.intervals import Interval
 from rlhf.comparisons import Comparison, Labeler, Prompt, Task, make_task
 from rlhf.errors import InputError
 from rlhf.feedback.labelers import LabelerSettings, make_labeler
@@ -30,7 +31,7 @@ def make_judges(
     output_dir: str,
     seed: int,
 ) -> dict[str, Labeler]:
-    """The judges that `--judges` names; their models are found now and loaded when they are first asked.
+    """The judges that --judges names; their models are found now and loaded when they are first asked.
 
     Raises:
         InputError: for an unknown name, model or function.
@@ -47,9 +48,9 @@ def make_judges(
 
 
 def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], reference: str) -> dict[str, Verdicts]:
-    """Let one judge compare every model with the reference, on every prompt. It isn't told which is which.
+    """Let one judge compare every model with the reference, on every prompt, not knowing which is which.
 
-    Two equal replies are a tie, and nobody is asked.
+    Two equal replies are a tie; the judge isn't asked about them.
 
     Args:
         texts: one reply per prompt, by model.
@@ -75,11 +76,11 @@ def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], refe
 
 
 def _wins(answer: Comparison) -> float:
-    """What one answer gives to the model, which is the first of the two: 1, or half for a tie."""
+    """The model's share of one answer, in which it is the first of the two: 1, 0, or half for a tie."""
     return 0.5 if answer.preferred == "tie" else float(answer.preferred == "first")
 
 
-def win_rates(verdicts: Verdicts, lengths: list[int], reference_lengths: list[int]) -> dict[str, dict[str, Any]]:
+def win_rates(verdicts: Verdicts, lengths: list[int], reference_lengths: list[int]) -> dict[str, Interval]:
     """`win_rate` and `length_controlled_win_rate` of one model; empty if nothing was judged.
 
     Args:

@@ -4,14 +4,14 @@ A Transformer keeps gaining where an LSTM of equal size has forgotten: Kaplan et
 (https://arxiv.org/abs/2001.08361).
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.stats.intervals import difference, interval
+from eval.stats.intervals import JsonObject, interval
 from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.rows import packed_rows
 
@@ -43,7 +43,10 @@ def position_losses(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
 def position_bins(length: int) -> list[tuple[int, int]]:
     """Ranges [first, last] of the number of context tokens, each twice as wide as the one before; `length` is the most.
 
-    What would be a short last range belongs to the one before it.
+    A last range that would be short is added to the one before it.
+
+    >>> position_bins(9)
+    [(1, 1), (2, 3), (4, 9)]
     """
     firsts = [1]
     while 2 * firsts[-1] + firsts[-1] // 2 <= length:
@@ -51,11 +54,11 @@ def position_bins(length: int) -> list[tuple[int, int]]:
     return list(zip(firsts, [*(first - 1 for first in firsts[1:]), length], strict=True))
 
 
-def compare_positions(folders: dict[str, Path], blocks: torch.Tensor, seed: int = 0) -> dict[str, Any]:
+def compare_positions(folders: dict[str, Path], blocks: torch.Tensor, seed: int = 0) -> JsonObject:
     """Loss by position of several models on the same text, with 95% bootstrap intervals over blocks.
 
     Args:
-        folders: of the models, by name; the first is what the others are compared with.
+        folders: of the models, by name; the others are compared with the first.
         blocks: (blocks, length) int64, packed held-out text.
 
     Returns:
@@ -69,10 +72,10 @@ def compare_positions(folders: dict[str, Path], blocks: torch.Tensor, seed: int 
     bins = []
     for first, last in position_bins(blocks.shape[1] - 1):
         cells = {name: interval(of.T[first - 1 : last].mean(0).tolist(), seed=seed) for name, of in losses.items()}
-        entry: dict[str, Any] = {"first": first, "last": last}
+        entry: JsonObject = {"first": first, "last": last}
         for name, cell in cells.items():
-            entry[name] = {key: cell[key] for key in ("mean", "low", "high")}
+            entry[name] = dataclasses.replace(cell, n=None).to_json()
             if name != base:
-                entry[f"{name}_minus_{base}"] = difference(cell, cells[base], seed=seed)
+                entry[f"{name}_minus_{base}"] = cell.minus(cells[base], seed).to_json()
         bins.append(entry)
     return {"models": list(folders), "blocks": len(blocks), "bins": bins}

@@ -1,7 +1,6 @@
-"""What a pretrained model has learned, on held-out text."""
+"""A pretrained model's results on held-out text."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -22,7 +21,7 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         given = prediction.predictions
-        if args.objective == "span":  # the encoder's output comes along
+        if args.objective == "span":  # predictions also hold the encoder's output
             return {"token_accuracy": of_tokens(given[0], prediction.label_ids)}
         if args.objective == "masked" and args.next_sentence_prediction:
             labels, follows = prediction.label_ids
@@ -50,8 +49,8 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
 
 def held_out_metrics(
     trainer: PretrainingTrainer, tokenizer: PreTrainedTokenizerBase, texts: list[str], loss: float
-) -> dict[str, Any]:
-    """Perplexity, and for a causal model bits per byte, which tokenizers can't change; every process computes it all.
+) -> dict[str, float]:
+    """Perplexity, and of a causal model bits per byte, on which tokenizers have no effect. Every process computes all.
 
     Args:
         loss: held-out loss in nats per token. `span`: per token of the missing spans and their sentinels; `masked`: per
@@ -67,5 +66,5 @@ def held_out_metrics(
         return {"perplexity": perplexity_of(loss)}
     with trainer.autocast_smart_context_manager():
         cell = bits_per_byte(trainer.model_wrapped, tokenizer, texts, args.block_size, args.per_device_eval_batch_size)
-    ends = {f"bits_per_byte_{end}": cell[end] for end in ("low", "high")}
-    return {"perplexity": perplexity_of(loss), "bits_per_byte": cell["mean"], **ends}
+    ends = {"bits_per_byte_low": cell.low, "bits_per_byte_high": cell.high}
+    return {"perplexity": perplexity_of(loss), "bits_per_byte": cell.mean, **ends}

@@ -1,46 +1,88 @@
 """Replies of a model to held-out prompts, and log-probabilities of replies under a model."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.models.generation import left_pad
+from rlhf.models.generation import Sampling, left_pad, sample_completions
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
 
+T = TypeVar("T")
+
 
 class Replies(NamedTuple):
-    """Replies to N prompts."""
+    """Replies to N prompts, equally many to each, prompt by prompt."""
 
     ids: list[list[int]]  # token ids, ending with the stop token where one was drawn
     texts: list[str]
 
+    def first_of(self, count: int) -> "Replies":
+        """The first of every `count` replies.
+
+        >>> Replies([[1], [2], [3], [4]], ["a", "b", "c", "d"]).first_of(2)
+        Replies(ids=[[1], [3]], texts=['a', 'c'])
+        """
+        return Replies(self.ids[::count], self.texts[::count])
+
 
 class LogProbs(NamedTuple):
-    """Log-probability of each of N replies under a model, and their numbers of tokens."""
+    """Log-probabilities of N replies under a model."""
 
-    sums: list[float]
-    tokens: list[int]
+    sums: list[float]  # over the tokens of each reply, nats
+    tokens: list[int]  # number of each reply's tokens
 
 
-@contextmanager
-def loaded_model(source: Source, model_args: ModelConfig) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    """A model and its tokenizer, freed afterwards."""
+class ModelReplies(NamedTuple):
+    """What one model replied, and log-probabilities under it."""
+
+    candidates: Replies  # all replies
+    chosen: Replies  # one to each prompt: its first candidate
+    own: LogProbs  # of the chosen replies
+    human: LogProbs | None = None  # of people's replies to the prompts, if they are known
+
+
+def use_model(
+    source: Source, model_args: ModelConfig, work: Callable[[PreTrainedModel, PreTrainedTokenizerBase], T]
+) -> T:
+    """Load a model and its tokenizer, return what `work` makes of them, and free the model.
+
+    A function and no context manager: the name behind its `as` would keep the model alive while the next is loaded.
+    """
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()
     try:
-        yield model, tokenizer
+        return work(model, tokenizer)
     finally:
         del model
         gc.collect()
+
+
+def sample_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    count: int,
+    sampling: Sampling,
+    name: str,
+) -> Replies:
+    """`count` replies to each prompt.
+
+    Args:
+        name: of the model, for the progress bar.
+    """
+    sampled = sample_completions(
+        model, tokenizer, prompts, sampling, num_return_sequences=count, description=f"{name}: sampling"
+    )
+    flat = [ids for several in sampled for ids in several]
+    return Replies(flat, [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat])
 
 
 @torch.no_grad()

@@ -2,25 +2,25 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from eval.stats.intervals import difference, interval
+from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.feedback.rounds import ROUNDS_FILE
 from rlhf.run.files import read_jsonl, write_json
 from rlhf.tasks.problems import final_answer, majority
 
 HELD_OUT_FILE = "held_out.jsonl"  # of a round: `prompt`, `reference`, `solution`, and of round 0 `samples`
-SOLUTIONS = "solutions"  # folder of a round: what was kept, as splits for SFT
+SOLUTIONS = "solutions"  # folder of a round: the solutions that were kept, as splits for SFT
 
 
-def references_of(rows: list[dict[str, Any]]) -> tuple[list[str | None], str]:
-    """The answers that held-out solutions are compared with, and what being equal to them is called.
+def references_of(rows: list[JsonObject]) -> tuple[list[str | None], str]:
+    """The answers that held-out solutions are compared with, and the name of the share that equals them.
 
     Args:
-        rows: of round 0. Where no answer is known, the majority of the base's samples stands in for it.
+        rows: of round 0. If no answer is known, the majority of the base's samples is the reference.
     """
     known = [row["reference"] for row in rows]
     if any(answer is not None for answer in known):
@@ -29,11 +29,13 @@ def references_of(rows: list[dict[str, Any]]) -> tuple[list[str | None], str]:
     return voted, "agreement with the base's majority"
 
 
-def solved_share(solutions: list[list[str]], references: list[str | None], how: str = "mean") -> dict[str, Any]:
+def solved_share(
+    solutions: list[list[str]], references: list[str | None], how: Literal["mean", "majority", "best"] = "mean"
+) -> Interval:
     """Share of problems solved, with its interval over problems; problems without a reference are left out.
 
     Args:
-        solutions: of each problem.
+        solutions: a list for each problem.
         how: `mean` over the solutions; `majority`, their most common answer (self-consistency, Wang et al. 2022,
             https://arxiv.org/abs/2203.11171); or `best`, whether any is right, which is best-of-n by a perfect judge.
     """
@@ -48,12 +50,12 @@ def solved_share(solutions: list[list[str]], references: list[str | None], how: 
     return interval(values)
 
 
-def summarize_solving(output_dir: str, count: int) -> dict[str, Any]:
-    """What rounds 0 to `count` solve of the held-out problems; written to rounds.json.
+def summarize_solving(output_dir: str, count: int) -> JsonObject:
+    """The shares of held-out problems that rounds 0 to `count` solve; written to rounds.json.
 
     Returns:
         `rounds`: for each the cell {mean, low, high, n} `truth`, and from round 1 on `difference` to round 0, paired by
-        problem, `solutions`, how many were kept, and `problems`, of how many problems those are; `baselines`: the same
+        problem, `solutions`, how many were kept, and `problems`, how many problems those solve; `baselines`: the same
         cells of the base's samples; `truth_name`.
     """
     folder = Path(output_dir)
@@ -80,12 +82,11 @@ def summarize_solving(output_dir: str, count: int) -> dict[str, Any]:
     return summary
 
 
-def _entry(cell: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"truth": {key: cell[key] for key in ("mean", "low", "high", "n")}}
-    return {**entry, "difference": difference(cell, first)} if first is not None else entry
+def _entry(cell: Interval, first: Interval | None) -> JsonObject:
+    return {"truth": cell.to_json(), **({"difference": cell.minus(first).to_json()} if first else {})}
 
 
-def solving_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def solving_rows(summary: JsonObject) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table: rounds, then baselines.
 
     Args:
@@ -95,19 +96,19 @@ def solving_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
              for entry in summary["rounds"]]  # fmt: skip
     rows = []
     for label, entry in [*named, *summary["baselines"].items()]:
-        truth, change = entry["truth"], entry.get("difference")
+        change = entry.get("difference")
         kept = f"{entry['solutions']} solutions of {entry['problems']} problems" if "solutions" in entry else ""
         rows.append([
             label,
-            f"{truth['mean']:.1%} [{truth['low']:.1%}, {truth['high']:.1%}]",
-            f"{change['mean']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]" if change else "",
+            f"{Interval.from_json(entry['truth']):.1%}",
+            f"{Interval.from_json(change):+.1%}" if change else "",
             kept + (f", {entry['rationalized']} rationalized" if entry.get("rationalized") else ""),
         ])  # fmt: skip
     return ["", summary["truth_name"], "less round 0, paired", "kept"], rows
 
 
-def print_solving(summary: dict[str, Any]) -> None:
-    """The table, in the terminal."""
+def print_solving(summary: JsonObject) -> None:
+    """Print the table in the terminal."""
     headings, rows = solving_rows(summary)
     table = Table(title="Held-out problems; means with 95% intervals")
     for heading in headings:

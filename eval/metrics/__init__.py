@@ -1,4 +1,4 @@
-"""The `evaluate` modules of this folder by name, and how their values are shown."""
+"""The `evaluate` modules of this folder by name, and how their values are written."""
 
 import functools
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Any
 
 import evaluate
 
+from eval.stats.intervals import Interval, JsonObject
+
 HERE = Path(__file__).parent
-# The order of the comparison's table, and how a value is shown. One of a judge's is win_rate/<judge>.
+# The order of the comparison's table, and how a value is written. A judge's win rate is win_rate/<judge>.
 FORMATS = {
     "gold_score": ".3f",
     "reward_score": ".3f",
@@ -23,8 +25,13 @@ FORMATS = {
 }
 
 
-def metric(name: str, **inputs: Any) -> dict[str, Any]:
-    """Compute the `evaluate` module eval/<name>."""
+def metric(name: str, **inputs: Any) -> Interval:
+    """The mean that the `evaluate` module eval/metrics/<name> computes, with its interval."""
+    return Interval.from_json(metric_results(name, **inputs))
+
+
+def metric_results(name: str, **inputs: Any) -> JsonObject:
+    """All that the `evaluate` module eval/metrics/<name> returns; its card lists the keys."""
     return _module(name).compute(**inputs)
 
 
@@ -33,26 +40,17 @@ def _module(name: str) -> evaluate.EvaluationModule:
     return evaluate.load(str(HERE / name))
 
 
-def in_order(names: set[str]) -> list[str]:
-    """Metrics in the order of the table; those of several judges beside each other."""
-    order = list(FORMATS)
-    return sorted(names, key=lambda name: (order.index(name.split("/")[0]), name))
-
-
-def shown(name: str, cell: dict[str, Any] | None) -> str:
-    """`mean [low, high]` of a metric; empty where there is none."""
-    if cell is None:
-        return ""
-    style = FORMATS[name.split("/")[0]]
-    return f"{cell['mean']:{style}} [{cell['low']:{style}}, {cell['high']:{style}}]"
-
-
-def table_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Model names, and rows of the table: metric, then `mean [low, high]` of each model.
+def table_rows(results: JsonObject) -> tuple[list[str], list[list[str]]]:
+    """Model names, and rows of the table: metric, then `mean [low, high]` of each model; empty where it has none.
 
     Args:
         results: the content of a comparison's results.json.
     """
-    names = list(results["models"])
-    metrics = in_order({metric for model in results["models"].values() for metric in model})
-    return names, [[name, *(shown(name, results["models"][model].get(name)) for model in names)] for name in metrics]
+    models, order = results["models"], list(FORMATS)
+    metrics = {metric for cells in models.values() for metric in cells}
+    rows = []
+    for name in sorted(metrics, key=lambda name: (order.index(name.split("/")[0]), name)):  # judges beside each other
+        style = FORMATS[name.split("/")[0]]
+        cells = [model.get(name) for model in models.values()]
+        rows.append([name, *(f"{Interval.from_json(cell):{style}}" if cell else "" for cell in cells)])
+    return list(models), rows

@@ -1,29 +1,64 @@
-"""Over-optimization in numbers: best-of-n from one set of replies, the curves of Gao et al., what to keep."""
+"""Over-optimization in numbers: best-of-n from one set of replies, the curves of Gao et al., the checkpoint to keep."""
 
 import math
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import comb
 
-from eval.stats.intervals import difference
+from eval.stats.intervals import Interval, JsonObject
 
 CurveKind = Literal["best_of_n", "ppo"]
 RESAMPLES = 2000
+KEEP_RULE = "the lowest KL of those not significantly worse than the best"  # of `to_keep`
+
+
+class ScoredPoint(NamedTuple):
+    """A policy, or best-of-n: its distance from the model that training started from, and its scores."""
+
+    name: str
+    kl: Interval  # to the start, nats per reply
+    gold: Interval  # the truth
+    proxy: Interval  # the reward that was trained on
+
+    @property
+    def sqrt_kl(self) -> float:
+        return math.sqrt(max(0.0, self.kl.mean))
+
+    def to_json(self) -> JsonObject:
+        cells = {"kl": self.kl.to_json(), "gold": self.gold.to_json(), "proxy": self.proxy.to_json()}
+        return {"name": self.name, "sqrt_kl": self.sqrt_kl, **cells}
+
+
+class CurveFit(NamedTuple):
+    """A fit of `curve`."""
+
+    alpha: Interval
+    beta: Interval
+    r2: float  # share of the points' variance around 0 that the curve explains
+    peak: float | None  # the distance at which the curve turns down; None where it doesn't
+
+    def to_json(self) -> JsonObject:
+        return {"alpha": self.alpha.to_json(), "beta": self.beta.to_json(), "r2": self.r2, "peak": self.peak}
 
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
-    """Expected value of the reply that the proxy likes best of n, from M >= n replies to each of N prompts.
+    """Expected value of the best of n replies by the proxy, from M >= n replies to each of N prompts.
 
     Averages over all subsets of n replies: the reply of rank i (from 0, worst first) is the best of C(i, n - 1) of the
     C(M, n) subsets. Source: Nakano et al. 2021, WebGPT, appendix I (https://arxiv.org/abs/2112.09332).
 
     Args:
-        proxy: (N, M) what chooses.
-        values: (N, M) what is averaged.
+        proxy: (N, M) scores that choose.
+        values: (N, M) scores that are averaged.
 
     Returns:
         (N,) one expectation per prompt.
+
+    >>> best_of_n(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 1).tolist()
+    [0.5]
+    >>> best_of_n(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 2).tolist()
+    [1.0]
     """
     replies = proxy.shape[1]
     weights = comb(np.arange(replies), n - 1) / comb(replies, n)
@@ -31,7 +66,7 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n: KL of best-of-n to the model sampled from, in nats; an upper bound where replies repeat.
+    """KL of best-of-n to the model sampled from, log n - (n - 1) / n nats; an upper bound where replies repeat.
 
     Source: Stiennon et al. 2020, appendix G.3; Beirami et al. 2024 (https://arxiv.org/abs/2401.01879).
     """
@@ -39,7 +74,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def _design(distance: np.ndarray, kind: CurveKind) -> np.ndarray:
-    """What alpha and beta are multiplied with at each distance."""
+    """(P, 2) factors of alpha and beta at each of P distances."""
     second = distance**2 if kind == "best_of_n" else distance * np.log(np.maximum(distance, 1e-12))
     return np.stack([distance, -second], -1)
 
@@ -50,16 +85,15 @@ def curve(distance: np.ndarray, alpha: float, beta: float, kind: CurveKind) -> n
     return _design(distance, kind) @ np.asarray([alpha, beta])
 
 
-def fit(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: int = 0) -> dict[str, Any] | None:
+def fit_curve(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: int = 0) -> CurveFit | None:
     """Least-squares alpha and beta of `curve`, with 95% intervals from resampling prompts.
 
     Args:
         distance: (P,) sqrt(KL) of each point, above 0.
-        gains: (P, N) what each prompt gained over the model that training started from, at each point.
+        gains: (P, N) gain of each prompt over the model that training started from, at each point.
 
     Returns:
-        `alpha` and `beta` as {mean, low, high}; `r2`, the share of the points' variance around 0 that the curve
-        explains; `peak`, the distance at which it turns down, or None where it doesn't. None with fewer than 3 points.
+        None with fewer than 3 points.
     """
     if len(distance) < 3:
         return None
@@ -73,25 +107,27 @@ def fit(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: int = 0)
     peak = None
     if beta > 1e-9 and alpha > 0:  # rounding alone makes no peak
         peak = alpha / (2 * beta) if kind == "best_of_n" else math.exp(min(50.0, alpha / beta - 1))
-    return {
-        "alpha": {"mean": float(alpha), "low": float(low[0]), "high": float(high[0])},
-        "beta": {"mean": float(beta), "low": float(low[1]), "high": float(high[1])},
-        "r2": float(1 - (rest**2).sum() / (means**2).sum()) if (means**2).sum() > 0 else 1.0,
-        "peak": peak,
-    }
+    return CurveFit(
+        Interval(float(alpha), float(low[0]), float(high[0])),
+        Interval(float(beta), float(low[1]), float(high[1])),
+        float(1 - (rest**2).sum() / (means**2).sum()) if (means**2).sum() > 0 else 1.0,
+        peak,
+    )
 
 
-def to_keep(points: list[dict[str, Any]]) -> tuple[int, int]:
-    """Which point to keep: the nearest to the start whose true score is not below the best one's beyond doubt.
+def to_keep(points: list[ScoredPoint]) -> tuple[int, int]:
+    """The checkpoint to keep: the one with the lowest KL that is not significantly worse than the best.
+
+    Significantly worse: the 95% interval of the difference in gold score, paired by prompt, lies below 0.
 
     Args:
-        points: with `kl` and `gold` (results of eval.stats.intervals.interval over the same prompts).
+        points: their gold scores are over the same prompts.
 
     Returns:
         indices of the point with the best mean, and of the one to keep.
     """
-    best = max(range(len(points)), key=lambda number: points[number]["gold"]["mean"])
-    for number in sorted(range(len(points)), key=lambda number: points[number]["kl"]["mean"]):
-        if number == best or difference(points[number]["gold"], points[best]["gold"])["high"] >= 0:
+    best = max(range(len(points)), key=lambda number: points[number].gold.mean)
+    for number in sorted(range(len(points)), key=lambda number: points[number].kl.mean):
+        if number == best or points[number].gold.minus(points[best].gold).high >= 0:
             return best, number
     return best, best

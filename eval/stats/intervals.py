@@ -1,14 +1,103 @@
-"""Means with 95% bootstrap intervals, and paired differences of them."""
+"""Means with 95% intervals: `Interval`, the bootstrap that makes one, and paired differences."""
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
 
 RESAMPLES = 5000
 
+JsonObject = dict[str, Any]  # an object of a JSON file
+Transform = Literal["none", "exp"]  # of the weighted mean
 
-def _statistic(transform: str):
+
+class Sample(NamedTuple):
+    """The values that a mean was taken of; a paired difference resamples those of two means together."""
+
+    values: list[float]
+    weights: list[float]
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% interval.
+
+    A format specification applies to all three numbers:
+
+    >>> f"{Interval(0.5, 0.25, 0.75, 8):.1%}"
+    '50.0% [25.0%, 75.0%]'
+    >>> f"{Interval(2.0, 1.5, math.inf, 8):+.2f}"
+    '+2.00 [+1.50, -]'
+    """
+
+    mean: float
+    low: float  # -math.inf where the data don't bound it; null in JSON
+    high: float  # math.inf likewise
+    n: int | None = None  # how many values were resampled; None where a file doesn't say
+    sample: Sample | None = field(default=None, repr=False, compare=False)  # None for one read from a file
+
+    def __format__(self, style: str) -> str:
+        low, high = (format(end, style) if math.isfinite(end) else "-" for end in (self.low, self.high))
+        return f"{self.mean:{style}} [{low}, {high}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval.
+
+        >>> Interval(0.5, 0.25, 0.75).excludes_zero, Interval(0.5, -0.25, 1.25).excludes_zero
+        (True, False)
+        """
+        return self.low > 0 or self.high < 0
+
+    def is_paired_with(self, other: "Interval") -> bool:
+        """Whether both have samples of equal size, so that `minus` works."""
+        return self.sample is not None and other.sample is not None and self.n == other.n
+
+    def minus(self, other: "Interval", seed: int = 0) -> "Interval":
+        """The paired difference: both samples are over the same prompts and are resampled together.
+
+        Raises:
+            ValueError: if one has no sample, or the two differ in size.
+        """
+        if self.sample is None or other.sample is None or self.n != other.n:
+            raise ValueError(f"A paired difference needs two samples of one size; found {self!r} and {other!r}.")
+        of_first, of_second = _statistic(self.sample.transform), _statistic(other.sample.transform)
+
+        def statistic(a: np.ndarray, u: np.ndarray, b: np.ndarray, v: np.ndarray, axis: int = -1) -> np.ndarray:
+            return of_first(a, u, axis=axis) - of_second(b, v, axis=axis)
+
+        return _bootstrap(statistic, [*self.sample[:2], *other.sample[:2]], seed)
+
+    def to_json(self) -> JsonObject:
+        """`mean`, `low`, `high`, and `n` if it is known.
+
+        >>> Interval(2.0, 1.5, math.inf, 8).to_json()
+        {'mean': 2.0, 'low': 1.5, 'high': None, 'n': 8}
+        """
+        ends = {
+            "low": None if self.low == -math.inf else self.low,
+            "high": None if self.high == math.inf else self.high,
+        }
+        return {"mean": self.mean, **ends, **({} if self.n is None else {"n": self.n})}
+
+    @classmethod
+    def from_json(cls, cell: Mapping[str, Any]) -> "Interval":
+        """Of `to_json`, or of the result of a metric module, which has the sample too. Other keys are ignored."""
+        sample = Sample(cell["values"], cell["weights"], cell["transform"]) if "values" in cell else None
+        low = -math.inf if cell["low"] is None else cell["low"]
+        return cls(cell["mean"], low, math.inf if cell["high"] is None else cell["high"], cell.get("n"), sample)
+
+    def to_result(self) -> JsonObject:
+        """What metric modules return: `mean`, `low`, `high`, `n`, and the sample's `values`, `weights`, `transform`."""
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+        return {**numbers, **(self.sample._asdict() if self.sample else {})}
+
+
+def _statistic(transform: Transform) -> Callable[..., np.ndarray]:
     def weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
         mean = values.sum(axis=axis) / weights.sum(axis=axis)
         return np.exp(mean) if transform == "exp" else mean
@@ -16,41 +105,29 @@ def _statistic(transform: str):
     return weighted_mean
 
 
-def _bootstrap(statistic: Any, columns: list[np.ndarray], seed: int) -> dict[str, float]:
-    point = float(statistic(*columns, axis=-1))
-    if len(columns[0]) < 2:
-        return {"mean": point, "low": point, "high": point, "n": len(columns[0])}
+def _bootstrap(
+    statistic: Callable[..., np.ndarray], columns: Sequence[Sequence[float]], seed: int, sample: Sample | None = None
+) -> Interval:
+    """The statistic of the columns, whose rows are resampled together."""
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    point, n = float(statistic(*arrays, axis=-1)), len(arrays[0])
+    if n < 2:
+        return Interval(point, point, point, n, sample)
     result = bootstrap(
-        columns, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=500, method="percentile",
+        arrays, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=500, method="percentile",
         rng=np.random.default_rng(seed),
     )  # fmt: skip
     low, high = result.confidence_interval
-    return {"mean": point, "low": float(low), "high": float(high), "n": len(columns[0])}
+    return Interval(point, float(low), float(high), n, sample)
 
 
 def interval(
-    values: list[float], weights: list[float] | None = None, transform: str = "none", seed: int = 0
-) -> dict[str, Any]:
+    values: Sequence[float], weights: Sequence[float] | None = None, transform: Transform = "none", seed: int = 0
+) -> Interval:
     """Mean of per-prompt values with its 95% percentile-bootstrap interval over prompts.
 
     With `weights` the mean is sum(values) / sum(weights), and with `transform="exp"` its exponential: per-token
     log-losses summed per prompt, weighted by tokens, give a perplexity.
-
-    Returns:
-        `mean`, `low`, `high`, `n`, and what a paired difference needs: `values`, `weights`, `transform`.
     """
-    weights = [1.0] * len(values) if weights is None else weights
-    columns = [np.asarray(values, dtype=float), np.asarray(weights, dtype=float)]
-    kept = {"values": list(values), "weights": list(weights), "transform": transform}
-    return {**_bootstrap(_statistic(transform), columns, seed), **kept}
-
-
-def difference(first: dict[str, Any], second: dict[str, Any], seed: int = 0) -> dict[str, float]:
-    """`first` minus `second`, two results of `interval` over the same prompts, resampled together."""
-    of_first, of_second = _statistic(first["transform"]), _statistic(second["transform"])
-
-    def statistic(a, u, b, v, axis=-1):
-        return of_first(a, u, axis=axis) - of_second(b, v, axis=axis)
-
-    columns = [np.asarray(part[key], dtype=float) for part in (first, second) for key in ("values", "weights")]
-    return _bootstrap(statistic, columns, seed)
+    sample = Sample(list(values), [1.0] * len(values) if weights is None else list(weights), transform)
+    return _bootstrap(_statistic(transform), sample[:2], seed, sample)

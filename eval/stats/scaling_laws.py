@@ -9,27 +9,31 @@ The forms, with x the number of parameters N, tokens D or floating-point operati
 
 All are least-squares fits of the loss itself. Intervals are profile-likelihood intervals (Bates and Watts 1988, chapter
 6): all values for which the residuals, minimized over the other parameters, stay below the bound of an F-test. With the
-handful of points of a sweep these are wider, and more honest, than a bootstrap, and for a straight line they are exact.
+few points of a sweep they are wider, and more honest, than a bootstrap, and for a straight line they are exact.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq, least_squares
 from scipy.stats import f as f_distribution
+
+from eval.stats.intervals import Interval, JsonObject
 
 LEVEL = 0.95
 SCALING_FILE = "scaling.json"
 
 
 class Form(NamedTuple):
-    """A law: its formula and what it is fitted with."""
+    """The form of a law."""
 
     formula: str
     parameters: tuple[str, ...]
     loss: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (parameters,), (points, columns) -> (points,)
-    starts: Callable[[np.ndarray, np.ndarray], list[list[float]]]  # (points, columns), (points,) -> where to start from
+    starts: Callable[[np.ndarray, np.ndarray], list[list[float]]]  # (points, columns), (points,) -> initial parameters
 
 
 def _power(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -72,13 +76,50 @@ FORMS = {
         ],
     ),
 }  # fmt: skip
-LARGEST_FORM = "power_plus_constant"  # of the fits in one quantity, the one with most parameters
+LARGEST_FORM = "power_plus_constant"  # the form in one quantity with the most parameters
+
+
+class LawFit(NamedTuple):
+    """A form that was fitted, and the points it was fitted to."""
+
+    form: str  # name in FORMS
+    parameters: dict[str, Interval]  # an end is infinite where the points don't bound it
+    r2: float  # share of the variance of the loss that is explained
+    rss: float  # residual sum of squares
+    x: list[list[float]]  # (points, columns)
+    loss: list[float]  # (points,)
+    p_constant: float | None = None  # p-value of the F-test for the constant E; None if it wasn't tested
+
+    @property
+    def theta(self) -> np.ndarray:
+        """(parameters,) as they were fitted."""
+        return np.asarray([cell.mean for cell in self.parameters.values()])
+
+    def to_json(self) -> JsonObject:
+        return {
+            "form": self.form,
+            "formula": FORMS[self.form].formula,
+            "parameters": {name: cell.to_json() for name, cell in self.parameters.items()},
+            "r2": self.r2,
+            "rss": self.rss,
+            "n": len(self.loss),
+            "x": self.x,
+            "loss": self.loss,
+            **({} if self.form == "joint" else {"p_constant": self.p_constant}),
+        }
+
+    @classmethod
+    def from_json(cls, fit: JsonObject) -> "LawFit":
+        parameters = {name: Interval.from_json(cell) for name, cell in fit["parameters"].items()}
+        return cls(fit["form"], parameters, fit["r2"], fit["rss"], fit["x"], fit["loss"], fit.get("p_constant"))
 
 
 # ---------------------------------------------------------------------------------------------- least squares
 
 
-def _minimize(form: Form, x: np.ndarray, loss: np.ndarray, starts: Any, fixed: dict[int, float]) -> tuple[Any, float]:
+def _minimize(
+    form: Form, x: np.ndarray, loss: np.ndarray, starts: Sequence[ArrayLike], fixed: dict[int, float]
+) -> tuple[np.ndarray, float]:
     """Parameters with the smallest sum of squared residuals, some of them held fixed. E is never below 0."""
     free = [number for number in range(len(form.parameters)) if number not in fixed]
     lower = [0.0 if form.parameters[number] == "E" else -np.inf for number in free]
@@ -103,8 +144,8 @@ def _minimize(form: Form, x: np.ndarray, loss: np.ndarray, starts: Any, fixed: d
     return best, best_rss
 
 
-def _edge(excess: Callable[[float], float], point: float, step: float, end: float | None = None) -> float | None:
-    """Where `excess` rises above 0 on one side of `point`; None if it never does (before `end`)."""
+def _edge(excess: Callable[[float], float], point: float, step: float, end: float | None = None) -> float:
+    """Where `excess` rises above 0 on one side of `point`; `end`, or infinity, if it never does."""
     inside = point
     for _ in range(40):
         outside = inside + step
@@ -113,7 +154,7 @@ def _edge(excess: Callable[[float], float], point: float, step: float, end: floa
         if excess(outside) > 0:
             return float(brentq(excess, inside, outside, xtol=1e-6 * abs(step)))
         inside, step = outside, 2 * step
-    return None
+    return math.copysign(math.inf, step)
 
 
 def _threshold(rss: float, points: int, parameters: int) -> float:
@@ -122,30 +163,26 @@ def _threshold(rss: float, points: int, parameters: int) -> float:
     return rss / free * float(f_distribution.ppf(LEVEL, 1, free))
 
 
-def fit_form(name: str, x: Any, loss: Any) -> dict[str, Any]:
+def fit_form(name: str, x: ArrayLike, loss: ArrayLike) -> LawFit:
     """Fit one form.
 
     Args:
-        name: of FORMS.
+        name: in FORMS.
         x: (points,), or (points, 2) with N and D for the joint form; above 0.
         loss: (points,) nats per token.
-
-    Returns:
-        `form`, `formula`, `parameters` ({mean, low, high} by name; low and high are None where the points don't bound
-        them), `r2` (share of the variance of the loss that is explained), `rss`, `n` (points) and the data, `x` and
-        `loss`.
 
     Raises:
         ValueError: with fewer points than parameters.
     """
     form = FORMS[name]
-    y, columns = np.asarray(loss, dtype=float), np.asarray(x, dtype=float).reshape(len(loss), -1)
+    y = np.asarray(loss, dtype=float)
+    columns = np.asarray(x, dtype=float).reshape(len(y), -1)
     if len(y) < len(form.parameters):
         raise ValueError(f"{form.formula} has {len(form.parameters)} parameters; {len(y)} points don't determine it.")
     theta, rss = _minimize(form, columns, y, form.starts(columns, y), {})
     cells = {}
     for number, parameter in enumerate(form.parameters):
-        low, high = None, None
+        low, high = -math.inf, math.inf
         if len(y) > len(form.parameters):
             bound = rss + _threshold(rss, len(y), len(form.parameters))
 
@@ -155,65 +192,55 @@ def fit_form(name: str, x: Any, loss: Any) -> dict[str, Any]:
             step = 0.05 * max(abs(theta[number]), 0.1)
             low = _edge(excess, theta[number], -step, 0.0 if parameter == "E" else None)
             high = _edge(excess, theta[number], step)
-        cells[parameter] = {"mean": float(theta[number]), "low": low, "high": high}
+        cells[parameter] = Interval(float(theta[number]), low, high)
     variation = float(((y - y.mean()) ** 2).sum())
-    return {
-        "form": name, "formula": form.formula, "parameters": cells,
-        "r2": float(1 - rss / variation) if variation else 1.0, "rss": float(rss), "n": len(y),
-        "x": columns.tolist(), "loss": y.tolist(),
-    }  # fmt: skip
+    r2 = float(1 - rss / variation) if variation else 1.0
+    return LawFit(name, cells, r2, float(rss), columns.tolist(), y.tolist())
 
 
-def fit_law(x: Sequence[float], loss: Sequence[float]) -> dict[str, Any]:
+def fit_law(x: Sequence[float], loss: Sequence[float]) -> LawFit:
     """Fit a law in one quantity, with the constant E only if the points support it.
 
     They do if E lowers the sum of squares by more than chance would (F-test at 5%); this needs at least 4 points.
-
-    Returns:
-        the result of `fit_form` of the form chosen, with `p_constant`, the F-test's p-value (None if not tested).
     """
     plain = fit_form("power", x, loss)
     if len(loss) <= len(FORMS[LARGEST_FORM].parameters):
-        return {**plain, "p_constant": None}
+        return plain
     constant = fit_form(LARGEST_FORM, x, loss)
     free = len(loss) - len(FORMS[LARGEST_FORM].parameters)
-    gain = max(0.0, plain["rss"] - constant["rss"])
-    p_value = float(f_distribution.sf(gain / max(constant["rss"] / free, 1e-300), 1, free))
-    return {**(constant if p_value < 1 - LEVEL else plain), "p_constant": p_value}
+    gain = max(0.0, plain.rss - constant.rss)
+    p_value = float(f_distribution.sf(gain / max(constant.rss / free, 1e-300), 1, free))
+    return (constant if p_value < 1 - LEVEL else plain)._replace(p_constant=p_value)
 
 
-def predict(fit: dict[str, Any], x: Any) -> np.ndarray:
+def predict(fit: LawFit, x: ArrayLike) -> np.ndarray:
     """(points,) the fitted loss at x, (points,) or (points, columns)."""
-    theta = np.asarray([cell["mean"] for cell in fit["parameters"].values()])
-    columns = np.asarray(x, dtype=float).reshape(-1, len(fit["x"][0]))
-    return FORMS[fit["form"]].loss(theta, columns)
+    columns = np.asarray(x, dtype=float).reshape(-1, len(fit.x[0]))
+    return FORMS[fit.form].loss(fit.theta, columns)
 
 
-def forecast(fit: dict[str, Any], x: float | Sequence[float]) -> dict[str, Any]:
+def forecast(fit: LawFit, x: float | Sequence[float]) -> Interval:
     """Forecast the loss of one more point, with its 95% prediction interval.
 
     The interval holds every loss that, taken as one more point, would raise the fit's sum of squares by less than the
-    bound of the F-test; for a linear model this is the ordinary prediction interval.
+    bound of the F-test; for a linear model this is the ordinary prediction interval. Without more points than
+    parameters it is unbounded.
 
     Args:
         x: N, D or C of the point, or (N, D) for the joint form.
-
-    Returns:
-        `mean`, `low`, `high`; low and high are None without more points than parameters.
     """
-    form, y, columns = FORMS[fit["form"]], np.asarray(fit["loss"]), np.asarray(fit["x"])
-    theta = np.asarray([cell["mean"] for cell in fit["parameters"].values()])
+    form, theta, y, columns = FORMS[fit.form], fit.theta, np.asarray(fit.loss), np.asarray(fit.x)
     more = np.vstack([columns, np.reshape(x, (1, -1))])
     mean = float(form.loss(theta, more[-1:])[0])
     if len(y) <= len(theta):
-        return {"mean": mean, "low": None, "high": None}
-    bound = fit["rss"] + _threshold(fit["rss"], len(y), len(theta))
+        return Interval(mean, -math.inf, math.inf)
+    bound = fit.rss + _threshold(fit.rss, len(y), len(theta))
 
     def excess(value: float) -> float:
         return _minimize(form, more, np.append(y, value), [theta], {})[1] - bound
 
-    step = max(1e-6, float(np.sqrt(fit["rss"] / (len(y) - len(theta)))))
-    return {"mean": mean, "low": _edge(excess, mean, -step), "high": _edge(excess, mean, step)}
+    step = max(1e-6, float(np.sqrt(fit.rss / (len(y) - len(theta)))))
+    return Interval(mean, _edge(excess, mean, -step), _edge(excess, mean, step))
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -223,6 +250,9 @@ def frontier(compute: Sequence[float], loss: Sequence[float]) -> list[int]:
     """Indices of the compute-efficient points, cheapest first: the lower convex hull of (log C, L) down to its lowest.
 
     A law L(C) is convex in log C, so a point above the line between two others spends compute worse than they do.
+
+    >>> frontier([1, 2, 4], [5.0, 4.9, 3.0])
+    [0, 2]
     """
     least = min(range(len(loss)), key=lambda number: (loss[number], compute[number]))
     hull: list[int] = []
@@ -241,7 +271,7 @@ def frontier(compute: Sequence[float], loss: Sequence[float]) -> list[int]:
     return hull
 
 
-def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
+def fit_sweep(points: list[JsonObject]) -> dict[str, LawFit | None]:
     """Fit all laws to the points of a sweep.
 
     Args:
@@ -258,7 +288,7 @@ def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
         "C": [points[number] for number in frontier([p["compute"] for p in points], [p["loss"] for p in points])],
     }
     keys = {"N": "parameters", "D": "tokens", "C": "compute"}
-    fits: dict[str, Any] = {
+    fits: dict[str, LawFit | None] = {
         name: fit_law([p[keys[name]] for p in rows], [p["loss"] for p in rows]) if len(rows) > 2 else None
         for name, rows in chosen.items()
     }
@@ -268,20 +298,21 @@ def fit_sweep(points: list[dict[str, Any]]) -> dict[str, Any]:
     return fits
 
 
-def forecast_larger(points: list[dict[str, Any]], fits: dict[str, Any], parameters: int) -> dict[str, Any]:
+def forecast_larger(points: list[JsonObject], fits: dict[str, LawFit | None], parameters: int) -> JsonObject:
     """Forecast the loss of a larger model on the largest budget.
 
     Returns:
-        `parameters`, `tokens`, and the forecasts {mean, low, high} of L(N), `N`, and of the joint law, `joint` (None
-        where there is no such fit).
+        `parameters`, `tokens`, and the forecasts {mean, low, high} by L(N), `N`, and by the joint law, `joint`; None
+        where there is no such fit.
     """
     tokens = max(point["tokens"] for point in points)
-    joint = fits["joint"] and forecast(fits["joint"], [parameters, tokens])
-    return {"parameters": parameters, "tokens": tokens, "N": forecast(fits["N"], parameters), "joint": joint}
+    at: dict[str, float | list[float]] = {"N": parameters, "joint": [parameters, tokens]}
+    made = {law: forecast(fit, x).to_json() if (fit := fits[law]) else None for law, x in at.items()}
+    return {"parameters": parameters, "tokens": tokens, **made}
 
 
-def check_forecast(made: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """Add what came out: `measured`, the point, and to each forecast `error`, (forecast - loss) / loss."""
+def check_forecast(made: JsonObject, measured: JsonObject) -> JsonObject:
+    """Add `measured`, the point that was trained, and to each forecast its `error`, (forecast - loss) / loss."""
     checked = {**made, "measured": measured}
     for law in ("N", "joint"):
         if made[law]:
@@ -289,14 +320,14 @@ def check_forecast(made: dict[str, Any], measured: dict[str, Any]) -> dict[str, 
     return checked
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------- sentences and tables
 
-AXES = {"N": "parameters", "D": "tokens", "C": "FLOPs"}
+SHOWN = ("alpha", "beta", "E")  # parameters that sentences and tables give beside the formula
 
 
-def formula(law: str, fit: dict[str, Any]) -> str:
-    """A fit as a formula with numbers: L(N) = 2.50 + (3.0e+04 / N)^0.500."""
-    values = {name: cell["mean"] for name, cell in fit["parameters"].items()}
+def formula(law: str, fit: LawFit) -> str:
+    """A fit as a formula with numbers: L(N) = 2.500 + (3.00e+04 / N)^0.500."""
+    values = {name: cell.mean for name, cell in fit.parameters.items()}
     if law == "joint":
         a, b = (np.exp(values[name]) for name in ("log_A", "log_B"))
         return f"L(N, D) = {values['E']:.3f} + {a:.3g} / N^{values['alpha']:.3f} + {b:.3g} / D^{values['beta']:.3f}"
@@ -304,26 +335,24 @@ def formula(law: str, fit: dict[str, Any]) -> str:
     return f"L({law}) = {constant}({np.exp(values['log_x_c']):.2e} / {law})^{values['alpha']:.3f}"
 
 
-def shown_cell(cell: dict[str, Any], style: str = ".3f") -> str:
-    """`mean [low, high]`; a dash for an end that the points don't bound."""
-    ends = ["-" if cell[end] is None else f"{cell[end]:{style}}" for end in ("low", "high")]
-    return f"{cell['mean']:{style}} [{ends[0]}, {ends[1]}]"
+def read_fits(summary: JsonObject) -> dict[str, LawFit | None]:
+    """The fits by law of scaling.json; None where there were too few points."""
+    return {law: LawFit.from_json(fit) if fit else None for law, fit in summary["fits"].items()}
 
 
-def scaling_verdicts(summary: dict[str, Any]) -> list[str]:
+def scaling_verdicts(summary: JsonObject) -> list[str]:
     """What the sweep showed, a sentence per law and one per forecast.
 
     Args:
         summary: content of scaling.json.
     """
     sentences = []
-    for law, fit in summary["fits"].items():
+    for law, fit in read_fits(summary).items():
         if fit is None:
             sentences.append(f"L({law}): too few points for a fit.")
             continue
-        cells = [f"{name} {shown_cell(fit['parameters'][name])}" for name in ("alpha", "beta", "E")
-                 if name in fit["parameters"]]  # fmt: skip
-        sentences.append(f"{formula(law, fit)}: R² {fit['r2']:.4f}, {fit['n']} points, {', '.join(cells)}.")
+        cells = [f"{name} {cell:.3f}" for name, cell in fit.parameters.items() if name in SHOWN]
+        sentences.append(f"{formula(law, fit)}: R² {fit.r2:.4f}, {len(fit.loss)} points, {', '.join(cells)}.")
     made = summary["forecast"]
     for law in ("N", "joint"):
         if made[law]:
@@ -331,36 +360,34 @@ def scaling_verdicts(summary: dict[str, Any]) -> list[str]:
             error = (
                 f", measured {made['measured']['loss']:.3f}: {made[law]['error']:+.1%}" if "measured" in made else ""
             )
-            sentences.append(
-                f"Forecast by {name} for {made['parameters']:,} parameters: {shown_cell(made[law])}{error}."
-            )
+            cell = Interval.from_json(made[law])
+            sentences.append(f"Forecast by {name} for {made['parameters']:,} parameters: {cell:.3f}{error}.")
     if positions := summary.get("positions"):
         first, last = positions["bins"][0], positions["bins"][-1]
         for end in (first, last):
-            gap = end["LSTM_minus_Transformer"]
+            gap = Interval.from_json(end["LSTM_minus_Transformer"])
             sentences.append(
-                f"LSTM − Transformer at {end['first']} to {end['last']} tokens of context: {gap['mean']:+.3f} "
-                f"[{gap['low']:+.3f}, {gap['high']:+.3f}] nats per token."
+                f"LSTM − Transformer at {end['first']} to {end['last']} tokens of context: {gap:+.3f} nats per token."
             )
     return sentences
 
 
-def results_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that the run keeps."""
-    laws = {law: fit for law, fit in summary["fits"].items() if fit}
-    results = {f"r2/{law}": fit["r2"] for law, fit in laws.items()}
-    results |= {f"alpha/{law}": fit["parameters"]["alpha"]["mean"] for law, fit in laws.items()}
+def results_of(summary: JsonObject) -> dict[str, float]:
+    """The numbers that run.json keeps."""
+    laws = {law: fit for law, fit in read_fits(summary).items() if fit}
+    results = {f"r2/{law}": fit.r2 for law, fit in laws.items()}
+    results |= {f"alpha/{law}": fit.parameters["alpha"].mean for law, fit in laws.items()}
     results |= {f"forecast_error/{law}": summary["forecast"][law]["error"] for law in ("N", "joint") if
                 summary["forecast"][law]}  # fmt: skip
     return {"points": len(summary["points"]), **results}
 
 
-def scaling_tables(summary: dict[str, Any]) -> list[tuple[str, str, list[str], list[list[str]]]]:
+def scaling_tables(summary: JsonObject) -> list[tuple[str, str, list[str], list[list[str]]]]:
     """Tables of the laws and of all trained models: title, note, heading, rows."""
     laws = [
-        [formula(law, fit), f"{fit['r2']:.4f}", str(fit["n"]),
-         *(shown_cell(fit["parameters"][name]) if name in fit["parameters"] else "" for name in ("alpha", "beta", "E"))]
-        for law, fit in summary["fits"].items() if fit
+        [formula(law, fit), f"{fit.r2:.4f}", str(len(fit.loss)),
+         *(f"{fit.parameters[name]:.3f}" if name in fit.parameters else "" for name in SHOWN)]
+        for law, fit in read_fits(summary).items() if fit
     ]  # fmt: skip
     models = [*summary["points"], summary["forecast"].get("measured"), summary.get("lstm")]
     rows = [
@@ -374,7 +401,7 @@ def scaling_tables(summary: dict[str, Any]) -> list[tuple[str, str, list[str], l
                "bits per byte"]  # fmt: skip
     note = (
         "N = 12 n_layer d_model² (Kaplan et al. 2020, equation 2.1), beside the non-embedding parameters as counted; "
-        "measured FLOPs, counted by torch, have attention and the output projection too."
+        "measured FLOPs are counted by torch and include attention and the output projection."
     )
     return [
         ("Scaling laws", " ".join(scaling_verdicts(summary)[4:]), ["law", "R²", "points", "α", "β", "E"], laws),

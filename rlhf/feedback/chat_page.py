@@ -8,8 +8,9 @@ from typing import Any
 from rlhf.comparisons import Messages
 from rlhf.errors import InputError
 from rlhf.feedback.chat import PLACES, Chat, Conversation
-from rlhf.feedback.serving import gr, serve, wait  # gr: there Gradio is told to keep to itself
+from rlhf.feedback.serving import gr, serve, wait  # gr from there: serving turns Gradio's telemetry off first
 
+Updates = dict[gr.blocks.Block, object]  # new values by component of the page
 STYLE = """<style>
 .gradio-container main { max-width: 60rem !important; margin: 0 auto; }
 #talk .text, #replies .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
@@ -29,13 +30,13 @@ STYLE = """<style>
 
 
 class ChatPage:
-    """What the page asks its server. Each browser tab has a conversation of its own, kept here and not sent to it."""
+    """The requests of the page. Each browser tab has its own conversation, which stays on the server."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat, self.two = chat, len(chat.speakers) > 1
 
-    def send(self, text: str, conversation: Conversation) -> Iterator[dict[Any, Any]]:
-        """Take the user's message and stream the replies: A's, then B's."""
+    def send(self, text: str, conversation: Conversation) -> Iterator[Updates]:
+        """Take the user's message and stream the replies, A's before B's."""
         if not text.strip():
             yield {self.status: ""}
             return
@@ -62,13 +63,13 @@ class ChatPage:
         if reason:
             yield {self.status: html.escape(reason)}
 
-    def _so_far(self, conversation: Conversation, replies: list[str]) -> dict[Any, Any]:
+    def _so_far(self, conversation: Conversation, replies: list[str]) -> Updates:
         if self.two:
             return {self.replies: pair(replies)}
         return {self.talk: bubbles([*conversation.messages, {"role": "assistant", "content": replies[0]}])}
 
-    def vote(self, place: int | None, conversation: Conversation) -> dict[Any, Any]:
-        """Save which reply was better, and only then thank and reveal who wrote which."""
+    def vote(self, place: int | None, conversation: Conversation) -> Updates:
+        """Save which reply was better; after that, thank and reveal who wrote which."""
         replies = conversation.replies
         try:
             thanks = self.chat.vote(conversation, place)
@@ -80,13 +81,13 @@ class ChatPage:
             self.replies: pair(replies, self.chat.names(conversation), place),
         }
 
-    def skip(self, conversation: Conversation) -> dict[Any, Any]:
-        """Go on with A, and keep no answer."""
+    def skip(self, conversation: Conversation) -> Updates:
+        """Continue with A and keep no answer."""
         self.chat.keep(conversation, 0)
-        return {self.status: "Skipped, nothing is saved. The conversation goes on with A.", self.choice: hide()}
+        return {self.status: "Skipped, nothing is saved. The conversation continues with A.", self.choice: hide()}
 
-    def start_over(self) -> dict[Any, Any]:
-        """A new conversation."""
+    def start_over(self) -> Updates:
+        """Begin a new conversation."""
         return {
             self.conversation: Conversation(),
             self.choice: hide(),
@@ -116,7 +117,7 @@ class ChatPage:
 
     def _wire(self, buttons: list[gr.Button], send: gr.Button, new: gr.Button) -> None:
         parts = [self.box, self.talk, self.replies, self.choice, self.status, self.conversation]
-        # one queue for all: an answer can't overtake the reply it is about, nor a double click be two answers
+        # one queue for all: a vote can't overtake its reply, and a double click is one vote
         same: dict[str, Any] = {"outputs": parts, "show_progress": "hidden", "concurrency_id": "chat"}
         gr.on([self.box.submit, send.click], self.send, [self.box, self.conversation], **same)
         for button, place in zip(buttons, (0, 1, None), strict=False):
@@ -125,9 +126,9 @@ class ChatPage:
         new.click(self.start_over, [], **same)
 
 
-# gr.Chatbot would take HTML in messages for HTML, also with render_markdown=False: it drops <script>, and loads <img>
+# gr.Chatbot interprets HTML in messages, also with render_markdown=False: it drops <script> and loads <img>
 def bubbles(messages: Messages) -> str:
-    """A conversation as HTML in which everything said stays text."""
+    """A conversation as HTML; messages are escaped, so that they stay text."""
     lines = [
         f'<div class="message {html.escape(message["role"])}"><div class="text">{html.escape(message["content"])}'
         "</div></div>"
@@ -137,11 +138,11 @@ def bubbles(messages: Messages) -> str:
 
 
 def pair(replies: list[str], names: list[str] | None = None, better: int | None = None) -> str:
-    """Replies A and B as HTML in which they stay text.
+    """Replies A and B as HTML, escaped.
 
     Args:
-        names: who wrote them, once that may be known.
-        better: the place of the one that was chosen.
+        names: of the models, once they may be known.
+        better: the place of the chosen reply.
     """
     cards = []
     for place, reply in enumerate(replies):
@@ -153,7 +154,8 @@ def pair(replies: list[str], names: list[str] | None = None, better: int | None 
     return f'<div class="pair">{"".join(cards)}</div>'
 
 
-def hide() -> dict[str, Any]:
+def hide() -> object:
+    """The update that hides a component."""
     return gr.update(visible=False)
 
 

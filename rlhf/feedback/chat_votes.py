@@ -1,4 +1,4 @@
-"""Votes on a chat's replies, and the preference pairs that they make."""
+"""Votes on a chat's replies, and the preference pairs they give."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
 VOTES_FILE = "votes.jsonl"
+Pairs = dict[str, list[PreferencePair]]  # by split
 Preferred = Literal["first", "second", "tie"]
 RANKS: dict[Preferred, list[int]] = {"first": [1, 2], "second": [2, 1], "tie": [1, 1]}
 
 
 class ChatVotes:
-    """Votes on a chat's replies, in a folder of their own or in that of a collection by people.
+    """Votes on a chat's replies, in a folder of their own or in that of `recipes/collect.py --labeler human`.
 
     Raises:
-        InputError: if the folder holds anything else, or the labeler's name can't be one.
+        InputError: if the folder holds anything else, or the labeler's name is refused.
     """
 
     def __init__(self, folder: str, labeler: str) -> None:
@@ -32,16 +33,16 @@ class ChatVotes:
         self.tasks()
 
     def tasks(self) -> list[Task]:
-        """The tasks on the disk, those of a collection among them; other processes may have added some."""
+        """The tasks on the disk, including those of a collection and of other processes."""
         with self.file:
             close_last_line(self.folder / TASKS_FILE)
             return read_tasks(str(self.folder)) or []
 
     def save(self, task: Task, preferred: Preferred) -> bool:
-        """Put an answer on the disk, its task first; False if this labeler had answered that task already.
+        """Write a vote to the disk, its task first. Returns False if this labeler had answered that task already.
 
         Raises:
-            InputError: if the disk doesn't take it.
+            InputError: if it can't be written.
         """
         vote = Vote(task.id, self.labeler, False, RANKS[preferred], None, False, now())
         try:
@@ -55,13 +56,13 @@ class ChatVotes:
 
     def _append(self, task: Task) -> None:
         with (self.folder / TASKS_FILE).open("ab") as file:
-            # escaped: read_tasks also ends lines at U+2028 and its like
+            # as ASCII: some readers of JSON lines end a line at U+2028
             file.write(json.dumps(task._asdict()).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def write_pairs(self) -> None:
-        """Write train.jsonl, and test.jsonl where there are such tasks, anew from all tasks and votes."""
+        """Rewrite train.jsonl, and test.jsonl if there are test tasks, from all tasks and votes."""
         if not self._stale:
             return
         with self.file:
@@ -74,10 +75,10 @@ class ChatVotes:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse an output folder that is neither new, nor a chat's, nor a collection's by people.
+    """Accept a new folder, a chat's, or one of `recipes/collect.py --labeler human`.
 
     Raises:
-        InputError: if it is another.
+        InputError: for any other folder.
     """
     if not folder.exists():
         return
@@ -92,14 +93,16 @@ def check_folder(folder: Path) -> None:
                 f"{where}: holds another run (recipes/{run['recipe']}.py). Give a new folder, or that of "
                 "recipes/collect.py --labeler human."
             )
-        if TASKS_FILE not in found:  # it would take the chat's tasks for its own, and sample none
-            raise InputError(f"{where}: recipes/collect.py has not sampled its replies yet. Let it, or give another.")
+        if TASKS_FILE not in found:  # collect.py would take the chat's tasks for its own and sample none
+            raise InputError(
+                f"{where}: recipes/collect.py has not sampled its replies yet. Run it first, or give a new folder."
+            )
     elif VOTES_FILE not in found and not found <= {TASKS_FILE, f"{VOTES_FILE}.lock"}:
         raise InputError(f"{where}: holds {', '.join(sorted(found)[:3])} and no {VOTES_FILE}. Give a new folder.")
 
 
 def close_last_line(file: Path) -> None:
-    """Take a task that a crash cut off out of tasks.jsonl: its vote was never written."""
+    """Remove a task that a crash cut off from tasks.jsonl. Its vote was never written."""
     if not file.exists():
         return
     with file.open("r+b") as opened:
@@ -111,13 +114,13 @@ def close_last_line(file: Path) -> None:
                 json.loads(last)
                 opened.write(b"\n")
         except ValueError:
-            if last.startswith(b'{"id"') or b'{"id"'.startswith(last):  # anything else is no task; read_tasks says so
+            if last.startswith(b'{"id"') or b'{"id"'.startswith(last):  # read_tasks refuses any other line
                 opened.truncate(end)
 
 
-def pairs_of(tasks: list[Task], votes: list[Vote]) -> dict[str, list[PreferencePair]]:
-    """Preference pairs by split, as recipes/collect.py writes them: second answers to a task don't count."""
-    pairs: dict[str, list[PreferencePair]] = {"train": [], "test": []}
+def pairs_of(tasks: list[Task], votes: list[Vote]) -> Pairs:
+    """Preference pairs by split, in the format of recipes/collect.py. Repeated answers do not count."""
+    pairs: Pairs = {"train": [], "test": []}
     answers: dict[str, list[Vote]] = {task.id: [] for task in tasks}
     for vote in votes:
         if vote.task in answers and not vote.repeat:

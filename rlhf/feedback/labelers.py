@@ -1,4 +1,4 @@
-"""Who can compare replies: a simulation, a score, a judge model, people. All behind `--labeler`."""
+"""The labelers behind `--labeler`: a simulation, a score, a judge model, people."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from trl import ModelConfig
 from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, prefer_higher
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
+from rlhf.feedback.assignment import VotingSettings
 from rlhf.models.generation import left_pad
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
@@ -25,8 +26,8 @@ LABELERS = ("simulated", "human", "judge", "reward")
 
 
 @dataclass
-class LabelerSettings:
-    """How those who compare replies work, in collecting preferences and in evaluation."""
+class LabelerSettings(VotingSettings):
+    """Settings of each kind of labeler, in collecting preferences and in evaluation."""
 
     reward_funcs: list[str] | None = field(
         default=None,
@@ -35,28 +36,23 @@ class LabelerSettings:
     judge_model_name_or_path: str = field(default="starter", metadata={"help": "For 'judge': the model."})
     principle: str = field(
         default="Choose the reply that is more helpful, honest and harmless.",
-        metadata={"help": "For 'judge': what it goes by, in words."},
+        metadata={"help": "For 'judge': the criterion, in words."},
     )
-    server_name: str = field(default="127.0.0.1", metadata={"help": "For 'human': address of the page."})
-    server_port: int = field(default=7860, metadata={"help": "For 'human': port of the page."})
-    overlap: float = field(default=0.2, metadata={"help": "For 'human': share of tasks that everybody gets."})
-    repeats: float = field(default=0.05, metadata={"help": "For 'human': share of tasks asked twice, unsaid."})
-    ratings: bool = field(default=False, metadata={"help": "For 'human': also rate each reply from 1 to 7."})
 
 
 @dataclass
 class LabelerArguments(LabelerSettings):
-    """Who compares the replies."""
+    """Which labeler compares the replies."""
 
     labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
-    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0 never errs."})
+    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0: none."})
 
 
 def check_labeler_kind(name: str) -> None:
-    """Refuse a labeler that there isn't.
+    """Refuse an unknown labeler.
 
     Raises:
-        InputError: naming those that there are.
+        InputError: naming the known ones.
     """
     if name not in LABELERS:
         raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
@@ -70,11 +66,11 @@ def make_labeler(
     folder: str,
     seed: int,
 ) -> Labeler:
-    """A labeler by name; its models are found now and loaded when it is first asked.
+    """A labeler by name. Its models are found now and loaded at the first comparison.
 
     Args:
-        tokenizer: of the model that wrote the replies, for reward functions that ask for their token ids.
-        folder: the run's folder, where people's votes go.
+        tokenizer: of the model that wrote the replies, for reward functions that read token ids.
+        folder: the run's folder, which gets people's votes.
 
     Raises:
         InputError: for an unknown labeler, model or function.
@@ -95,17 +91,16 @@ def make_labeler(
 
 
 class ScoreLabeler:
-    """Prefers what reward models or functions score higher; the sum, if there are several.
+    """Prefers the reply that reward models or functions score higher; several scores are added.
 
-    A reward model is a Bradley–Terry model, so the difference of its scores says how certain it is. With a function,
-    certainty is not known.
+    A reward model is a Bradley–Terry model, so the difference of its scores gives the certainty. Functions give none.
     """
 
     finished = True
 
     def __init__(self, rewards: list[str], model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if not rewards:
-            raise InputError("--reward_funcs: --labeler reward needs at least one.")
+            raise InputError("--reward_funcs: --labeler reward needs at least one reward model or function.")
         self.sources = resolve_reward_functions(rewards, "--reward_funcs")
         self.model_args, self.tokenizer = model_args, tokenizer
         self.temperature = 1.0 if all(source.model for source in self.sources) else None
@@ -125,25 +120,29 @@ class ScoreLabeler:
 
 
 def _total(score: float | list[float] | None) -> float:
-    """One number: the sum of per-token scores, 0 where a function has no opinion."""
+    """One number: per-token scores are added, None is 0.
+
+    >>> _total([0.5, 0.25]), _total(None)
+    (0.75, 0.0)
+    """
     return math.fsum(score) if isinstance(score, list) else score or 0.0
 
 
 class JudgeLabeler:
     """Asks a language model which of two replies follows a written principle better (RLAIF).
 
-    Each pair is asked in both orders, and the probabilities of the answers "A" and "B" are averaged, which cancels a
-    preference for the first or second place. Source: Bai et al., Constitutional AI, arXiv 2212.08073, section 4.1
+    Each pair is asked in both orders. Averaging the probabilities of the answers "A" and "B" over the two cancels a
+    preference for the first or the second place. Source: Bai et al., Constitutional AI, arXiv 2212.08073, section 4.1
     (multiple choice, normalized log-probabilities of the answers as soft labels).
     """
 
     finished = True
-    # below this share of the probability on A and B together, the model has not answered
+    # with less probability than this on A and B together, the model has not answered
     least_answered = 0.1
 
     def __init__(self, name: str, principle: str, model_args: ModelConfig, batch_size: int = 16) -> None:
         if not principle.strip():
-            raise InputError("--principle: is empty. Say in words what makes one reply better than another.")
+            raise InputError("--principle: is empty. Describe what makes one reply better than another.")
         self.source = resolve(name, "--judge_model_name_or_path")
         self.name = f"judge {Path(name).name}"
         self.principle, self.model_args, self.batch_size = principle, model_args, batch_size
@@ -179,7 +178,7 @@ class JudgeLabeler:
         return [answers[task.id] for task in tasks]
 
     def question(self, prompt: Prompt, first: str, second: str) -> str:
-        """What the judge reads; its next word has to be A or B."""
+        """The judge's prompt, whose next word is A or B."""
         if not isinstance(prompt, str):
             prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         return (
@@ -191,13 +190,14 @@ class JudgeLabeler:
     def probabilities(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]
     ) -> list[tuple[float, float]]:
-        """P(A), P(B) as the next token after each question, each summed over its spellings with and without a space."""
+        """P(A) and P(B) as the token after each question, each summed over its spellings with and without a space."""
         rows = [self._encode(tokenizer, question) for question in questions]
         room = context_length(self.source)
         longest = max((len(row) for row in rows), default=0)
         if room is not None and longest > room:
             raise InputError(
-                f"--judge_model_name_or_path {self.source.name}: a question has {longest} tokens, its context {room}."
+                f"--judge_model_name_or_path {self.source.name}: a question has {longest} tokens, its context {room}. "
+                "Use a model with a longer context."
             )
         letters = [_first_tokens(tokenizer, (letter, f" {letter}")) for letter in "AB"]
         model.eval()

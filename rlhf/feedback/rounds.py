@@ -1,8 +1,8 @@
-"""Rounds of the closed loop: each stage is a recipe in a process of its own, and what they reached side by side."""
+"""Rounds of the closed loop: the data that passes from stage to stage, and a summary of all rounds."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
@@ -12,10 +12,32 @@ from rlhf.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
 ROUNDS_FILE = "rounds.json"
+Cell = dict[str, float]  # a mean with its 95% interval: `mean`, `low`, `high`
+
+
+class RoundEntry(TypedDict, total=False):
+    """One round's policy on held-out prompts. Round 0 is the SFT model and has only the first four."""
+
+    round: int
+    truth: Cell | None
+    proxy: Cell | None  # score of the newest reward model
+    kl: Cell  # to the SFT model, nats
+    comparisons: int  # training pairs so far
+    reward_accuracy: float
+    difference: Cell | None  # in the truth, to the round before
+
+
+class RoundsSummary(TypedDict):
+    """Content of rounds.json. The truth is the gold score if there is one, else the win rate of the first judge."""
+
+    rounds: list[RoundEntry]
+    truth_name: str
+    proxy_name: str
+    kl_name: str
 
 
 def check_start(sft: Source, ppo_config: str, rounds: int) -> None:
-    """Refuse, before anything runs, what could not go on in round 2: PPO goes on from adapter to adapter.
+    """Refuse, before anything runs, settings that would fail in round 2, where PPO starts from an adapter.
 
     Raises:
         InputError: if the SFT model is a full one and PPO would train it whole.
@@ -23,15 +45,15 @@ def check_start(sft: Source, ppo_config: str, rounds: int) -> None:
     settings = yaml.safe_load(Path(ppo_config).read_text(encoding="utf-8")) or {}
     if rounds > 1 and sft.adapter is None and not settings.get("use_peft"):
         raise InputError(
-            f"--ppo_config {ppo_config}: trains {sft.name} whole (use_peft is not true), and round 2 goes on from an "
-            "adapter only. Set use_peft: true there, or give an SFT adapter as --model_name_or_path."
+            f"--ppo_config {ppo_config}: trains {sft.name} whole (use_peft is not true), and round 2 can only start "
+            "from an adapter. Set use_peft: true there, or give an SFT adapter as --model_name_or_path."
         )
 
 
 def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     """Join the preference pairs of all rounds into train.jsonl and test.jsonl.
 
-    What any round holds out isn't trained on: training pairs with such a prompt are left out.
+    Training pairs whose prompt is held out in any round are dropped.
 
     Returns:
         number of pairs by split.
@@ -39,7 +61,7 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     Raises:
         InputError: if nothing is left to train on.
     """
-    splits: dict[str, list[dict[str, Any]]] = {}
+    splits: dict[str, list[dict[str, Any]]] = {}  # rows of train.jsonl and test.jsonl
     for split in ("train", "test"):
         files = [folder / "preferences" / f"{split}.jsonl" for folder in rounds]
         splits[split] = [row for file in files for row in read_jsonl(file)]
@@ -47,33 +69,29 @@ def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:
     found = len(splits["train"])
     splits["train"] = [row for row in splits["train"] if json.dumps(row["prompt"]) not in held_out]
     if len(splits["train"]) < found:
-        print(f"{target}: left out {found - len(splits['train'])} training pairs whose prompt is held out.")
+        print(f"{target}: left out {found - len(splits['train'])} training pairs with held-out prompts.")
     if not splits["train"]:
-        raise InputError(f"{target}: no pair is left to train on: every prompt is held out too. Give other prompts.")
+        raise InputError(
+            f"{target}: no pair is left to train on, because every prompt is held out. Give other prompts."
+        )
     for split, rows in splits.items():
         write_jsonl(target / f"{split}.jsonl", rows)
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def summarize_rounds(output_dir: str, count: int) -> dict[str, Any]:
-    """What each round reached on held-out prompts, from the newest comparison; written to rounds.json.
-
-    The truth is the gold score where there is one, else the win rate of the first judge.
-
-    Returns:
-        `rounds`: the SFT model as round 0, then each round, with cells {mean, low, high} `truth`, `proxy` (score of the
-        newest reward model) and `kl`, and from round 1 on `comparisons`, `reward_accuracy` and `difference` in the
-        truth to the round before.
-    """
+def summarize_rounds(output_dir: str, count: int) -> RoundsSummary:
+    """Summarize rounds 0 to `count` from the newest comparison, and write the summary to rounds.json."""
     folder = Path(output_dir)
     results = read_json(folder / f"round-{count}" / "comparison" / "results.json")
     first = results["models"]["sft"]
     truth = "gold_score" if "gold_score" in first else next((n for n in first if n.startswith("win_rate/")), "")
-    entries: list[dict[str, Any]] = []
+    entries: list[RoundEntry] = []
     for number in range(count + 1):
         name = _name(number)
         cells = results["models"][name]
-        entry = {"round": number, "truth": cells.get(truth), "proxy": cells.get("reward_score"), "kl": cells["kl"]}
+        entry: RoundEntry = {
+            "round": number, "truth": cells.get(truth), "proxy": cells.get("reward_score"), "kl": cells["kl"],
+        }  # fmt: skip
         if number:
             reward = read_json(folder / f"round-{number}" / "reward" / RUN_FILE)
             pairs = folder / f"round-{number}" / "comparisons" / "train.jsonl"
@@ -81,28 +99,32 @@ def summarize_rounds(output_dir: str, count: int) -> dict[str, Any]:
             entry["reward_accuracy"] = reward["metrics"]["eval_accuracy"]
             entry["difference"] = results["differences"][f"{name}_minus_{_name(number - 1)}"].get(truth)
         entries.append(entry)
-    names = {"truth_name": truth, "proxy_name": "score of the newest reward model", "kl_name": "KL to SFT, nats"}
-    summary = {"rounds": entries, **names}
+    summary: RoundsSummary = {
+        "rounds": entries, "truth_name": truth, "proxy_name": "score of the newest reward model",
+        "kl_name": "KL to SFT, nats",
+    }  # fmt: skip
     write_json(folder / ROUNDS_FILE, summary)
     return summary
 
 
 def _name(number: int) -> str:
-    """What a round's policy is called in the comparison."""
+    """The name of a round's policy in the comparison."""
     return f"round_{number}" if number else "sft"
 
 
-def round_verdicts(summary: dict[str, Any]) -> list[str]:
-    """One sentence per round: does it beat the one before beyond doubt?"""
+def round_verdicts(summary: RoundsSummary) -> list[str]:
+    """One sentence per round: is it significantly better than the round before?"""
     sentences = []
     for entry in summary["rounds"][1:]:
         change = entry["difference"]
         if change is None:
             continue
         before = "SFT" if entry["round"] == 1 else f"round {entry['round'] - 1}"
-        verb = "beats" if change["low"] > 0 else "is worse than" if change["high"] < 0 else "does not beat beyond doubt"
+        better, worse = change["low"] > 0, change["high"] < 0
+        verb = "beats" if better else "is worse than" if worse else "does not differ significantly from"
         sentences.append(
             f"Round {entry['round']} {verb} {before} in {summary['truth_name']} on held-out prompts: "
-            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]."
+            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]; "
+            f"the 95% interval {'excludes' if better or worse else 'includes'} 0."
         )
     return sentences

@@ -1,4 +1,4 @@
-"""Replies to compare: sampled from a model, kept in tasks.jsonl."""
+"""Replies to compare: sampled from a model and kept in tasks.jsonl."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,12 @@ TASKS_FILE = "tasks.jsonl"
 
 
 def write_tasks(folder: str, tasks: list[Task]) -> None:
-    """Write tasks.jsonl into a run's folder, whole or not at all."""
+    """Write tasks.jsonl into a run's folder, complete or not at all."""
     write_jsonl(Path(folder) / TASKS_FILE, [task._asdict() for task in tasks])
 
 
 def read_tasks(folder: str) -> list[Task] | None:
-    """The tasks of a run's folder, or None if it has none.
+    """The tasks of a run's folder, or None without tasks.jsonl.
 
     Raises:
         InputError: if tasks.jsonl holds something else.
@@ -52,7 +52,7 @@ def sample_tasks(
     """Different replies to each prompt of a split.
 
     Args:
-        rows: `prompt` and `input_ids`.
+        rows: with `prompt` and `input_ids`.
         num_generations: replies per prompt; equal ones count once.
         name: of the model, recorded with each reply.
     """

@@ -1,10 +1,10 @@
-"""Serving a page on this machine until people are done."""
+"""Serving a page from this machine until people are done."""
 
 import os
 import signal
 import socket
 import threading
-from typing import Any
+from collections.abc import Callable
 
 from rlhf.errors import InputError
 
@@ -16,7 +16,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
-    """Start a page in threads of its own; returns its address.
+    """Start serving a page in background threads. Returns its address.
 
     Raises:
         InputError: if the port is in use.
@@ -31,8 +31,8 @@ def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
     return url
 
 
-def wait(done: Any, seconds: float = 2.0) -> None:
-    """Wait until `done()`, or SIGINT or SIGTERM."""
+def wait(done: Callable[[], bool], seconds: float = 2.0) -> None:
+    """Wait until `done()` or a SIGINT or SIGTERM; asks every `seconds`."""
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -44,10 +44,10 @@ def wait(done: Any, seconds: float = 2.0) -> None:
 
 
 def need_free_port(server_name: str, server_port: int) -> None:
-    """Refuse a port in use before any model is loaded.
+    """Refuse an address or port that is not free, before any model is loaded.
 
     Raises:
-        InputError: if the page could not be served there.
+        InputError: naming the flag.
     """
     try:
         socket.create_server(

@@ -1,66 +1,70 @@
 """The page on which people compare replies, and the labeler behind it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlhf.comparisons import Comparison, Prompt, Task
 from rlhf.errors import InputError
+from rlhf.feedback.agreement import measure_agreement
+from rlhf.feedback.assignment import Assignment, TaskView, VotingSettings
 from rlhf.feedback.serving import gr, serve, wait
-from rlhf.feedback.votes import Assignment, Shown, Vote, VoteFile, agreement, check_labeler_name, now
+from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
 from rlhf.run.files import write_json
 
 HERE = Path(__file__).parent
+PlainData = dict[str, Any]  # what the page and its server exchange as JSON
 
 
 class VotePage:
-    """What the page asks its server. Every answer is plain data; errors come back as {"error": sentence}."""
+    """The requests of the page. Every answer is plain data; an error is {"error": sentence}."""
 
     def __init__(self, assignment: Assignment, ratings: bool = False) -> None:
         self.assignment, self.ratings = assignment, ratings
 
-    def open_task(self, labeler: str) -> dict[str, Any]:
-        """The task for this labeler now."""
+    def open_task(self, labeler: str) -> PlainData:
+        """This labeler's task now."""
         return self._answer(labeler, lambda name: (self.assignment.next(name), f"Welcome, {name}."))
 
-    def vote(self, labeler: str, answer: dict[str, Any]) -> dict[str, Any]:
-        """Save an answer, and show the next task. The answer speaks of replies by their place on the page."""
+    def vote(self, labeler: str, answer: PlainData) -> PlainData:
+        """Save an answer, which is by place on the page, and show the next task."""
 
-        def save(name: str) -> tuple[Shown | None, str]:
+        def save(name: str) -> tuple[TaskView | None, str]:
             new = self.assignment.answer(self._vote_of(name, answer))
             thanks = "Skipped." if answer.get("skipped") else "Saved. Thank you!"
             return self.assignment.next(name), thanks if new else "That one was answered already."
 
         return self._answer(labeler, save)
 
-    def undo(self, labeler: str) -> dict[str, Any]:
-        """Take back the labeler's last answer, and show its task again."""
+    def undo(self, labeler: str) -> PlainData:
+        """Take back the labeler's last answer and show its task again."""
 
-        def undo(name: str) -> tuple[Shown | None, str]:
-            shown = self.assignment.undo(name)
-            if shown is None:
+        def undo(name: str) -> tuple[TaskView | None, str]:
+            view = self.assignment.undo(name)
+            if view is None:
                 raise InputError("There is nothing to undo.")
-            return shown, "Taken back. Answer again."
+            return view, "Taken back. Answer again."
 
         return self._answer(labeler, undo)
 
-    def _answer(self, labeler: str, act: Any) -> dict[str, Any]:
+    def _answer(self, labeler: str, act: Callable[[str], tuple[TaskView | None, str]]) -> PlainData:
         try:
             name = check_labeler_name(labeler)
-            shown, message = act(name)
+            view, message = act(name)
         except InputError as error:
             return {"error": str(error)}
         progress = self.assignment.progress(name)
-        return {"labeler": name, "task": shown and self._public(shown), "progress": progress, "message": message}
+        return {"labeler": name, "task": view and self._public(view), "progress": progress, "message": message}
 
-    def _vote_of(self, labeler: str, answer: Any) -> Vote:
-        """A vote by completion, from an answer by place on the page."""
+    def _vote_of(self, labeler: str, answer: PlainData) -> Vote:
+        """A vote, which is by completion, from an answer, which is by place on the page."""
         try:
             task, repeat, skipped = str(answer["task"]), bool(answer["turn"]), bool(answer["skipped"])
             by_place = [answer["ranks"], answer["ratings"]]
             if not all(isinstance(values, list) for values in by_place):
-                raise TypeError("ranks and ratings have to be lists")
+                raise TypeError("ranks and ratings must be lists")
         except (TypeError, KeyError) as error:
-            raise InputError("The page sent something that is no answer. Reload it.") from error
+            raise InputError("The page sent no valid answer. Reload it.") from error
         if task in self.assignment.tasks and not skipped:
             order = self.assignment.order(task, labeler, repeat)
             by_place = [
@@ -71,22 +75,22 @@ class VotePage:
         asked = self.ratings and not skipped
         return Vote(task, labeler, repeat, [] if skipped else ranks, ratings if asked else None, skipped, now())
 
-    def _public(self, shown: Shown) -> dict[str, Any]:
-        """What the page may know of a task: not which model wrote what."""
-        earlier = shown.earlier
-        count = len(shown.order)
+    def _public(self, view: TaskView) -> PlainData:
+        """The part of a task that the page gets. It does not get the models' names."""
+        earlier = view.earlier
+        count = len(view.order)
         picks: list[list[int]] = []
         if earlier is not None and not earlier.skipped and (count > 2 or self.ratings):
             for rank in sorted(set(earlier.ranks)):
-                picks.append([place for place, number in enumerate(shown.order) if earlier.ranks[number] == rank])
+                picks.append([place for place, number in enumerate(view.order) if earlier.ranks[number] == rank])
         given: list[int | None] = [None] * count
         if earlier is not None and earlier.ratings:
-            given = [earlier.ratings[number] for number in shown.order]
+            given = [earlier.ratings[number] for number in view.order]
         return {
-            "id": shown.task.id,
-            "turn": int(shown.repeat),
-            "prompt": as_messages(shown.task.prompt),
-            "replies": [shown.task.completions[number] for number in shown.order],
+            "id": view.task.id,
+            "turn": int(view.repeat),
+            "prompt": as_messages(view.task.prompt),
+            "replies": [view.task.completions[number] for number in view.order],
             "ratings": self.ratings,
             "picks": picks,
             "given": given,
@@ -95,13 +99,13 @@ class VotePage:
     def blocks(self) -> gr.Blocks:
         """The page itself."""
 
-        def open_task(labeler: str) -> dict[str, Any]:  # Gradio marks the functions it is given; methods can't be
+        def open_task(labeler: str) -> PlainData:  # Gradio sets attributes on these functions; methods take none
             return self.open_task(labeler)
 
-        def vote(sent: dict[str, Any]) -> dict[str, Any]:
+        def vote(sent: PlainData) -> PlainData:
             return self.vote(sent["labeler"], sent["answer"])
 
-        def undo(labeler: str) -> dict[str, Any]:
+        def undo(labeler: str) -> PlainData:
             return self.undo(labeler)
 
         with gr.Blocks(title="Compare replies", analytics_enabled=False) as blocks:
@@ -116,39 +120,44 @@ class VotePage:
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:
-    """A prompt as messages of role and content."""
+    """A prompt as messages of role and content.
+
+    >>> as_messages("Once upon a time")
+    [{'role': 'text', 'content': 'Once upon a time'}]
+    """
     if isinstance(prompt, str):
         return [{"role": "text", "content": prompt}]
     return [{"role": str(message["role"]), "content": str(message["content"])} for message in prompt]
 
 
 class People:
-    """Labeler `human`: serves the page until everybody has answered what there is for them, or Ctrl-C.
+    """Labeler `human`: serves the page until every labeler has answered all their tasks, or until Ctrl-C.
 
     Args:
         args: LabelerArguments.
-        votes: file that votes are appended to; what is in it already counts.
+        votes: file that gets the votes. Votes already in it count.
     """
 
     name = "human"
 
-    def __init__(self, args: Any, votes: Path, seed: int) -> None:
-        for flag, share in (("overlap", args.overlap), ("repeats", args.repeats)):
+    def __init__(self, settings: VotingSettings, votes: Path, seed: int) -> None:
+        for flag, share in (("overlap", settings.overlap), ("repeats", settings.repeats)):
             if not 0 <= share <= 1:
-                raise InputError(f"--{flag} {share}: is a share, from 0 to 1.")
-        self.args, self.path, self.seed = args, votes, seed
+                raise InputError(f"--{flag} {share}: must be a share from 0 to 1.")
+        self.settings, self.path, self.seed = settings, votes, seed
         self.finished = False
 
     def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
         usable = [task for task in tasks if len(task.completions) > 1]
         file = VoteFile(self.path)
-        assignment = Assignment(
-            usable, file, overlap=self.args.overlap, repeats=self.args.repeats, seed=self.seed
-        )  # fmt: skip
-        blocks = VotePage(assignment, self.args.ratings).blocks()
+        settings = self.settings
+        assignment = Assignment(usable, file, overlap=settings.overlap, repeats=settings.repeats, seed=self.seed)
+        blocks = VotePage(assignment, settings.ratings).blocks()
         if not assignment.everybody_is_done():
-            url = serve(blocks, self.args.server_name, self.args.server_port)
-            print(f"Vote at {url} (Ctrl-C stops; the same command goes on). Votes: {self.path}", flush=True)
+            url = serve(blocks, settings.server_name, settings.server_port)
+            print(
+                f"Vote at {url} (Ctrl-C stops; run the same command again to continue). Votes: {self.path}", flush=True
+            )
             wait(assignment.everybody_is_done)
             blocks.close(verbose=False)
         self.finished = assignment.everybody_is_done()
@@ -158,20 +167,17 @@ class People:
         known = {task.id: len(task.completions) for task in tasks}
         foreign = [vote for vote in votes if vote.task not in known]
         if foreign:
-            print(f"{self.path}: {len(foreign)} votes are for replies that no longer exist; they are left alone.")
+            print(f"{self.path}: {len(foreign)} votes are for replies that no longer exist. They do not count.")
         votes = [vote for vote in votes if vote.task in known and (vote.skipped or len(vote.ranks) == known[vote.task])]
-        result = agreement(votes)
-        write_json(self.path.with_name("agreement.json"), result)
-        alpha, repeats = result["alpha"], result["repeats"]
-        print(
-            f"{result['votes']} votes of {result['labelers']} labelers. Krippendorff's alpha: "
-            + (f"{alpha:.2f} over {result['pairs']} pairs" if alpha is not None else "no pair was compared twice")
-            + (f"; {repeats:.0%} of repeated answers were the same." if repeats is not None else ".")
-        )
+        found = measure_agreement(votes)
+        write_json(self.path.with_name("agreement.json"), found._asdict())
+        alpha = "no pair was compared twice" if found.alpha is None else f"{found.alpha:.2f} over {found.pairs} pairs"
+        same = "." if found.repeats is None else f"; {found.repeats:.0%} of repeated answers were the same."
+        print(f"{found.votes} votes of {found.labelers} labelers. Krippendorff's alpha: {alpha}{same}")
         answers: dict[str, list[Comparison]] = {task.id: [] for task in tasks}
         for vote in votes:
             if not vote.repeat:
                 answers[vote.task] += vote.comparisons()
         if not self.finished:
-            print("There is more to compare: the same command goes on.")
+            print("There is more to compare. Run the same command again to continue.")
         return [answers[task.id] for task in tasks]

@@ -1,4 +1,4 @@
-"""Discriminative fine-tuning: a pretrained body with a new head, and the loss."""
+"""Discriminative fine-tuning: a pretrained body with a new head, and GPT-1's loss."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    EvalPrediction,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,10 +27,10 @@ from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
 
 @dataclass
 class FinetuneArguments:
-    """What is trained of the model, on how much."""
+    """Which part of the model is trained, and on how much data."""
 
     from_scratch: bool = field(
-        default=False, metadata={"help": "The same network with fresh random weights: what pretraining is worth."}
+        default=False, metadata={"help": "The same network from random weights, to see what pretraining is worth."}
     )
     freeze_body: bool = field(
         default=False, metadata={"help": "Train the head only, on the features of the pretrained body."}
@@ -49,21 +50,21 @@ class FinetuneArguments:
 
 
 def finetuning_config(source: Source, task: LabelledTask) -> PretrainedConfig:
-    """The model's config with the label names and the head's kind of problem.
+    """The model's config with the label names and the head's problem type.
 
     Raises:
-        InputError: if the model is an adapter, or has both an encoder and a decoder.
+        InputError: if the model is an adapter or an encoder-decoder.
     """
     if source.adapter is not None:
         raise InputError(
-            f"--model_name_or_path {source.name}: is an adapter. Merge it into its base first (merge_and_unload), or "
-            "give the base."
+            f"--model_name_or_path {source.name}: is an adapter. Merge it into its base (merge_and_unload), or give "
+            "the base."
         )
     config = AutoConfig.from_pretrained(source.base, revision=source.revision)
     if config.is_encoder_decoder:
         raise InputError(
-            f"--model_name_or_path {source.name}: {config.model_type} has an encoder and a decoder; this recipe takes "
-            "one or the other. Teach it tasks as text instead."
+            f"--model_name_or_path {source.name}: {config.model_type} is an encoder-decoder, which this recipe does "
+            "not train. Give an encoder or a decoder, or teach it tasks as text with recipes/sft.py."
         )
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
@@ -76,37 +77,39 @@ def finetuning_config(source: Source, task: LabelledTask) -> PretrainedConfig:
 def check_arguments(
     args: FinetuneArguments, use_peft: bool, source: Source, config: PretrainedConfig, task: LabelledTask
 ) -> None:
-    """Refuse flags that can't work together, with this model or on this task.
+    """Refuse flags that contradict each other, this model or this task.
 
     Raises:
-        InputError: with the flag and what to do.
+        InputError: naming the flag.
     """
     text = config.get_text_config()
     need_at_least(args, lm_coef=0)
     if args.lm_coef and not is_decoder(config):
         raise InputError(
-            f"--lm_coef {args.lm_coef}: {config.model_type} is an encoder, which has no next token to predict. Leave "
-            "it 0, or take a decoder."
+            f"--lm_coef {args.lm_coef}: {config.model_type} is an encoder, which predicts no next token. Leave it 0, "
+            "or give a decoder."
         )
     if args.lm_coef and task.kind not in ("sentences", "pairs"):
-        raise InputError(f"--lm_coef {args.lm_coef}: is for sentences and pairs of them; this dataset has {task.kind}.")
+        raise InputError(
+            f"--lm_coef {args.lm_coef}: needs sentences or pairs of them; this dataset has {task.kind}. Leave it 0."
+        )
     if args.lm_coef and args.freeze_body:
-        raise InputError(f"--lm_coef {args.lm_coef}: changes the body alone; --freeze_body true keeps it. Drop one.")
+        raise InputError(f"--lm_coef {args.lm_coef}: trains the body only, which --freeze_body true freezes. Drop one.")
     if args.freeze_body and use_peft:
-        raise InputError("--freeze_body true trains the head alone, --use_peft true adapters in the body. Drop one.")
+        raise InputError("--freeze_body true trains the head only, --use_peft true adapters in the body. Drop one.")
     if args.from_scratch and (use_peft or args.freeze_body):
         other = "--use_peft true" if use_peft else "--freeze_body true"
-        raise InputError(f"--from_scratch true: with {other} random weights would stay as they are. Drop one.")
+        raise InputError(f"--from_scratch true: with {other} the random weights would never be trained. Drop one.")
     if args.from_scratch and args.lm_coef and not text.tie_word_embeddings:
         raise InputError(
-            "--from_scratch true: --lm_coef needs a model whose input and output embeddings are one; in "
-            f"{source.name} they differ. Leave --lm_coef 0."
+            "--from_scratch true: --lm_coef needs a model that ties input and output embeddings, which "
+            f"{source.name} does not. Leave --lm_coef 0."
         )
     rows, context = len(task.train), usable_context(text)
     if args.max_train_samples is not None and not 1 <= args.max_train_samples <= rows:
-        raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Take 1 to that.")
+        raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Give 1 to {rows}.")
     if not 8 <= args.max_length <= (context or args.max_length):
-        raise InputError(f"--max_length {args.max_length}: from 8 to the model's context of {context} tokens.")
+        raise InputError(f"--max_length {args.max_length}: must be from 8 to the model's context of {context} tokens.")
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -120,13 +123,13 @@ def load_finetuning_model(
     model_args: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel | PeftModel:
-    """The pretrained body with a new head; what is trained of it is what `args` and `--use_peft` say.
+    """The pretrained body with a new head. `args` and `--use_peft` choose the trained parameters.
 
-    The head, and whatever else the checkpoint lacks (BERT's pooler, if it was pretrained without pairs), is always
-    trained, and saved with the adapter.
+    The head is always trained and saved with the adapter, and so is any other weight that the checkpoint lacks (BERT's
+    pooler, if it was pretrained without pairs).
 
     Raises:
-        InputError: if the architecture has no such head, or its body isn't in the checkpoint.
+        InputError: if the architecture has no such head, or the checkpoint has no body for it.
     """
     kind = LABEL_KINDS[task.kind]
     head_class = kind.auto_class._model_mapping.get(type(config), None)
@@ -156,18 +159,18 @@ def load_finetuning_model(
 
 
 def body_names(config: PretrainedConfig, head_class: type[PreTrainedModel]) -> dict[str, str] | None:
-    """`key_mapping` for from_pretrained where the head's class calls the body otherwise than the checkpoint does.
+    """`key_mapping` for from_pretrained if the head's class and the checkpoint name the body differently.
 
-    LlamaForQuestionAnswering and its relatives say `transformer` where LlamaForCausalLM says `model`: without this they
-    would start from random weights, with nothing but a warning.
+    LlamaForQuestionAnswering and its relatives name it `transformer`, LlamaForCausalLM names it `model`. Without the
+    mapping they would start from random weights, with nothing but a warning.
     """
     saved = getattr(transformers, (config.architectures or [head_class.__name__])[0], head_class)
     before, after = saved.base_model_prefix, head_class.base_model_prefix
     return None if before == after else {rf"^{before}\.": f"{after}."}
 
 
-def load_options(task: LabelledTask, config: PretrainedConfig) -> dict[str, Any]:
-    """What `from_pretrained` of the base has to be told before an adapter fits on it."""
+def load_options(task: LabelledTask, config: PretrainedConfig) -> dict[str, object]:
+    """Arguments of the base's `from_pretrained` with which the adapter fits on it, for the card."""
     head_class = LABEL_KINDS[task.kind].auto_class._model_mapping[type(config)]
     names = {"id2label": dict(enumerate(task.labels)), "key_mapping": body_names(config, head_class)}
     return {name: value for name, value in names.items() if value}
@@ -186,7 +189,7 @@ def _choose_trainable(
         return in_float32(model)
     lora = get_peft_config(model_args)
     lora.task_type = kind.task_type
-    # PEFT guards these against LoRA only if it is told of them before; the names it adds itself come too late for tags
+    # named here, or PEFT would put LoRA on them: the names it adds itself come too late for tags
     heads = {name.split(".")[0] for name in new if not name.startswith(body)}
     inner = {name.rpartition(".")[0] for name in new if name.startswith(body)}
     lora.modules_to_save = sorted({*heads, *inner, *(lora.modules_to_save or [])})
@@ -194,7 +197,7 @@ def _choose_trainable(
 
 
 def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """The model with float32 where it is trained: in bfloat16 small steps would be rounded away."""
+    """The model with its trained parameters in float32: bfloat16 would round small steps away."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -204,7 +207,7 @@ def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
 def language_model_head(source: Source, config: PretrainedConfig, model: torch.nn.Module) -> torch.Tensor:
     """The matrix (vocabulary, hidden size) that predicts the next token from a hidden state.
 
-    The input embeddings where the model ties the two, as GPT-1 did; else the base's own output embeddings, frozen.
+    If the model ties the two, as GPT-1 did, it is the input embeddings; else the base's output embeddings, frozen.
     """
     if config.get_text_config().tie_word_embeddings:
         return model.get_input_embeddings().weight
@@ -242,14 +245,14 @@ def auxiliary_loss(
 class FinetuningTrainer(Trainer):
     """transformers' Trainer with GPT-1's auxiliary objective, L3 = L2 + λ · L1 (eq. 5), in training.
 
-    Evaluation reports L2 alone, so that runs with different λ can be compared. With λ, the log has `lm_loss`, L1.
+    Evaluation reports L2 only, so that runs with different λ can be compared. With λ, the log has `lm_loss`, L1.
     """
 
     def __init__(self, *args: Any, lm_coef: float = 0.0, lm_head: torch.Tensor | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lm_coef, self.lm_head = lm_coef, lm_head
         self.lm_losses: list[torch.Tensor] = []
-        # some heads take the number of items and some ignore it; a mean per batch is right for all of them
+        # some heads use the number of items and some ignore it; the mean per batch is right for all
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -270,8 +273,8 @@ class FinetuningTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def share_right(prediction: Any) -> dict[str, float]:
-    """`compute_metrics`: share of labels that are right (of the tagged words, or of spans with both ends right)."""
+def share_right(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics`: `accuracy`, the share of right labels, tagged words, or spans with both ends right."""
     if isinstance(prediction.predictions, tuple):
         found, right = zip(prediction.predictions, prediction.label_ids, strict=True), []
         right = [logits.argmax(-1) == position for logits, position in found]

@@ -1,4 +1,4 @@
-"""Labelled tasks → instructions: a prompt, worded answer options, and which of them is right.
+"""Labelled tasks → instructions: a prompt, worded answer options, and the number of the right one.
 
 Templates are Jinja, several per task, in YAML files as rlhf/tasks/templates/sentiment.yaml:
 
@@ -8,19 +8,19 @@ Templates are Jinja, several per task, in YAML files as rlhf/tasks/templates/sen
     templates:
       - name: how it sounds
         prompt: "How does this message sound? {{ text }}\\n{{ options | join(' or ') }}?"
-        choices: [bad, good]                 # how answers are worded, in the order of the labels; or
+        choices: [bad, good]                 # wordings of the answers, in the order of the labels; or
       - name: label
         prompt: "Message: {{ text }}\\nSentiment:"
-        choice: "{{ choice | upper }}"       # a template for each answer; without either, answers stay as they are
+        choice: "{{ choice | upper }}"       # a template for each answer. Without either, answers stay as they are
 
-A prompt may name the task's input columns and `options`, the list of worded answers; not the answer itself. Templates
-run in Jinja's sandbox.
+A prompt may name the task's input columns and `options`, the list of worded answers, but not the answer. Templates run
+in Jinja's sandbox.
 """
 
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import yaml
@@ -30,29 +30,31 @@ from jinja2.sandbox import SandboxedEnvironment
 from trl import ScriptArguments
 
 from rlhf.data.datasets import load_splits
+from rlhf.data.paths import need_file
 from rlhf.errors import InputError
 from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS, starter_task
+from rlhf.tasks.problems import Row
 
 FOLDER = Path(__file__).parent / "templates"
-HIDDEN = {"label", "answer", "choices"}  # columns that would tell a prompt its answer, or what `options` already says
+HIDDEN = {"label", "answer", "choices"}  # columns that a prompt may not name: the answer, and what `options` holds
 ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 
 @dataclass
 class TaskArguments:
-    """Which tasks. A dataset of one's own: --dataset_name (see ScriptArguments) and --templates."""
+    """Which tasks. Your own dataset: --dataset_name (of ScriptArguments) and --templates."""
 
     tasks: list[str] | None = field(
         default=None,
-        metadata={"help": "Starter tasks; default: all, or none beside a dataset of your own."},
+        metadata={"help": "Starter tasks. Default: all; with your own dataset none."},
     )
     templates: str | None = field(
         default=None,
         metadata={"help": "YAML file with the templates of --dataset_name (rlhf/tasks/instructions.py)."},
     )
     include_options: bool = field(
-        default=False, metadata={"help": "List the answer options behind prompts that don't name them, as FLAN does."}
+        default=False, metadata={"help": "List the answer options behind prompts that don't name them (FLAN)."}
     )
 
 
@@ -62,11 +64,11 @@ class Template(NamedTuple):
     name: str
     prompt: str  # Jinja, with the input columns and `options`
     choices: list[str] | None  # worded answers in the order of the labels
-    choice: str  # Jinja, with `choice`: how each answer is worded
+    choice: str  # Jinja, with `choice`: the wording of each answer
 
 
 class TemplateFile(NamedTuple):
-    """What a YAML file of templates says."""
+    """Content of a YAML file of templates."""
 
     task: str
     cluster: str
@@ -75,7 +77,7 @@ class TemplateFile(NamedTuple):
 
 
 class InstructionTask(NamedTuple):
-    """A task, ready to be worded: rows have `choices` (list of strings) and `label` (index of the right one)."""
+    """A task with its templates. Rows have `choices` (list of strings) and `label` (index of the right one)."""
 
     name: str
     cluster: str
@@ -89,19 +91,19 @@ class InstructionTask(NamedTuple):
 
 @functools.cache
 def _names_in(template: str, where: str) -> set[str]:
-    """The variables that a template takes from outside."""
+    """The variables that a template reads."""
     try:
         return meta.find_undeclared_variables(ENVIRONMENT.parse(template))
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{where}: not a Jinja template ({error}). Correct it.") from error
 
 
-def _texts(choices: Any, where: str) -> list[str] | None:
+def _texts(choices: object, where: str) -> list[str] | None:
     if choices is None:
         return None
     if not isinstance(choices, list) or any(isinstance(choice, bool) for choice in choices):
         raise InputError(
-            f"{where}: 'choices' is a list of texts; found {choices}. Put quotes around yes, no and the like."
+            f"{where}: 'choices' must be a list of texts; found {choices}. Quote words such as yes and no."
         )
     return [str(choice) for choice in choices]
 
@@ -113,8 +115,7 @@ def read_templates(path: Path) -> TemplateFile:
         InputError: if it can't be read, lacks a key, or two templates have the same name.
     """
     where = f"--templates {path}"
-    if not path.is_file():
-        raise InputError(f"{where}: no such file.")
+    need_file(path, "--templates")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -127,19 +128,19 @@ def read_templates(path: Path) -> TemplateFile:
             raise InputError(f"{where}: template {number} has no 'prompt', a text. Give one.")
         if unknown := set(entry) - {"name", "prompt", "choices", "choice"}:
             raise InputError(f"{where}: template {number} has the unknown key {sorted(unknown)[0]!r}.")
-        word_instructions = _texts(entry.get("choices"), f"{where}: template {number}")
+        choices = _texts(entry.get("choices"), f"{where}: template {number}")
         name, choice = str(entry.get("name", number)), str(entry.get("choice", "{{ choice }}"))
-        templates.append(Template(name, entry["prompt"], word_instructions, choice))
+        templates.append(Template(name, entry["prompt"], choices, choice))
     if not templates or len({template.name for template in templates}) < len(templates):
         raise InputError(f"{where}: has {'two templates of one name' if templates else 'no templates'}.")
     return TemplateFile(str(content["task"]), str(content["cluster"]), _texts(content.get("choices"), where), templates)
 
 
 def check_templates(file: TemplateFile, columns: set[str], where: str) -> None:
-    """Check that every name in a template is there.
+    """Check that every variable of the templates is known.
 
     Raises:
-        InputError: with the template, the missing column and what there is.
+        InputError: naming the template, the unknown column and the known ones.
     """
     known = {"prompt": (columns - HIDDEN) | {"options"}, "choice": {"choice"}}
     for template in file.templates:
@@ -147,7 +148,7 @@ def check_templates(file: TemplateFile, columns: set[str], where: str) -> None:
             place = f"{where}: template {template.name!r} of task {file.task!r}"
             if missing := _names_in(text, place) - known[kind]:
                 raise InputError(
-                    f"{place} names the column {sorted(missing)[0]!r} in its {kind!r}, which isn't there. "
+                    f"{place} names the column {sorted(missing)[0]!r} in its {kind!r}, which does not exist. "
                     f"Found: {', '.join(sorted(known[kind]))}."
                 )
 
@@ -157,26 +158,30 @@ def _compiled(template: str) -> jinja2.Template:
     return ENVIRONMENT.from_string(template)
 
 
-def render(template: Template, row: dict[str, Any], where: str = "--templates") -> tuple[str, list[str]]:
+def render(template: Template, row: Row, where: str = "--templates") -> tuple[str, list[str]]:
     """The prompt and the worded choices of one row.
+
+    >>> template = Template("label", "{{ text }} {{ options | join(' or ') }}?", None, "{{ choice | upper }}")
+    >>> render(template, {"text": "Great!", "choices": ["bad", "good"], "label": 1})
+    ('Great! BAD or GOOD?', ['BAD', 'GOOD'])
 
     Args:
         row: the input columns, `choices` and `label`.
 
     Raises:
-        InputError: if the number of worded choices is not that of the row's choices, or a template fails on the row.
+        InputError: if the row has another number of choices than the template, or the template fails on the row.
     """
     choices = row["choices"]
     if template.choices is not None and len(template.choices) != len(choices):
         raise InputError(
             f"{where}: template {template.name!r} words {len(template.choices)} choices; a row has {len(choices)}: "
-            f"{choices}. Word each, in the order of the labels."
+            f"{choices}. Word each of them, in the order of the labels."
         )
     inputs = {name: value for name, value in row.items() if name not in HIDDEN}
     try:
         options = template.choices or [_compiled(template.choice).render(choice=choice) for choice in choices]
         return _compiled(template.prompt).render({**inputs, "options": options}).strip(), list(options)
-    except Exception as error:  # Jinja's own, what the sandbox refuses, and whatever a filter raises on a cell
+    except Exception as error:  # Jinja's errors, the sandbox's, and any error of a filter
         raise InputError(
             f"{where}: template {template.name!r} can't be rendered ({error}) for the row {str(inputs)[:200]}. Correct "
             "the template or the row."
@@ -187,14 +192,14 @@ def render(template: Template, row: dict[str, Any], where: str = "--templates") 
 
 
 def expand_tasks(names: list[str]) -> list[str]:
-    """Names of starter tasks, each once; `starter` means all of them.
+    """Names of starter tasks, each once. `starter` means all of them.
 
     Raises:
-        InputError: if there is no such task.
+        InputError: for an unknown task.
     """
     for name in names:
         if name not in {STARTER, *TASKS}:
-            raise InputError(f"--tasks {name}: unknown. There are {', '.join(TASKS)}, or '{STARTER}' for all of them.")
+            raise InputError(f"--tasks {name}: unknown. Tasks are {', '.join(TASKS)}, or '{STARTER}' for all of them.")
     return list(dict.fromkeys(task for name in names for task in (TASKS if name == STARTER else [name])))
 
 
@@ -204,7 +209,7 @@ def load_tasks(
     """The starter's tasks and the user's own.
 
     Args:
-        max_train, max_test: rows per task, at most.
+        max_train, max_test: most rows per task.
 
     Raises:
         InputError: if a task or template can't be used, or a task has no held-out part.
@@ -238,7 +243,7 @@ def _own_task(script_args: ScriptArguments, path: Path, max_train: int, max_test
     if "options" in columns:
         raise InputError(
             f"--dataset_name {name}: has a column 'options', which in templates is the list of worded answers. Rename "
-            "the column ('choices', if it holds the answers to choose from)."
+            "it (to 'choices', if it holds the answers to choose from)."
         )
     check_templates(file, columns, f"--templates {path.name}")
     train, test = [_labelled(split, file, name).shuffle(seed=seed) for split in (train, test)]
@@ -248,7 +253,7 @@ def _own_task(script_args: ScriptArguments, path: Path, max_train: int, max_test
 
 
 def _refuse_overlap(train: Dataset, test: Dataset, file: TemplateFile, name: str) -> None:
-    """Raise InputError if a test row asks what a training row asks, by the columns that the templates name."""
+    """Raise InputError if a test row equals a training row in the columns that the templates name."""
     named = {variable for template in file.templates for variable in _names_in(template.prompt, template.name)}
     asked = sorted(named - {"options"}) or ["choices"]
     trained_on = {str([row[column] for column in asked]) for row in train}
@@ -256,20 +261,20 @@ def _refuse_overlap(train: Dataset, test: Dataset, file: TemplateFile, name: str
     if both:
         example = ", ".join(f"{column} {str(both[0][column])[:80]!r}" for column in asked)
         raise InputError(
-            f"--dataset_name {name}: {len(both)} of {len(test)} test rows of task {file.task!r} are training rows too, "
-            f"for example {example}. Remove repeated rows; at least two different ones are needed."
+            f"--dataset_name {name}: {len(both)} of {len(test)} test rows of task {file.task!r} are training rows too. "
+            f"Example: {example}. Remove repeated rows; at least two different ones are needed."
         )
 
 
 def _labelled(split: Dataset, file: TemplateFile, name: str) -> Dataset:
-    """The split with `choices` and `label` as the starter's tasks have them."""
+    """The split with `choices` and `label` in the form of the starter's tasks."""
 
-    def complete(row: dict[str, Any], number: int) -> dict[str, Any]:
+    def complete(row: Row, number: int) -> Row:
         choices = row.get("choices") or file.choices or []
         if not isinstance(choices, list) or not all(type(choice) in (str, int, float) for choice in choices):
             raise InputError(
-                f"--dataset_name {name}: row {number} has the choices {str(choices)[:80]}; a list of texts or numbers "
-                "is needed. Make the column 'choices' one, or leave it out and write 'choices' into the templates."
+                f"--dataset_name {name}: row {number} has the choices {str(choices)[:80]}, not a list of texts or "
+                "numbers. Correct the column 'choices', or remove it and write 'choices' into the templates."
             )
         choices = [str(choice) for choice in choices]
         label = row["label"] if "label" in row else row["answer"]
@@ -286,28 +291,28 @@ def _labelled(split: Dataset, file: TemplateFile, name: str) -> Dataset:
 
 
 def hold_out(tasks: list[InstructionTask], clusters: list[str]) -> tuple[list[InstructionTask], list[InstructionTask]]:
-    """The tasks to train on, and those of the held-out clusters.
+    """The tasks to train on, and the tasks of the held-out clusters.
 
     Raises:
-        InputError: if none of the tasks is of such a cluster, or nothing would be left to train on.
+        InputError: if a cluster has no task, or no task is left to train on.
     """
     found = {task.cluster for task in tasks}
     for cluster in clusters:
         if cluster not in found:
-            raise InputError(f"--held_out_clusters {cluster}: no task is of this cluster. There are {sorted(found)}.")
+            raise InputError(f"--held_out_clusters {cluster}: has no task. Clusters are {', '.join(sorted(found))}.")
     left = [task for task in tasks if task.cluster not in clusters]
     if not left:
-        raise InputError(f"--held_out_clusters {' '.join(clusters)}: nothing would be left to train on. Name fewer.")
+        raise InputError(f"--held_out_clusters {' '.join(clusters)}: leaves no task to train on. Name fewer clusters.")
     return left, [task for task in tasks if task.cluster in clusters]
 
 
 def word_instructions(
     task: InstructionTask, rows: Dataset, num_templates: int | None = None, include_options: bool = False
-) -> list[dict[str, Any]]:
-    """Rows as instructions, the task's first `num_templates` templates (default: all) taken in turn.
+) -> list[Row]:
+    """Rows as instructions. The task's first `num_templates` templates (default: all) take turns.
 
     Args:
-        include_options: end a prompt whose template doesn't use `options` with a list of them (FLAN, §2.2).
+        include_options: append the list of options to prompts whose template doesn't use `options` (FLAN, §2.2).
 
     Returns:
         rows of `prompt`, `choices` (worded), `label`, `task`, `cluster` and `template`.
@@ -326,7 +331,7 @@ def word_instructions(
     return instructions
 
 
-def as_conversation(instruction: dict[str, Any]) -> dict[str, Any]:
+def as_conversation(instruction: Row) -> Row:
     """An instruction as `prompt` and `completion`, messages for recipes/sft.py."""
     return {
         "prompt": [{"role": "user", "content": instruction["prompt"]}],

@@ -1,4 +1,4 @@
-"""Labelled data: the kind of task is read off the columns, and every row is checked.
+"""Labelled data: the columns tell the kind of task, and every row is checked.
 
 | columns                          | task                  | head                                |
 |----------------------------------|-----------------------|-------------------------------------|
@@ -8,7 +8,7 @@
 | `question`, `context`, `answers` | answer spans (SQuAD)  | AutoModelForQuestionAnswering       |
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset
@@ -27,8 +27,8 @@ class LabelKind(NamedTuple):
     """A kind of task."""
 
     columns: frozenset[str]
-    auto_class: Any
-    task_type: TaskType
+    auto_class: Any  # transformers' AutoModel class with the head
+    task_type: TaskType  # PEFT's name of the head
 
 
 LABEL_KINDS = {
@@ -45,7 +45,7 @@ LABEL_COLUMNS = {"tags": "tags", "pairs": "label", "sentences": "label"}
 class LabelledTask(NamedTuple):
     """Labelled data whose labels are names."""
 
-    kind: str  # a key of KINDS
+    kind: str  # a key of LABEL_KINDS
     labels: list[str]  # the label set, from the training split; empty for spans
     train: Dataset
     test: Dataset
@@ -58,9 +58,9 @@ def read_task(train: Dataset, test: Dataset, name: str) -> LabelledTask:
         name: of the dataset, for messages.
 
     Raises:
-        InputError: on missing columns, an empty text, a row without label, labels that are no names or integers, fewer
-            than two labels, test labels that training doesn't have, tags that don't match their tokens, or an answer
-            that isn't in its context where it says.
+        InputError: for missing columns, an empty text, a row without label, labels that are neither names nor integers,
+            fewer than two labels, test labels that training lacks, tags that don't match their tokens, or an answer
+            that is not at its `answer_start`.
     """
     columns = need_columns(train, name, [set(kind.columns) for kind in LABEL_KINDS.values()])
     kind = next(key for key, entry in LABEL_KINDS.items() if entry.columns == columns)
@@ -86,7 +86,7 @@ def read_task(train: Dataset, test: Dataset, name: str) -> LabelledTask:
     return LabelledTask(kind, labels, train, test)
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
+def _flat(values: Iterable[str | list[str]]) -> Iterator[str]:
     for value in values:
         if isinstance(value, list):
             yield from value
@@ -96,24 +96,24 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
 
 def _class_label(dataset: Dataset, column: str) -> ClassLabel | None:
     feature = dataset.features[column]
-    feature = getattr(feature, "feature", feature)  # of a list: its items'
+    feature = getattr(feature, "feature", feature)  # of a list, its items' feature
     return feature if isinstance(feature, ClassLabel) else None
 
 
 def _with_names(dataset: Dataset, column: str, name: str) -> Dataset:
-    """The labels as text: the names of a ClassLabel, integers as they are written."""
+    """The labels as text: names of a ClassLabel, integers in decimal."""
     feature = _class_label(dataset, column)
 
-    def named(label: Any, row: int) -> str:
+    def label_name(label: object, row: int) -> str:
         if label is None or label == "" or not isinstance(label, str | int) or (feature and label == -1):
             raise InputError(
-                f"--dataset_name {name}: column {column!r}, row {row}: a label is a name or an integer; found "
-                f"{label!r}. Fill it in or remove the row."
+                f"--dataset_name {name}: column {column!r}, row {row}: a label must be a name or an integer; "
+                f"found {label!r}. Correct it or remove the row."
             )
         return feature.int2str(label) if feature and isinstance(label, int) else str(label)
 
     values = [
-        [named(label, row) for label in value] if isinstance(value, list) else named(value, row)
+        [label_name(label, row) for label in value] if isinstance(value, list) else label_name(value, row)
         for row, value in enumerate(dataset[column])
     ]
     return dataset.remove_columns(column).add_column(column, values)
@@ -129,9 +129,11 @@ def _check_texts(dataset: Dataset, kind: str, name: str) -> None:
     for number, (tokens, tags) in enumerate(zip(dataset["tokens"], dataset["tags"], strict=True)):
         where = f"--dataset_name {name}: row {number}"
         if not tokens or len(tokens) != len(tags):
-            raise InputError(f"{where} has {len(tokens or [])} tokens and {len(tags or [])} tags; one tag a token.")
+            raise InputError(
+                f"{where} has {len(tokens or [])} tokens and {len(tags or [])} tags. Give one tag for each token."
+            )
         if bad := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
-            raise InputError(f"{where}: {bad[0]!r} is no word. Remove such tokens and their tags.")
+            raise InputError(f"{where}: {bad[0]!r} is not a word. Remove such tokens and their tags.")
 
 
 def _check_spans(dataset: Dataset, name: str) -> None:
@@ -139,11 +141,13 @@ def _check_spans(dataset: Dataset, name: str) -> None:
         where, answers = f"--dataset_name {name}: row {number}", row["answers"]
         for column in ("question", "context"):
             if not isinstance(row[column], str) or not row[column].strip():
-                raise InputError(f"{where}: column {column!r} is text; found {row[column]!r}. Remove or complete it.")
+                raise InputError(
+                    f"{where}: column {column!r} must be text; found {row[column]!r}. Correct or remove the row."
+                )
         if not isinstance(answers, dict) or not answers.get("text") or not answers.get("answer_start"):
             raise InputError(
-                f"{where}: 'answers' is {{'text': [...], 'answer_start': [...]}} with at least one answer, as in "
-                f"SQuAD 1.1; found {str(answers)[:80]}."
+                f"{where}: 'answers' must be {{'text': [...], 'answer_start': [...]}} with at least one answer, as "
+                f"in SQuAD 1.1; found {str(answers)[:80]}."
             )
         for text, start in zip(answers["text"], answers["answer_start"], strict=False):
             if not text.strip() or row["context"][start : start + len(text)] != text:

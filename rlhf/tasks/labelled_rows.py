@@ -1,10 +1,11 @@
 """Labelled data → token ids, and a model's logits → labels, tags or spans.
 
-A decoder reads the class at the last token, which has seen the whole text: the eos token, put there by the tokenizer
-itself, so that the saved tokenizer does the same in `pipeline`. Between the two texts of a pair stands a newline.
+A decoder reads the class at the last token, which has seen the whole text. That is the eos token, which the tokenizer
+itself adds, so that the saved tokenizer does the same in `pipeline`. A newline separates the two texts of a pair.
 Encoders keep their own [CLS] and [SEP].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,21 @@ from rlhf.models.tokenizers import set_pad_token
 from rlhf.run.processes import main_process
 from rlhf.tasks.labelled import LabelledTask
 
-PLAIN = {"split_special_tokens": True}  # a control token that somebody wrote stays text
+Batch = dict[str, list[Any]]  # columns of several rows
+PLAIN = {"split_special_tokens": True}  # a control token inside a text stays text
 STRIDE = 64  # tokens that two windows of a long context share
 MAX_ANSWER_LENGTH = 30  # tokens of a predicted span, as in transformers' run_qa.py
 
 
 def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: str | None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right; a decoder's puts eos behind the text, a newline between two texts.
+    """The model's tokenizer, padding on the right. A decoder's adds eos behind the text and a newline between two.
 
     Raises:
         InputError: if the tokenizer isn't a fast one (offsets are needed), or has no eos or pad token.
     """
     tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
     if not tokenizer.is_fast:
-        raise InputError(
-            f"The tokenizer of {source.name} is not one of the tokenizers library (tokenizer.json). Convert it."
-        )
+        raise InputError(f"The tokenizer of {source.name} has no fast version (tokenizer.json). Convert it.")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if not is_decoder(config):
         if tokenizer.pad_token_id is None:
@@ -67,26 +67,30 @@ def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: 
 def finetuning_rows(
     rows: Dataset, task: LabelledTask, tokenizer: PreTrainedTokenizerBase, max_length: int, what: str
 ) -> Dataset:
-    """Rows for the Trainer: `input_ids`, `attention_mask` and what the head learns.
+    """Rows for the Trainer: `input_ids`, `attention_mask` and the head's targets.
 
-    - sentences, pairs: `labels`, the label's number. Longer texts are cut; how many is printed.
-    - tags: `labels` of the tokens, -100 but for the first token of each word, and `first_tokens`, the number of that
+    - sentences, pairs: `labels`, the label's number. Longer texts are cut; their number is printed.
+    - tags: `labels` of the tokens, -100 except at the first token of each word, and `first_tokens`, the number of that
       token for each word (-1 if the word was cut off).
-    - spans: one row per window of the context; `start_positions` and `end_positions` are tokens of the first answer, or
-      of [CLS] (encoders) or eos (decoders) if the window hasn't got all of it; `example` is the number of its row and
-      `offsets` the characters of each of its context tokens, [-1, -1] for all other tokens.
+    - spans: one row per window of the context. `start_positions` and `end_positions` are the first and last token of
+      the first answer, or [CLS] (encoders) or eos (decoders) if it is not wholly in the window. `example` is the number
+      of the row, and `offsets` are the characters of each context token, [-1, -1] for all other tokens.
 
     Args:
         what: name of the split, for the message.
     """
     numbers = {label: number for number, label in enumerate(task.labels)}
+    encode: Callable[..., Batch]
     if task.kind == "spans":
-        encode, options = _encode_spans(tokenizer, max_length), {"with_indices": True}
+        encode = _encode_spans(tokenizer, max_length)
     elif task.kind == "tags":
-        encode, options = _encode_tags(tokenizer, max_length, numbers), {}
+        encode = _encode_tags(tokenizer, max_length, numbers)
     else:
-        encode, options = _encode_texts(tokenizer, max_length, numbers), {}
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {what}", **options)
+        encode = _encode_texts(tokenizer, max_length, numbers)
+    encoded = rows.map(
+        encode, batched=True, with_indices=task.kind == "spans", remove_columns=rows.column_names,
+        desc=f"Tokenizing {what}",
+    )  # fmt: skip
     if "cut" in encoded.column_names:
         if (cut := sum(encoded["cut"])) and main_process():
             print(f"{what}: {cut} of {len(encoded)} texts are longer than --max_length {max_length} and were cut.")
@@ -94,8 +98,10 @@ def finetuning_rows(
     return encoded
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _encode_texts(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]
+) -> Callable[[Batch], Batch]:
+    def encode(batch: Batch) -> Batch:
         encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length, **PLAIN)
         cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
         return {**encoded, "labels": [numbers[label] for label in batch["label"]], "cut": cut}
@@ -103,8 +109,10 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: 
     return encode
 
 
-def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]):
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _encode_tags(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: dict[str, int]
+) -> Callable[[Batch], Batch]:
+    def encode(batch: Batch) -> Batch:
         encoded = tokenizer(
             [" ".join(tokens) for tokens in batch["tokens"]], truncation=True, max_length=max_length, **PLAIN
         )
@@ -122,12 +130,12 @@ def _encode_tags(tokenizer: PreTrainedTokenizerBase, max_length: int, numbers: d
     return encode
 
 
-def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[Batch, list[int]], Batch]:
+    def encode(batch: Batch, indices: list[int]) -> Batch:
         longest = max(len(ids) for ids in tokenizer(batch["question"], **PLAIN)["input_ids"])
         if longest > max_length // 2:
             raise InputError(
-                f"--max_length {max_length}: a question has {longest} tokens, more than half. Raise --max_length."
+                f"--max_length {max_length}: a question has {longest} tokens, more than half of it. Raise it."
             )
         encoded = tokenizer(
             batch["question"], batch["context"], truncation="only_second", max_length=max_length,
@@ -141,7 +149,9 @@ def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
                 for span, sequence in zip(offsets[window], encoded.sequence_ids(window), strict=True)
             ])  # fmt: skip
             answers = batch["answers"][example]
-            text = answers["text"][0]  # some of SQuAD's begin or end with a space, which no token of BERT's covers
+            text = answers["text"][
+                0
+            ]  # no token of BERT's covers the space that some of SQuAD's answers begin or end with
             first = answers["answer_start"][0] + len(text) - len(text.lstrip())
             span = _token_span(kept[-1], first, first + len(text.strip()))
             if span is None:
@@ -157,32 +167,43 @@ def _encode_spans(tokenizer: PreTrainedTokenizerBase, max_length: int):
 
 
 def _token_span(offsets: list[list[int]], start: int, end: int) -> tuple[int, int] | None:
-    """First and last token that share a character with [start, end), or None if not all of it is in the window."""
+    """First and last token of the characters [start, end), or None if the window lacks some of them.
+
+    Args:
+        offsets: characters of each token of the window, [-1, -1] outside the context.
+
+    >>> _token_span([[-1, -1], [0, 3], [4, 9]], 1, 9), _token_span([[-1, -1], [0, 3]], 1, 9)
+    ((1, 2), None)
+    """
     inside = [number for number, (first, last) in enumerate(offsets) if first < end and last > start and first >= 0]
     if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
         return None
     return inside[0], inside[-1]
 
 
-def data_collator(task: LabelledTask, tokenizer: PreTrainedTokenizerBase) -> Any:
+def data_collator(
+    task: LabelledTask, tokenizer: PreTrainedTokenizerBase
+) -> DataCollatorForTokenClassification | DataCollatorWithPadding:
     """Pads a batch on the right, tags with -100."""
     collator = DataCollatorForTokenClassification if task.kind == "tags" else DataCollatorWithPadding
     return collator(tokenizer)
 
 
-def predict_labels(task: LabelledTask, rows: Dataset, logits: Any) -> list[Any]:
-    """What the model says about each test row.
+def predict_labels(
+    task: LabelledTask, rows: Dataset, logits: np.ndarray | tuple[np.ndarray, ...]
+) -> list[str] | list[list[str | None]]:
+    """The model's prediction for each test row.
 
     Args:
-        rows: of `finetuning_rows` of the test split.
-        logits: as Trainer.predict gives them: (N, L) for sentences and pairs, (N, T, L) for tags, a pair of (N, T) for
-            spans, padded with -100.
+        rows: from `finetuning_rows` of the test split.
+        logits: from Trainer.predict: (N, L) for sentences and pairs, (N, T, L) for tags padded with -100, a pair of
+            (N, T) for spans padded with -100.
 
     Returns:
         a label, a list of tags (None for a word that was cut off), or the text of a span, for each row of `task.test`.
     """
-    if task.kind == "spans":
-        return _predicted_spans(task.test["context"], rows, *logits[:2])
+    if isinstance(logits, tuple):
+        return _predict_spans(task.test["context"], rows, *logits[:2])
     numbers = logits.argmax(-1)
     if task.kind != "tags":
         return [task.labels[number] for number in numbers]
@@ -192,7 +213,7 @@ def predict_labels(task: LabelledTask, rows: Dataset, logits: Any) -> list[Any]:
     ]
 
 
-def _predicted_spans(contexts: list[str], rows: Dataset, starts: np.ndarray, ends: np.ndarray) -> list[str]:
+def _predict_spans(contexts: list[str], rows: Dataset, starts: np.ndarray, ends: np.ndarray) -> list[str]:
     """The span of the context, in any of its windows, with the highest sum of start and end logit."""
     best: dict[int, tuple[float, str]] = {}
     for window, (example, offsets) in enumerate(zip(rows["example"], rows["offsets"], strict=True)):

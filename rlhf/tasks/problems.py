@@ -1,8 +1,7 @@
-"""Problems with a known answer: generated ones for the starter, what a prompt to solve them looks like, and the answer
-that a solution ends with.
+"""Problems: the prompt that asks for a solution, and the answer that a solution ends with.
 
-A dataset of problems has `prompt` (text or messages), mostly `answer`, and perhaps `solution`, a worked one. Where
-`answer` is missing or empty it is unknown.
+A dataset of problems has `prompt` (text or messages), and may have `answer` and `solution`, a worked one. A missing or
+empty `answer` is unknown.
 """
 
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 from rlhf.comparisons import Messages
 
+Row = dict[str, Any]  # of a dataset, by column
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])")
 # GSM8K ends its solutions with `#### 18`; models and the starter's solutions say `The answer is 18.`
@@ -25,10 +25,13 @@ MARK = re.compile(r"####|answer is:?", re.IGNORECASE)
 def plain_answer(text: str) -> str:
     """An answer in the form that is compared: a number without commas or trailing zeros, or lower-case words.
 
-    It is a number if there is one only: 3/4 and 10:30 stay as they are. Of an equation it is the right side.
+    A text with exactly one number gives that number. An equation gives its right side.
+
+    >>> plain_answer("$1,234.50"), plain_answer("3 + 4 = 7 apples"), plain_answer("3/4"), plain_answer("Yes.")
+    ('1234.5', '7', '3/4', 'yes')
     """
     text = text.rpartition("=")[2].strip() or text
-    first = SENTENCE_END.split(text)[0]  # models go on talking: `The answer is 7. Tom has 3 more.`
+    first = SENTENCE_END.split(text)[0]  # models add sentences: `The answer is 7. Tom has 3 more.`
     text = first if NUMBER.search(first) else text
     found = NUMBER.search(text)
     if found is None or re.search(r"\d", text[: found.start()] + text[found.end() :]):
@@ -41,7 +44,11 @@ def plain_answer(text: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a solution ends with: what follows the last `####` or `answer is`, else the last number."""
+    """The answer that a solution ends with: the text behind the last `####` or `answer is`, else the last number.
+
+    >>> final_answer("3 + 4 = 7. The answer is 7."), final_answer("so it is 7"), final_answer("I don't know.")
+    ('7', '7', None)
+    """
     marks = list(MARK.finditer(text))
     if marks:
         lines = text[marks[-1].end() :].strip().splitlines()
@@ -50,14 +57,21 @@ def final_answer(text: str) -> str | None:
     return plain_answer(numbers[-1]) if numbers else None
 
 
-def known_answer(row: dict[str, Any]) -> str | None:
-    """The answer that a row of a dataset gives, in the form that is compared, or None."""
+def known_answer(row: Row) -> str | None:
+    """The `answer` of a row in the form that is compared, or None.
+
+    >>> known_answer({"answer": "18.0"}), known_answer({"answer": " "})
+    ('18', None)
+    """
     answer = row.get("answer")
     return None if answer is None or not str(answer).strip() else final_answer(f"#### {answer}")
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """The most common answer, the one seen first among equals; None if there is no answer at all.
+    """The most common answer, and the first of equally common ones; None without any answer.
+
+    >>> majority(["2", None, "3", "3"]), majority(["2", "3"]), majority([None])
+    ('3', '2', None)
 
     Self-consistency: Wang et al. 2022, https://arxiv.org/abs/2203.11171; as a label: Huang et al. 2022,
     https://arxiv.org/abs/2210.11610, section 3.1.
@@ -70,26 +84,30 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 
 def question(prompt: str | Messages, answer: str | None = None) -> Messages:
-    """A problem as messages; with `answer` as the hint of STaR's rationalization."""
+    """A problem as messages, with `answer` as STaR's hint for rationalization.
+
+    >>> question("1 + 1?", answer="2")
+    [{'role': 'user', 'content': '1 + 1? (The answer is 2.)'}]
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if answer is None:
         return messages
     return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} (The answer is {answer}.)"}]
 
 
-def solved(row: dict[str, Any], hint: bool = False) -> Messages:
+def worked_example(row: Row, hint: bool = False) -> Messages:
     """An example for the prompt: the problem and its worked solution, which ends with the answer."""
-    # GSM8K's solutions have calculator annotations, <<16-3-4=9>>, which nobody says
+    # remove the calculator annotations of GSM8K's solutions, such as <<16-3-4=9>>
     solution = re.sub(r"<<.*?>>", "", row["solution"]).split("####")[0].strip()
     text = f"{solution} The answer is {row['answer']}."
     return [*question(row["prompt"], row["answer"] if hint else None), {"role": "assistant", "content": text}]
 
 
-def few_shot(examples: list[dict[str, Any]], row: dict[str, Any], hint: bool = False) -> Messages:
+def few_shot(examples: list[Row], row: Row, hint: bool = False) -> Messages:
     """The conversation that asks for a solution: worked examples as earlier turns, then the problem.
 
     Args:
-        hint: tell the answer, in the examples too.
+        hint: give the answer, in the examples too.
     """
-    shown = [message for example in examples for message in solved(example, hint)]
-    return [*shown, *question(row["prompt"], row["answer"] if hint else None)]
+    turns = [message for example in examples for message in worked_example(example, hint)]
+    return [*turns, *question(row["prompt"], row["answer"] if hint else None)]

@@ -22,4 +22,4 @@ class Accuracy(evaluate.Metric):
 
     def _compute(self, predictions, references) -> dict:
         right = [float(a == b) for a, b in zip(predictions, references, strict=True)]
-        return {"accuracy": float(accuracy_score(references, predictions)), **interval(right)}
+        return {"accuracy": float(accuracy_score(references, predictions)), **interval(right).to_result()}

@@ -24,4 +24,4 @@ class BitsPerByte(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict:
-        return interval([-logprob / math.log(2) for logprob in predictions], weights=references)
+        return interval([-logprob / math.log(2) for logprob in predictions], weights=references).to_result()

@@ -14,7 +14,11 @@ GROUP = 20
 
 
 def distinct_share(replies: list[str]) -> float:
-    """Distinct bigrams of lower-cased words / all of them, over some replies; 1.0 where there is none."""
+    """Distinct bigrams of lower-cased words / all of them, over some replies; 1.0 if there are none.
+
+    >>> distinct_share(["a b a b"])
+    0.6666666666666666
+    """
     pairs = []
     for reply in replies:
         words = reply.lower().split()
@@ -35,4 +39,4 @@ class Distinct2(evaluate.Metric):
 
     def _compute(self, predictions) -> dict:
         groups = [predictions[start : start + GROUP] for start in range(0, len(predictions), GROUP)]
-        return interval([distinct_share(group) for group in groups])
+        return interval([distinct_share(group) for group in groups]).to_result()

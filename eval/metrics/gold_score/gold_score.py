@@ -21,4 +21,4 @@ class GoldScore(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval(gold_scores(predictions))
+        return interval(gold_scores(predictions)).to_result()

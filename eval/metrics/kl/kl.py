@@ -23,4 +23,4 @@ class KL(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict:
-        return interval([a - b for a, b in zip(predictions, references, strict=True)])
+        return interval([a - b for a, b in zip(predictions, references, strict=True)]).to_result()

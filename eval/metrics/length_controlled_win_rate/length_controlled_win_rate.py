@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 
 DESCRIPTION = """Win rate at equal length: P(win) is fitted as a logistic function of a constant and of
 tanh(length difference / its standard deviation), and read off where the difference is 0. Source: Dubois et al. 2024,
-Length-Controlled AlpacaEval (https://arxiv.org/abs/2404.04475), equation 2. Its third term, how hard each instruction
-is, needs many models to be told from the first and is left out. A tie counts half."""
+Length-Controlled AlpacaEval (https://arxiv.org/abs/2404.04475), equation 2. Its third term, the difficulty of each
+instruction, can only be estimated from many models and is left out. A tie counts half."""
 RESAMPLES = 500
 
 
@@ -18,11 +18,11 @@ def at_equal_length(outcomes: np.ndarray, differences: np.ndarray) -> float:
 
     Args:
         outcomes: (N,) 1 for a win, 0.5 for a tie, 0 for a loss.
-        differences: (N,) how much longer the model's reply is than its opponent's.
+        differences: (N,) length of the model's reply less that of its opponent's.
     """
     spread = differences.std()
     if spread == 0 or outcomes.min() == outcomes.max():
-        return float(outcomes.mean())  # nothing that length could explain
+        return float(outcomes.mean())  # length can't explain anything
     feature = np.tanh(differences / spread)[:, None]
     # a tie is half a win and half a loss
     fit = LogisticRegression(C=10.0, solver="newton-cholesky").fit(

@@ -1,4 +1,4 @@
-"""Perplexity of the replies under the base model, which nonsense that scores well can't hide from."""
+"""Perplexity of the replies under the base model: high for nonsense, even if the nonsense scores well."""
 
 import datasets
 import evaluate
@@ -9,7 +9,7 @@ DESCRIPTION = """exp of the mean negative log-probability per reply token under 
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity of the replies under the base model, which nonsense that scores well can't hide from."""
+    """Perplexity of the replies under the base model: high for nonsense, even if the nonsense scores well."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -22,4 +22,4 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict:
-        return interval([-logprob for logprob in predictions], weights=references, transform="exp")
+        return interval([-logprob for logprob in predictions], weights=references, transform="exp").to_result()

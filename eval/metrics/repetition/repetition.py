@@ -10,7 +10,11 @@ DESCRIPTION = """1 - distinct 4-grams / all 4-grams of words within a reply, ave
 
 
 def repeated_share(reply: str) -> float:
-    """Share of a reply's 4-grams of lower-cased words that occurred before in it."""
+    """Share of a reply's 4-grams of lower-cased words that occurred before in it.
+
+    >>> repeated_share("a b c d a b c d")
+    0.19999999999999996
+    """
     words = reply.lower().split()
     grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -28,4 +32,4 @@ class Repetition(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval([repeated_share(reply) for reply in predictions])
+        return interval([repeated_share(reply) for reply in predictions]).to_result()

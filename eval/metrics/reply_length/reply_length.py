@@ -20,4 +20,4 @@ class ReplyLength(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval(predictions)
+        return interval(predictions).to_result()

@@ -1,4 +1,4 @@
-"""How often a reward model orders a pair as the labeler did, and whether it knows how sure it may be."""
+"""How often a reward model orders a pair as the labeler did, and whether its probabilities are calibrated."""
 
 import datasets
 import evaluate
@@ -7,14 +7,17 @@ import numpy as np
 from eval.stats.intervals import interval
 
 DESCRIPTION = """Share of pairs whose chosen reply scores higher (a tie counts half). A reward model is a Bradley-Terry
-model: it says P(chosen) = 1 / (1 + exp(-(score difference))), so calibration can be checked: the expected calibration
-error (Guo et al. 2017, https://arxiv.org/abs/1706.04599) is the mean gap between how sure it is and how often it is
-right, over bins of confidence from 0.5 to 1."""
+model: P(chosen) = 1 / (1 + exp(-(score difference))), so its calibration can be checked. The expected calibration error
+(Guo et al. 2017, https://arxiv.org/abs/1706.04599) is the mean gap between confidence and accuracy, over bins of
+confidence from 0.5 to 1."""
 BINS = 10
 
 
 def reliability(margins: np.ndarray) -> list[dict[str, float]]:
     """Per bin of confidence: `confidence` (mean), `accuracy`, `n`. Empty bins are left out.
+
+    >>> reliability(np.array([0.0, 1000.0]))
+    [{'confidence': 0.5, 'accuracy': 0.5, 'n': 1}, {'confidence': 1.0, 'accuracy': 1.0, 'n': 1}]
 
     Args:
         margins: (N,) score of the chosen reply less that of the rejected one.
@@ -33,7 +36,7 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
 
 
 def by_length(margins: np.ndarray, differences: np.ndarray, groups: np.ndarray) -> list[dict[str, float]]:
-    """Accuracy in each quarter of the pairs, ordered by how much longer the chosen reply is than the rejected one."""
+    """Accuracy in each quarter of the pairs, sorted by the length of the chosen reply less that of the rejected one."""
     quarters = np.array_split(np.argsort(differences, kind="stable"), 4)
     return [
         {
@@ -51,11 +54,11 @@ def accuracy(margins: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     right = 0.5 + 0.5 * np.sign(margins)
     _, index = np.unique(groups, return_inverse=True)
     result = interval(np.bincount(index, right).tolist(), np.bincount(index).astype(float).tolist())
-    return {"mean": result["mean"], "low": result["low"], "high": result["high"], "n": len(margins)}
+    return {**result.to_json(), "n": len(margins)}
 
 
 class RewardAccuracy(evaluate.Metric):
-    """How often a reward model orders a pair as the labeler did, and whether it knows how sure it may be."""
+    """How often a reward model orders a pair as the labeler did, and whether its probabilities are calibrated."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,4 +1,4 @@
-"""What the reward model says of each reply."""
+"""The reward model's score of each reply."""
 
 import datasets
 import evaluate
@@ -11,7 +11,7 @@ DESCRIPTION = (
 
 
 class RewardScore(evaluate.Metric):
-    """What the reward model says of each reply."""
+    """The reward model's score of each reply."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -22,4 +22,4 @@ class RewardScore(evaluate.Metric):
         )
 
     def _compute(self, predictions) -> dict:
-        return interval(predictions)
+        return interval(predictions).to_result()

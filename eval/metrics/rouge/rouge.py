@@ -28,4 +28,4 @@ class Rouge(evaluate.Metric):
         scorer = rouge_scorer.RougeScorer(TYPES, use_stemmer=False)
         rows = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
         means = {name: sum(row[name].fmeasure for row in rows) / max(1, len(rows)) for name in TYPES}
-        return {**means, **interval([row["rougeL"].fmeasure for row in rows])}
+        return {**means, **interval([row["rougeL"].fmeasure for row in rows]).to_result()}

@@ -23,7 +23,11 @@ def words_of(text: str) -> list[str]:
 
 
 def word_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of the shares of shared words; if one of the two has no word, 1 if both have none, else 0."""
+    """Harmonic mean of the shares of shared words. If one of the two has no word: 1 if both have none, else 0.
+
+    >>> word_f1("in the old house", "an old house")
+    0.8
+    """
     predicted, true = words_of(prediction), words_of(reference)
     if not predicted or not true:
         return float(predicted == true)
@@ -48,4 +52,4 @@ class SpanF1(evaluate.Metric):
         pairs = list(zip(predictions, references, strict=True))
         scores = [max(word_f1(found, answer) for answer in answers) for found, answers in pairs]
         exact = [float(any(words_of(found) == words_of(answer) for answer in answers)) for found, answers in pairs]
-        return {**interval(scores), "exact_match": interval(exact)}
+        return {**interval(scores).to_result(), "exact_match": interval(exact).to_result()}

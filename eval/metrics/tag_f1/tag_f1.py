@@ -13,7 +13,11 @@ author={Tjong Kim Sang, Erik F. and De Meulder, Fien}, booktitle={CoNLL}, year={
 
 
 def entities(tags: list[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, last word) of each entity. An I- that nothing of its type precedes begins one."""
+    """(type, first word, last word) of each entity. An I- with nothing of its type before it begins one.
+
+    >>> sorted(entities(["B-PER", "I-PER", "O", "LOC"]))
+    [('LOC', 3, 3), ('PER', 0, 1)]
+    """
     found: list[tuple[str, int, int]] = []
     before = "O"
     for number, tag in enumerate(tags):
@@ -40,8 +44,8 @@ class TagF1(evaluate.Metric):
 
     def _compute(self, predictions, references) -> dict:
         pairs = [(entities(found), entities(true)) for found, true in zip(predictions, references, strict=True)]
-        pairs = [(found, true) for found, true in pairs if found or true]  # the others have nothing to be right about
+        pairs = [(found, true) for found, true in pairs if found or true]  # the others have no entity
         if not pairs:
-            return interval([0.0])
+            return interval([0.0]).to_result()
         right = [2.0 * len(found & true) for found, true in pairs]
-        return interval(right, [float(len(found) + len(true)) for found, true in pairs])
+        return interval(right, [float(len(found) + len(true)) for found, true in pairs]).to_result()

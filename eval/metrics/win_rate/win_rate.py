@@ -23,4 +23,4 @@ class WinRate(evaluate.Metric):
 
     def _compute(self, predictions, references) -> dict:
         outcomes = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(predictions, references, strict=True)]
-        return {**interval(outcomes), "ties": outcomes.count(0.5) / max(1, len(outcomes))}
+        return {**interval(outcomes).to_result(), "ties": outcomes.count(0.5) / max(1, len(outcomes))}
