@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainingArguments
 
+from rlhf.data.datasets import Row
 from rlhf.errors import InputError
-from rlhf.ppo.types import Row
 from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import checkpoints, damage, write_digests
 

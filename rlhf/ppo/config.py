@@ -104,7 +104,7 @@ class PPOConfig(TRLPPOConfig):
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on ptx_dataset_name."})
     ptx_dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as recipes/sft.py takes."}
+        default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as for SFT."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})

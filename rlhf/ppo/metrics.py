@@ -4,9 +4,10 @@ import math
 
 import torch
 
+from rlhf.data.datasets import Row
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
-from rlhf.ppo.types import Advantages, Rewards, Rollout, Row, Scored, UpdateStats
+from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 
 
 def batch_metrics(

@@ -5,8 +5,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from rlhf.data.datasets import Row
 from rlhf.models.generation import generate, left_pad
-from rlhf.ppo.types import Rollout, Row
+from rlhf.ppo.types import Rollout
 
 
 def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:

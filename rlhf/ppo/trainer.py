@@ -23,6 +23,7 @@ from transformers import (
 from trl.experimental.utils import create_reference_model
 from trl.trainer.utils import print_prompt_completions_sample
 
+from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.models.precision import mixed_precision, without_casts
 from rlhf.models.prefix import Rows
@@ -64,7 +65,7 @@ from rlhf.ppo.setup import (
     set_sizes,
     weighted_rewards,
 )
-from rlhf.ppo.types import Advantages, Rewards, Rollout, Row, Scored, UpdateStats
+from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, minibatches, optimizer_step, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import RewardFunction

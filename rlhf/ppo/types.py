@@ -8,8 +8,6 @@ import torch
 from rlhf.comparisons import Prompt
 from rlhf.models.prefix import Rows
 
-Row = dict[str, Any]  # of a dataset, or of a table of samples
-
 
 class Rollout(NamedTuple):
     """Prompts with the completions that the policy sampled for them."""
