@@ -12,7 +12,7 @@ Intervals are bootstrapped over the held-out rows and the seeds together.
 from rlhf.run.arguments import answer_early, parse
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_early(__file__, models="give name=folder of finished runs of recipes/finetune.py.")
+    answer_early(__file__, models="no finished run of recipes/finetune.py.")
 
 from dataclasses import dataclass, field
 from pathlib import Path
