@@ -15,6 +15,11 @@ score), `reward` (--reward_funcs, preferably a reward model that no model was tr
 `judge` (a model that follows --principle), `human` (opens the voting page; after Ctrl-C the same command continues).
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -42,7 +47,6 @@ from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import resolve_reward
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
@@ -176,7 +180,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
-    models = {name: resolve(path, f"--models {name}=") for name, path in compared_models(arguments).items()}
+    models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))

@@ -11,6 +11,11 @@ an interpolated Kneser-Ney model of the training text over the tokens of the fir
 Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import functools
 import sys
 from dataclasses import dataclass, field
@@ -31,7 +36,6 @@ from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, need_at_least, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -119,7 +123,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
-    sources = {name: resolve(path, f"--models {name}=") for name, path in named_models(args.models)}
+    sources = {name: resolve(path, "--models") for name, path in named_models(args.models)}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")

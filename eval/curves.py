@@ -7,6 +7,11 @@ A name given more than once is one method with several seeds: thin lines are run
 must start from the same model and have the same data and reward. Writes curves.json and curves.png.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="no finished run of recipes/ppo.py or recipes/rloo.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +19,6 @@ from eval.report import read_log, write_report
 from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process

@@ -22,6 +22,11 @@ report.html. Intervals are 95% bootstrap intervals over test rows, and differenc
 choice of examples, which ten test rows in a row share. After an interruption the same command continues.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 import dataclasses
 import functools
 import sys
@@ -40,7 +45,6 @@ from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process

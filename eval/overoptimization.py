@@ -11,6 +11,11 @@ the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; sample
 with --save_total_limit when training. Flags that are not given are taken from the run.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, model_name_or_path="no run of recipes/ppo.py. Give its output folder.")
+
 import functools
 import math
 import operator
@@ -36,7 +41,6 @@ from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process

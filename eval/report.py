@@ -8,6 +8,11 @@ remarks, the reward model's accuracy and calibration, win rates with intervals, 
 and commands and versions to repeat it. It needs no network and no other file. The recipes write it when they finish.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, output_dir="no run in it (run.json is missing). Give the folder of a run.")
+
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,7 +26,6 @@ from eval.drawing.tables import number, tables_of
 from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
-from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl
 from rlhf.run.folders import RUN_FILE, checkpoints, read_run
 from rlhf.run.processes import main_process

@@ -9,6 +9,11 @@ and its difference to --reference, paired by row and by seed. The score is accur
 Intervals are bootstrapped over the held-out rows and the seeds together.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__, models="give name=folder of finished runs of recipes/finetune.py.")
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +27,6 @@ from eval.report import write_report
 from eval.stats.intervals import RESAMPLES, Interval, JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
-from rlhf.run.arguments import parse
 from rlhf.run.files import read_json, read_jsonl, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process

@@ -15,6 +15,11 @@ format; train.jsonl there has the preference pairs. Skipped replies are not kept
 `recipes/collect.py --labeler human`: your votes are then added to those.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 
 from trl import ModelConfig
@@ -26,7 +31,6 @@ from rlhf.feedback.chat_votes import ChatVotes
 from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.models.sources import refuse_single_model
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.processes import need_one_process
 
 

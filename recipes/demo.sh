@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole road on the starter: base -> SFT -> preferences -> reward model -> PPO -> evaluation -> report.
+# RLHF on the starter: base -> SFT -> preferences -> reward model -> PPO -> evaluation -> report.
 #
 #     make demo            (or, with the packages installed: bash recipes/demo.sh)
 #
-# Each stage reads recipes/configs/<stage>.yaml and hands its folder to the next. Run it again after an interruption:
-# a finished stage says so and is skipped, an unfinished one goes on from its last checkpoint.
+# Each stage reads recipes/configs/<stage>.yaml and hands its folder to the next. After an interruption, run the same
+# command again to continue: finished stages are skipped, an unfinished one resumes from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/demo}
@@ -22,12 +22,12 @@ stage "2/6 Preferences: two replies per prompt, compared by a simulated labeler 
     recipes/collect.py --model_name_or_path "$out/sft" --output_dir "$out/preferences"
 stage "3/6 Reward model: predict which reply the labeler prefers" \
     recipes/reward.py --model_name_or_path "$out/sft" --dataset_name "$out/preferences" --output_dir "$out/reward"
-stage "4/6 PPO: raise the reward without leaving the SFT model far behind" \
+stage "4/6 PPO: raise the reward and stay near the SFT model" \
     recipes/ppo.py --model_name_or_path "$out/sft" --reward_model_path "$out/reward" --output_dir "$out/ppo"
 stage "5/6 Evaluation on prompts that no stage has seen" \
     eval/compare.py --models base=starter "sft=$out/sft" "ppo=$out/ppo" --reward_model_path "$out/reward" \
     --output_dir "$out/comparison"
-stage "6/6 Over-optimization: where the reward model stops telling the truth, and which checkpoint to keep" \
+stage "6/6 Over-optimization: where the reward model and the true score part, and which checkpoint to keep" \
     eval/overoptimization.py --model_name_or_path "$out/ppo" --max_prompts 104 --output_dir "$out/overoptimization"
 cp "$out/comparison/results.json" "$out/results.json"
 python eval/report.py --output_dir "$out" >/dev/null

@@ -1,4 +1,4 @@
-"""Fine-tuning with labels: sentences, sentence pairs, tags of words, or answer spans, as GPT-1 and BERT were used.
+"""Fine-tuning with labels, as in GPT-1 and BERT: sentences, sentence pairs, tags of words, or answer spans.
 
     accelerate launch recipes/finetune.py
     accelerate launch recipes/finetune.py --dataset_config spans --output_dir outputs/finetune-spans
@@ -7,11 +7,16 @@
     accelerate launch recipes/finetune.py --model_name_or_path bert-base-uncased --dataset_name conll2003.jsonl \
         --use_peft false --learning_rate 5e-5 --output_dir outputs/finetune-tags
 
-Without arguments it reads recipes/configs/finetune.yaml: the starter model, LoRA, and which of two replies follows a
-message. The kind of task is read off the columns (table: rlhf/tasks/finetuning.py). LoRA is the default; --use_peft
-false trains the whole model, --freeze_body true the head alone, and --from_scratch true the same network from random
+Without arguments it reads recipes/configs/finetune.yaml: the starter model with LoRA learns which of two replies
+follows a message. The columns tell the kind of task (table: rlhf/tasks/labelled.py). LoRA is the default. --use_peft
+false trains the whole model, --freeze_body true the head only, and --from_scratch true the same network from random
 weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from transformers import TrainingArguments
 from trl import ModelConfig
@@ -22,7 +27,6 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.sources import resolve
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 from rlhf.tasks.finetuning import (
     FinetuneArguments,
@@ -64,17 +68,12 @@ def main() -> None:
     model = load_finetuning_model(source, config, task, args, model_args, tokenizer)
 
     # Trainer
+    lm_head = language_model_head(source, config, model) if args.lm_coef else None
     trainer = FinetuningTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        data_collator=data_collator(task, tokenizer),
-        compute_metrics=share_right,
-        lm_coef=args.lm_coef,
-        lm_head=language_model_head(source, config, model) if args.lm_coef else None,
-    )
+        model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
+        data_collator=data_collator(task, tokenizer), compute_metrics=share_right, lm_coef=args.lm_coef,
+        lm_head=lm_head,
+    )  # fmt: skip
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))

@@ -1,4 +1,4 @@
-"""Instruction tuning data: labelled tasks, worded as instructions by templates and mixed, for sft.py.
+"""Instruction tuning data: templates turn labelled tasks into instructions, which are mixed for sft.py.
 
     accelerate launch recipes/instructions.py
     accelerate launch recipes/instructions.py --held_out_clusters copying --output_dir outputs/without-copying
@@ -6,14 +6,19 @@
     accelerate launch recipes/instructions.py --dataset_name my.jsonl --templates my.yaml --tasks starter
 
 Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter/tasks.py, ten templates
-each (rlhf/tasks/templates/). Your own task is a dataset with a column `label` and a YAML file of templates
-(rlhf/tasks/instructions.py says how). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in
-proportion to the number of examples, capped. Clusters named by --held_out_clusters are left out of training, so that
-eval/in_context.py can ask what a model does on a kind of task it has never seen. No model is needed.
+each (rlhf/tasks/templates/). Your own task is a dataset with a column `label` and a YAML file of templates (format:
+rlhf/tasks/instructions.py). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to the
+number of examples, with a cap. Clusters named by --held_out_clusters are excluded from training, so that
+eval/in_context.py can measure a model on a kind of task it has never seen. No model is needed.
 
-Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `task`, `cluster` and `template`; the rows
-of held-out clusters, which nothing trains on, are in held_out.jsonl.
+Output: train.jsonl and test.jsonl with `prompt` and `completion` (messages), `task`, `cluster` and `template`.
+held_out.jsonl has the rows of held-out clusters.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 import random
 from collections import Counter
@@ -24,7 +29,6 @@ from trl import ScriptArguments
 
 from eval.report import write_report
 from rlhf.errors import need_at_least, report_errors
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -33,12 +37,12 @@ from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, lo
 
 @dataclass
 class InstructionArguments:
-    """How tasks are mixed. Which ones: rlhf.tasks.instructions.TaskArguments."""
+    """How tasks are mixed. Which tasks: rlhf.tasks.instructions.TaskArguments."""
 
     output_dir: str = field(default="outputs/instructions", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters left out of training."})
-    max_examples_per_task: int = field(default=400, metadata={"help": "A larger task gives no more than this."})
-    max_test_examples_per_task: int = field(default=20, metadata={"help": "The same for the test rows."})
+    max_examples_per_task: int = field(default=400, metadata={"help": "Most training rows of a task."})
+    max_test_examples_per_task: int = field(default=20, metadata={"help": "Most test rows of a task."})
     num_templates: int | None = field(default=None, metadata={"help": "Templates per task; default: all."})
     seed: int = field(default=42, metadata={"help": "Seed of the tasks' rows and of their order."})
 
@@ -62,7 +66,7 @@ def main() -> None:
     }
     if not start_run(__file__, args.output_dir, script_args, task_args, args):
         return
-    random.Random(args.seed).shuffle(rows["train"])  # mixed, where a trainer doesn't shuffle
+    random.Random(args.seed).shuffle(rows["train"])  # for trainers that don't shuffle
 
     # Save, report
     for split, instructions in rows.items():

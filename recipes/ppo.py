@@ -1,4 +1,4 @@
-"""PPO: move a language model towards what a reward prefers, without leaving the SFT model far behind.
+"""PPO: train a language model to a higher reward, with a penalty on the KL to the SFT model.
 
     accelerate launch recipes/ppo.py
     accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
@@ -7,11 +7,16 @@
         --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --response_length 256 --output_dir outputs/qwen-ppo
 
-Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. With
-an adapter as the model, the policy starts as a copy of it and the adapter itself, frozen, is the reference; a reward
-adapter of the same base joins them, so one base in memory serves all. Every flag of PPOConfig (rlhf/ppo/config.py) and
+Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. If
+the model is an adapter, the policy starts as a copy of it and the frozen adapter is the reference. A reward adapter of
+the same base joins them, so that all share one base in memory. Every flag of PPOConfig (rlhf/ppo/config.py) and
 ModelConfig works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from trl import ModelConfig
 
@@ -26,7 +31,6 @@ from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
@@ -54,25 +58,19 @@ def main() -> None:
 
     # Model
     policy = load_policy(source, model_args, tokenizer, start=start)
+    size = training_args.per_device_eval_batch_size
     rewards, held_out_rewards = (
-        [load_reward(found, model_args, policy=policy, batch_size=training_args.per_device_eval_batch_size)
-         for found in sources]
+        [load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
         for sources in (reward_sources, held_out_sources)
-    )  # fmt: skip
+    )
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 
     # Trainer
     trainer = PPOTrainer(
-        args=training_args,
-        processing_class=tokenizer,
-        model=policy,
-        train_dataset=train,
-        eval_dataset=held_out,
-        reward_funcs=rewards,
-        eval_reward_funcs=held_out_rewards,
-        ptx_dataset=ptx,
-    )
+        model=policy, args=training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        reward_funcs=rewards, eval_reward_funcs=held_out_rewards, ptx_dataset=ptx,
+    )  # fmt: skip
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))

@@ -1,4 +1,4 @@
-"""Pretraining: a language model from nothing but text.
+"""Pretraining: train a new language model on text.
 
     accelerate launch recipes/pretrain.py
     accelerate launch recipes/pretrain.py --model_type gpt2 --hidden_size 768 --num_hidden_layers 12 \
@@ -9,9 +9,14 @@
 
 Without arguments it reads recipes/configs/pretrain.yaml: a causal model on the starter conversations with the tokenizer
 of recipes/tokenizer.py, ten minutes on a laptop. --objective is causal (GPT), masked (BERT), replaced (ELECTRA) or span
-(T5); any --model_type of transformers that has a head for it works. What is saved can be given to sft.py, reward.py and
-ppo.py as --model_name_or_path. Every flag of transformers' TrainingArguments works.
+(T5). Any --model_type of transformers with a head for it works. The model can be the --model_name_or_path of sft.py,
+reward.py and ppo.py. Every flag of transformers' TrainingArguments works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from eval.measuring.pretraining import held_out_metrics, metrics_of_choices
 from eval.report import write_report
@@ -24,7 +29,6 @@ from rlhf.pretraining.model import new_config, new_model
 from rlhf.pretraining.rows import pretraining_rows
 from rlhf.pretraining.tokenization import frame, resolve_tokenizer
 from rlhf.pretraining.trainer import PretrainingTrainer, choices_of, pretraining_collator, pretraining_metrics
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 

@@ -6,10 +6,15 @@
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/qwen-reward
     accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
 
-Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. With an adapter
-as the model (the SFT adapter, say) the reward adapter starts from its weights. The task type is always SEQ_CLS, so that
-the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
+Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. If the model is an
+adapter (the SFT adapter, for example), the reward adapter starts from its weights. The task type is always SEQ_CLS, so
+that the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
@@ -22,7 +27,6 @@ from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibration_error"}

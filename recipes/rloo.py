@@ -1,4 +1,4 @@
-"""RLOO: PPO's simplest relative. No value function: the other completions of a prompt are the baseline.
+"""RLOO: policy gradients without a value function; the other completions of a prompt are the baseline.
 
     accelerate launch recipes/rloo.py
     accelerate launch recipes/rloo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
@@ -8,9 +8,14 @@
         --max_completion_length 256 --output_dir outputs/qwen-rloo
 
 Without arguments it reads recipes/configs/rloo.yaml: the starter model, its prompts, and its scorer as the reward, as
-recipes/ppo.py does, so that the two can be compared (eval/curves.py). With an adapter as the model, the policy starts
-as a copy of it and the adapter, frozen, is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
+in recipes/ppo.py, so that the two can be compared (eval/curves.py). If the model is an adapter, the policy starts as a
+copy of it and the frozen adapter is the reference. Every flag of TRL's RLOOConfig and ModelConfig works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from trl import ModelConfig
 
@@ -24,7 +29,6 @@ from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 MEASURED = {

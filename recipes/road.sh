@@ -4,8 +4,8 @@
 #
 #     make road            (or, with the packages installed: bash recipes/road.sh)
 #
-# Each stage reads recipes/configs/<stage>.yaml. Run it again after an interruption: a finished stage says so and is
-# skipped, an unfinished one goes on.
+# Each stage reads recipes/configs/<stage>.yaml. After an interruption, run the same command again to continue: finished
+# stages are skipped, an unfinished one resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/road}

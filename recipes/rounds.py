@@ -1,4 +1,4 @@
-"""Rounds: samples → comparisons → reward model → PPO → new samples, as often as you like.
+"""Rounds: samples → comparisons → reward model → PPO → new samples, again and again.
 
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 2
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 3 --collect_config people.yaml
@@ -11,14 +11,19 @@ comparison}, rounds.json, rounds.png and report.html. After an interruption, run
 may ask for more --rounds.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.report import write_report
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.data.paths import need_file
+from rlhf.errors import need_at_least, report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.stages import run_stage
@@ -69,8 +74,7 @@ def main() -> None:
     need_one_process(__file__)
     need_at_least(args, rounds=1)
     for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
-        if not Path(getattr(args, flag)).is_file():
-            raise InputError(f"--{flag} {getattr(args, flag)}: no such file.")
+        need_file(getattr(args, flag), f"--{flag}")
 
     # Model
     check_start(resolve(args.model_name_or_path), args.ppo_config, args.rounds)

@@ -7,12 +7,17 @@
         --output_dir outputs/stories-scaling
 
 Without arguments it reads recipes/configs/scaling.yaml: the starter conversations, with the tokenizer of
-recipes/tokenizer.py. Each point of the sweep is a run of recipes/pretrain.py (--base_config) on as much text as its
-budget, seen once. Then: L(N), L(D) and L(C) with intervals (Kaplan et al. 2020; Hoffmann et al. 2022); the loss of a
-model larger than all of these, forecast before it is trained; and an LSTM with as many parameters as the largest fitted
-Transformer, with the loss by position in the context. Output: points/, scaling.json, scaling.png, positions.png and
-report.html. The same command goes on after an interruption.
+recipes/tokenizer.py. Each point of the sweep is a run of recipes/pretrain.py (--base_config) that sees its budget of
+text once. Results: L(N), L(D) and L(C) with intervals (Kaplan et al. 2020; Hoffmann et al. 2022); the loss of a larger
+model, forecast before its training; and the loss by position in the context of an LSTM with as many parameters as the
+largest fitted Transformer. Output: points/, scaling.json, scaling.png, positions.png and report.html. After an
+interruption, run the same command again to continue.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from pathlib import Path
 
@@ -44,13 +49,12 @@ from rlhf.pretraining.scaling import (
     write_texts,
 )
 from rlhf.pretraining.tokenization import resolve_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 
 PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
-# what each of its runs imports, once for all
+# modules that its runs import, loaded once for all
 PRELOAD = ("transformers.trainer", "trl", "rlhf.pretraining.trainer", "rlhf.hub", "eval.report")
 
 
@@ -82,7 +86,7 @@ def main() -> None:
     larger = forecast_point(args)
     size = transformer_parameters(larger.hidden_size, larger.num_hidden_layers)
     summary["forecast"] = forecast_larger(summary["points"], fits, size)
-    write_json(Path(args.output_dir) / SCALING_FILE, summary)  # before the model is trained
+    write_json(Path(args.output_dir) / SCALING_FILE, summary)  # before the larger model is trained
     summary["forecast"] = check_forecast(summary["forecast"], train_points(args, [larger], *train_with)[0])
 
     # LSTM

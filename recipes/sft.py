@@ -6,8 +6,13 @@
     accelerate launch recipes/sft.py --use_peft false --learning_rate 2e-5 --output_dir outputs/sft-full
 
 Without arguments it reads recipes/configs/sft.yaml: the starter model and conversations, LoRA, a few minutes on a
-laptop. The loss is taken on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
+laptop. The loss is on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -19,7 +24,6 @@ from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
 
@@ -48,7 +52,7 @@ def main() -> None:
     model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
 
     # Trainer
-    training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # the rows are so already
+    training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows
     trainer = SFTTrainer(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
     )

@@ -16,6 +16,11 @@ the problems are held out for its loss. Output: round-<r>/{solutions, model, hel
 and report.html. After an interruption, run the same command again to continue; it may ask for more --rounds.
 """
 
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
+
 from pathlib import Path
 
 from trl import ModelConfig
@@ -27,7 +32,6 @@ from rlhf.errors import report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process

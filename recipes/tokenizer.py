@@ -1,14 +1,19 @@
-"""Tokenizer: learn byte-pair encoding from text, the first stage of all.
+"""Tokenizer: learn byte-pair encoding from text, the first stage.
 
     accelerate launch recipes/tokenizer.py
     accelerate launch recipes/tokenizer.py --vocab_size 32000 --dataset_name roneneldan/TinyStories \
         --output_dir outputs/stories-tokenizer
 
-Without arguments it reads recipes/configs/tokenizer.yaml: the starter conversations, seconds on a laptop. Any dataset
-with a column `text` (or `messages`) works. What is saved is a fast tokenizer with pad, mask, cls, sep and T5's sentinel
-tokens and a chat template, for recipes/pretrain.py and every recipe behind it. It never fails on a text: every byte is
-in the vocabulary. Reported: bytes per token on held-out text, beside the starter's tokenizer.
+Without arguments it reads recipes/configs/tokenizer.yaml: the starter conversations, seconds on a laptop. A dataset
+needs a column `text` or `messages`. The fast tokenizer has pad, mask, cls, sep and T5's sentinel tokens and a chat
+template, for recipes/pretrain.py and every later recipe. It can encode any text, because every byte is in the
+vocabulary. The report compares bytes per token on held-out text with the starter's tokenizer.
 """
+
+from rlhf.run.arguments import answer_early, parse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_early(__file__)
 
 from dataclasses import dataclass, field
 
@@ -18,7 +23,6 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
-from rlhf.run.arguments import parse
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.starter.model import STARTER
@@ -26,12 +30,12 @@ from rlhf.starter.model import STARTER
 
 @dataclass
 class TokenizerArguments:
-    """What the vocabulary is made of."""
+    """Size and content of the vocabulary."""
 
     vocab_size: int = field(default=4096, metadata={"help": "Tokens in all: 256 bytes, special tokens and merges."})
-    min_frequency: int = field(default=2, metadata={"help": "How often a pair of tokens must occur to be merged."})
+    min_frequency: int = field(default=2, metadata={"help": "Least number of occurrences of a merged pair."})
     extra_ids: int = field(default=100, metadata={"help": "Sentinel tokens <extra_id_0>, ... for span corruption."})
-    model_max_length: int = field(default=1024, metadata={"help": "Longest text in tokens that the tokenizer expects."})
+    model_max_length: int = field(default=1024, metadata={"help": "Longest text that models take, in tokens."})
     output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Folder for the tokenizer."})
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     # Tokenizer
     tokenizer = train_tokenizer(train, args.vocab_size, args.min_frequency, args.extra_ids, args.model_max_length)
     if len(tokenizer) < args.vocab_size:
-        print(f"{len(tokenizer)} tokens: no more pairs occur --min_frequency {args.min_frequency} times.")
+        print(f"{len(tokenizer)} tokens: no other pair occurs --min_frequency {args.min_frequency} times.")
 
     # Save, report
     tokenizer.save_pretrained(args.output_dir)

@@ -10,7 +10,7 @@ import json
 import math
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
-Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}, and whatever else a chat template reads
+Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}, and other keys that a chat template reads
 Prompt = str | Messages
 
 

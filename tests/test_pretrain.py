@@ -307,7 +307,7 @@ def test_an_architecture_with_demands_of_its_own_says_so_in_one_line(own):
     args = settings_of(objective="masked", block_size=32)
     for model_type, message in (("funnel", "num_hidden_layers"), ("reformer", "axial_pos_embds")):
         model_args = NewModelConfig(model_type=model_type, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-        with pytest.raises(InputError, match=rf"--model_type {model_type}: can't be made of these sizes .*{message}"):
+        with pytest.raises(InputError, match=rf"--model_type {model_type}: can't be made with these sizes .*{message}"):
             new_model(new_config(model_args, args, own), args)
 
 
@@ -399,7 +399,7 @@ def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(
     ("replaced", "bert", {}, "--objective replaced: bert has no head for it. Give --model_type electra or roformer"),
     ("span", "llama", {}, "--objective span: llama has no head for it. Give --model_type t5"),
     ("masked", "electra", {"next_sentence_prediction": True}, "electra has no head for it. Give --model_type bert"),
-    ("causal", "bert", {"next_sentence_prediction": True}, "goes with --objective masked, not with causal"),
+    ("causal", "bert", {"next_sentence_prediction": True}, "needs --objective masked; found causal"),
     ("causal", "gpt2", {"use_muon": True, "fsdp": "full_shard"}, "--use_muon: needs whole matrices"),
     ("causal", "gpt2", {"hidden_size": 10}, "--num_attention_heads 4: must divide --hidden_size 10"),
     ("causal", "gpt2", {"max_position_embeddings": 8}, "--max_position_embeddings 8: less than --block_size 256"),

@@ -147,7 +147,7 @@ def test_a_run_that_fails_before_it_made_anything_gives_its_folder_back(tiny, fi
 
 
 def test_quantized_weights_need_their_package(monkeypatch):
-    monkeypatch.setattr("rlhf.run.arguments.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
     with pytest.raises(InputError, match="--load_in_4bit: needs the package bitsandbytes"):
         parse("nowhere/recipe.py", ModelConfig, args=["--load_in_4bit"])
 

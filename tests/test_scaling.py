@@ -312,7 +312,7 @@ from rlhf.run.stages import run_all
 
 if __name__ == "__main__":
     runs = {{Path({str(tmp_path)!r}) / name: {{"model_type": "nothing"}} for name in ("first", "second")}}
-    run_all("recipes/pretrain.py", "recipes/configs/scaling_point.yaml", runs, 1)
+    run_all(Path("recipes/pretrain.py"), "recipes/configs/scaling_point.yaml", runs, 1, ("trl",))
 """)
     done = run(script, check=False)
     assert "first: recipes/pretrain.py ended with exit code 2" in done.stderr

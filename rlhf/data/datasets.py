@@ -20,12 +20,12 @@ from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
 from rlhf.comparisons import Prompt
+from rlhf.data.paths import DATA_FILES, need_dataset
 from rlhf.errors import InputError
 from rlhf.starter.model import STARTER
 from rlhf.starter.splits import starter_splits
 
 Row = dict[str, Any]  # a dataset's row, by column
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_SEED = 20
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -36,15 +36,6 @@ class DatasetArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         self.dataset_name: str = self.dataset_name or STARTER
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name can't be a Hub id, only a path: then the Hub is not asked for it.
-
-    >>> looks_local("outputs/sft"), looks_local("you/model")
-    (True, False)
-    """
-    return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
 
 
 def load_splits(script_args: ScriptArguments, part: str) -> tuple[Dataset, Dataset]:
@@ -128,22 +119,21 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = load_from_disk(str(path))
         elif path.is_file():
-            if path.suffix not in FILE_TYPES:
-                raise InputError(f"--dataset_name {name}: files end in {', '.join(FILE_TYPES)}; found {path.suffix!r}.")
+            if path.suffix not in DATA_FILES:
+                raise InputError(f"--dataset_name {name}: files end in {', '.join(DATA_FILES)}; found {path.suffix!r}.")
             if path.stat().st_size == 0:
                 raise InputError(f"--dataset_name {name}: the file is empty.")
-            loaded = load_dataset(FILE_TYPES[path.suffix], data_files=str(path))
-        elif path.is_dir() or not (path.suffix in FILE_TYPES or looks_local(name)):
-            loaded = load_dataset(name, config)
+            loaded = load_dataset(DATA_FILES[path.suffix], data_files=str(path))
         else:
-            raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
+            need_dataset(name)
+            loaded = load_dataset(name, config)
     except InputError:
         raise
     except Exception as error:  # datasets raises many classes of exceptions for unreadable data
         cause = error.__cause__ or error
         raise InputError(
             f"--dataset_name {name}: can't be read ({type(cause).__name__}: {str(cause)[:200]}). Give a Hub id "
-            f"(needs the network), a folder saved by datasets, a {'/'.join(FILE_TYPES)} file, or 'starter'."
+            f"(needs the network), a folder saved by datasets, a {'/'.join(DATA_FILES)} file, or 'starter'."
         ) from error
     return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
 

@@ -97,8 +97,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
         through = encode_messages(tokenizer, messages[: number + 1])
         if ids[: len(before)] != before or ids[: len(through)] != through:
             raise InputError(
-                "The chat template renders a conversation differently when it goes on, so the reply's tokens can't be "
-                "found. Give one with --chat_template_path, or rows of 'prompt' and 'completion' with one reply each."
+                "The chat template renders earlier turns differently when later ones follow, so the reply's tokens "
+                "can't be found. Give one with --chat_template_path, or rows of 'prompt' and 'completion' with one "
+                "reply each."
             )
         labels[len(before) : len(through)] = ids[len(before) : len(through)]
     return {"input_ids": ids, "labels": labels}

@@ -1,1 +1,1 @@
-"""Who compares replies: labelers, people behind pages, and rounds of the closed loop."""
+"""Comparing replies: labelers, people behind pages, and rounds of the closed loop."""

@@ -107,7 +107,7 @@ def _refuse_full_training_of_an_adapter(source: Source, model_args: ModelConfig)
     if source.adapter is not None and not model_args.use_peft:
         raise InputError(
             f"--use_peft false: {source.name} is an adapter, and full fine-tuning needs a full model. Give its base, "
-            "or merge it (merge_and_unload), or leave --use_peft true to go on training the adapter."
+            "or merge it (merge_and_unload), or leave --use_peft true to continue training the adapter."
         )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig
 
-from rlhf.data.datasets import looks_local
+from rlhf.data.paths import need_model
 from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
@@ -56,8 +56,7 @@ def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str 
         if (path / "config.json").exists():
             return Source(name, str(path), None, None, None)
         raise InputError(f"{flag} {name}: neither config.json nor adapter_config.json in this folder. Is it a model?")
-    if path.exists() or looks_local(name):
-        raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
+    need_model(name, flag)
     revision = None if revision == "main" else revision
     if hub_file(name, "adapter_config.json", flag, revision):
         return _resolve_adapter(name, name, flag, revision)
@@ -206,8 +205,8 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
         return source
     if start.base != source.base:
         raise InputError(
-            f"--model_name_or_path {start.name}: the policy goes on from this adapter, so --sft_model_path "
-            f"{source.name} has to be its base ({start.base}), or another adapter of that."
+            f"--model_name_or_path {start.name}: the policy starts from this adapter, so --sft_model_path "
+            f"{source.name} must be its base ({start.base}) or another adapter of that base."
         )
     return start
 

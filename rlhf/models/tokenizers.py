@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.data.encoding import control_ids, encode_messages
+from rlhf.data.paths import TEMPLATE_FILES, need_file
 from rlhf.errors import InputError
 from rlhf.models.sources import Source, base_revision, hub_file, resolve
 
@@ -54,9 +55,8 @@ def load_tokenizer(
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
     set_pad_token(tokenizer, source, pad_token)
-    if chat_template_path and chat_template_path.endswith((".jinja", ".j2")):
-        if not Path(chat_template_path).is_file():
-            raise InputError(f"--chat_template_path {chat_template_path}: no such file.")
+    if chat_template_path and chat_template_path.endswith(TEMPLATE_FILES):
+        need_file(chat_template_path, "--chat_template_path")
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     elif chat_template_path:
         other = resolve(chat_template_path, "--chat_template_path")

@@ -1,1 +1,1 @@
-"""A tokenizer and a model from nothing but text."""
+"""A new tokenizer and a new model from text."""

@@ -1,4 +1,4 @@
-"""What transformers lacks: span corruption, and masks that don't depend on what was drawn before.
+"""Collators that transformers lacks: span corruption, and masks that don't depend on earlier random draws.
 
 Source of span corruption: Raffel et al. (https://arxiv.org/abs/1910.10683), section 3.1.4, and the reference
 implementation, `random_spans_noise_mask` and its neighbours in
@@ -7,7 +7,7 @@ https://github.com/google-research/text-to-text-transfer-transformer/blob/main/t
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,16 +15,22 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 from rlhf.pretraining.tokenization import sentinel
 
+PretrainingRow = dict[str, Any]  # of rlhf.pretraining.rows: `input_ids` and more
+
 
 def count_spans(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """(missing tokens, missing spans) of a text of `length` ≥ 2 tokens; both numbers are at least 1."""
+    """(missing tokens, missing spans) of a text of `length` ≥ 2 tokens; both are at least 1.
+
+    >>> count_spans(length=100, noise_density=0.15, mean_noise_span_length=3.0)
+    (15, 5)
+    """
     noise = min(max(round(length * noise_density), 1), length - 1)
     spans = min(max(round(noise / mean_noise_span_length), 1), noise, length - noise)
     return noise, spans
 
 
 def random_lengths(total: int, parts: int, generator: torch.Generator | None) -> list[int]:
-    """`parts` lengths of at least 1 that add up to `total`, every such list equally likely."""
+    """`parts` lengths of at least 1 that add up to `total`. Every such list is equally likely."""
     cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
@@ -32,10 +38,13 @@ def random_lengths(total: int, parts: int, generator: torch.Generator | None) ->
 def corrupt_spans(
     ids: list[int], sentinels: list[int], noise: int, spans: int, generator: torch.Generator | None
 ) -> tuple[list[int], list[int]]:
-    """Cut `spans` spans of `noise` tokens in all out of a text.
+    """Remove `spans` spans from a text, `noise` tokens in all.
+
+    >>> corrupt_spans([5, 6], sentinels=[100], noise=1, spans=1, generator=None)
+    ([5, 100], [100, 6])
 
     Returns:
-        the text with a sentinel in place of each missing span; and every sentinel followed by what it stands for.
+        the text with a sentinel in place of each missing span; each sentinel followed by the tokens of its span.
     """
     kept = random_lengths(len(ids) - noise, spans, generator)
     missing = random_lengths(noise, spans, generator)
@@ -49,10 +58,10 @@ def corrupt_spans(
 
 @dataclass
 class DataCollatorForSpanCorruption:
-    """Rows of equally many `input_ids` → what T5 reads and writes; both end with eos.
+    """Rows of equally many `input_ids` → T5's inputs and targets; both end with eos.
 
-    Every row of n tokens loses round(n·mlm_probability) of them, in spans of `mean_noise_span_length` on average, so
-    the rows of a batch stay equally long. A text never begins with a missing span and always ends with one.
+    Every row of n tokens loses round(n·mlm_probability) tokens, in spans of `mean_noise_span_length` on average, so the
+    rows of a batch stay equally long. A text never begins with a missing span and always ends with one.
 
     Returns:
         `input_ids` (batch, kept + spans + 1) and `labels` (batch, noise + spans + 1), int64.
@@ -63,7 +72,7 @@ class DataCollatorForSpanCorruption:
     mean_noise_span_length: float = 3.0
     generator: torch.Generator | None = None  # None: torch's global one
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[PretrainingRow]) -> dict[str, torch.Tensor]:
         noise, spans = count_spans(len(rows[0]["input_ids"]), self.mlm_probability, self.mean_noise_span_length)
         sentinels = self.tokenizer.convert_tokens_to_ids([sentinel(number) for number in range(spans)])
         pairs = [corrupt_spans(row["input_ids"], sentinels, noise, spans, self.generator) for row in rows]
@@ -75,12 +84,12 @@ class DataCollatorForSpanCorruption:
 
 
 class DataCollatorForMaskedTokens(DataCollatorForLanguageModeling):
-    """transformers' masks, and at least one in every row: the loss of a batch without any would be 0 / 0.
+    """transformers' masks, with at least one in every row: the loss of a batch without masks would be 0 / 0.
 
     Source: `create_masked_lm_predictions` in https://github.com/google-research/bert/blob/master/create_pretraining_data.py
     """
 
-    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+    def torch_call(self, examples: list[PretrainingRow]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
         ids, labels = batch["input_ids"], batch["labels"]
         special = torch.tensor(self.tokenizer.all_special_ids)
@@ -93,18 +102,27 @@ class DataCollatorForMaskedTokens(DataCollatorForLanguageModeling):
         return batch
 
 
-class SeededCollator:
-    """A masking collator whose masks depend on a seed and the batch alone.
+class MaskingCollator(Protocol):
+    """A collator that draws its masks with `generator`."""
 
-    So they are other ones in each epoch, whose batches of several rows are other ones; the same at every evaluation;
-    and the same after a resume, where torch's global generator would be a batch ahead, since batches are made before
-    they are needed.
+    generator: torch.Generator | None
+
+    def __call__(self, rows: list[PretrainingRow]) -> dict[str, torch.Tensor]:
+        """A batch of the rows."""
+        ...
+
+
+class SeededCollator:
+    """A masking collator whose masks depend only on a seed and the batch.
+
+    Masks change between epochs and repeat at every evaluation and after a resume. Masks from torch's global generator
+    would not survive a resume: batches are made ahead of their use, so the generator would be a batch ahead.
     """
 
-    def __init__(self, collator: Any, seed: int):
+    def __init__(self, collator: MaskingCollator, seed: int):
         self.collator, self.seed = collator, seed
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+    def __call__(self, rows: list[PretrainingRow]) -> dict[str, torch.Tensor]:
         ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
         self.collator.generator = torch.Generator().manual_seed(zlib.crc32(ids.tobytes(), self.seed))
         return self.collator(rows)

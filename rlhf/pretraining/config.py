@@ -1,11 +1,11 @@
-"""The settings of pretraining, and refusals of what can't work.
+"""The settings of pretraining, and the checks that refuse impossible ones.
 
-| objective  | what is learned                                             | source                                    |
-|------------|-------------------------------------------------------------|-------------------------------------------|
-| `causal`   | the next token                                              | GPT-1; GPT-2                              |
-| `masked`   | hidden tokens, and whether a second text follows the first  | BERT, https://arxiv.org/abs/1810.04805    |
-| `replaced` | which tokens a small generator put in the original's place  | ELECTRA, https://arxiv.org/abs/2003.10555 |
-| `span`     | missing spans, written out one behind the other             | T5, https://arxiv.org/abs/1910.10683      |
+| objective  | the model predicts                                         | source                                    |
+|------------|------------------------------------------------------------|-------------------------------------------|
+| `causal`   | the next token                                             | GPT-1; GPT-2                              |
+| `masked`   | masked tokens, and whether a second text follows the first | BERT, https://arxiv.org/abs/1810.04805    |
+| `replaced` | which tokens a small generator replaced                    | ELECTRA, https://arxiv.org/abs/2003.10555 |
+| `span`     | missing spans, one after the other                         | T5, https://arxiv.org/abs/1910.10683      |
 """
 
 import difflib
@@ -27,20 +27,18 @@ from transformers import (
 
 from rlhf.errors import InputError, need_at_least
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
-from rlhf.pretraining.collators import (
-    count_spans,
-)
+from rlhf.pretraining.collators import count_spans
 from rlhf.pretraining.electra import DETECTORS
 from rlhf.pretraining.tokenization import sentinel
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
-# causal heads whose bodies look ahead: they were trained by permutations or translation
+# causal heads whose bodies attend to later tokens: they were trained by permutation or translation
 LOOK_AHEAD = ("xlm", "xlnet", "flaubert")
 
 
 @dataclass
 class NewModelConfig:
-    """The model to make. Names are those of transformers' run_clm.py and of its configs."""
+    """The new model. Flags have the names of transformers' run_clm.py and configs."""
 
     model_type: str = field(
         default="llama", metadata={"help": "Architecture: gpt2, llama, bert, roformer, electra, t5, ..."}
@@ -57,10 +55,10 @@ class NewModelConfig:
     max_position_embeddings: int | None = field(
         default=None, metadata={"help": "Longest context in tokens. Default: block_size."}
     )
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "Input embeddings are the output's, too."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of all the architecture's dropouts."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability of every dropout of the architecture."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, ...: eager is faster on a CPU. Default: transformers' choice."}
+        default=None, metadata={"help": "eager, sdpa, ...; eager is faster on a CPU. Default: transformers' choice."}
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Other settings of the config: rope_theta=20000,hidden_act=gelu"}
@@ -73,7 +71,7 @@ class PretrainingConfig(TrainingArguments):
 
     objective: str = field(default="causal", metadata={"help": "causal, masked, replaced or span."})
     block_size: int = field(default=256, metadata={"help": "Tokens in a row of packed text."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that is masked or left out."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are masked or removed."})
     next_sentence_prediction: bool = field(
         default=False, metadata={"help": "masked: also learn whether the second of two texts follows the first."}
     )
@@ -92,10 +90,10 @@ class PretrainingConfig(TrainingArguments):
 
 
 def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreTrainedConfig:
-    """The architecture's default config, once it is clear that it can learn the objective.
+    """The architecture's default config, if the architecture can learn the objective.
 
     Raises:
-        InputError: if there is no such objective or architecture, or the one can't do the other.
+        InputError: if objective or architecture are unknown or do not fit each other.
     """
     kind, objective = model_args.model_type, args.objective
     if objective not in OBJECTIVES:
@@ -104,7 +102,7 @@ def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreT
         near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=1)
         raise InputError(f"--model_type {kind}: unknown." + (f" Did you mean {near[0]}?" if near else ""))
     if args.next_sentence_prediction and objective != "masked":
-        raise InputError(f"--next_sentence_prediction: goes with --objective masked, not with {objective}.")
+        raise InputError(f"--next_sentence_prediction: needs --objective masked; found {objective}.")
     config = AutoConfig.for_model(kind)
     able, example = {
         "causal": (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in LOOK_AHEAD, "gpt2 or llama"),
@@ -121,7 +119,7 @@ def check_objective(args: PretrainingConfig, model_args: NewModelConfig) -> PreT
 
 
 def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> None:
-    """Refuse numbers that can't work, and objectives that the architecture can't do.
+    """Refuse impossible numbers, and objectives that the architecture can't learn.
 
     Raises:
         InputError: naming the flag.
@@ -146,7 +144,7 @@ def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> No
             raise InputError(f"--{name} {value}: must be a share between 0 and 1.")
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     if args.use_muon and (args.fsdp or args.deepspeed or sharded):
-        raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed cut up. Give --use_muon false.")
+        raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed shard. Give --use_muon false.")
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str, args: PretrainingConfig) -> None:
@@ -156,7 +154,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str, args: Pr
         InputError: naming the tokens.
     """
     if not tokenizer.is_fast:
-        raise InputError(f"--tokenizer_name {name}: has no fast version (tokenizer.json), which is needed here.")
+        raise InputError(
+            f"--tokenizer_name {name}: has no fast version (tokenizer.json), which pretraining needs. Give another."
+        )
     vocabulary = tokenizer.get_vocab()
     kinds = ("mask", "cls", "sep", "pad") if args.objective in ("masked", "replaced") else ("eos", "pad")
     needed = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") is not None for kind in kinds}

@@ -1,4 +1,4 @@
-"""A model of any architecture from its config, with random weights."""
+"""A new model of any architecture, with random weights."""
 
 from typing import Any
 
@@ -15,13 +15,12 @@ from transformers import (
 )
 
 from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.models.sources import first_position
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_objective
 from rlhf.pretraining.electra import ReplacedTokenModel
 from rlhf.pretraining.tokenization import boundary
 
-# what families of configs call the width of the feed-forward layer, and their dropouts
+# names of the width of the feed-forward layer and of the dropouts in configs of different architectures
 WIDTHS = ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 DROPOUTS = (
     "dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "hidden_dropout_prob",
@@ -32,10 +31,10 @@ DROPOUTS = (
 def new_config(
     model_args: NewModelConfig, args: PretrainingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedConfig:
-    """The config of the new model. Sizes go by their common names, whatever the architecture calls them.
+    """The config of the new model. Sizes have their common names, which the architecture's config maps to its own.
 
     Raises:
-        InputError: if the architecture has no such setting.
+        InputError: if the architecture refuses a size or a setting of --config_overrides.
     """
     default = check_objective(args, model_args)
     width = model_args.intermediate_size or 4 * model_args.hidden_size
@@ -57,11 +56,13 @@ def new_config(
     }
     more = {"num_key_value_heads": heads, "decoder_attention_heads": heads, "head_dim": model_args.hidden_size // heads,
             "decoder_layers": model_args.num_hidden_layers}  # fmt: skip
-    settings |= {name: value for name, value in more.items() if name in vars(default)}  # some have it as a property
+    settings |= {
+        name: value for name, value in more.items() if name in vars(default)
+    }  # in some configs they are properties
     if hasattr(default, "embedding_size"):
         settings["embedding_size"] = model_args.hidden_size
     if args.objective == "causal" and hasattr(default, "is_decoder"):
-        settings["is_decoder"] = True  # else BERT and its relatives see the token that they are to predict
+        settings["is_decoder"] = True  # else BERT and its relatives attend to the token that they predict
     if args.objective == "span":
         settings["decoder_start_token_id"] = tokenizer.pad_token_id
         settings["num_decoder_layers"] = model_args.num_hidden_layers
@@ -72,7 +73,9 @@ def new_config(
     try:
         config = AutoConfig.for_model(model_args.model_type, **settings)
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"--model_type {model_args.model_type}: can't be made of these sizes ({error}).") from error
+        raise InputError(
+            f"--model_type {model_args.model_type}: can't be made with these sizes ({error}). Change them."
+        ) from error
     if model_args.config_overrides:
         try:
             config.update_from_string(model_args.config_overrides)
@@ -85,7 +88,7 @@ def new_model(config: PreTrainedConfig, args: PretrainingConfig) -> PreTrainedMo
     """A model with random float32 weights and the head of the objective.
 
     Raises:
-        InputError: if the architecture has demands of its own on its sizes, and these don't meet them.
+        InputError: if the architecture refuses these sizes.
     """
     torch.manual_seed(args.seed)
     masked = AutoModelForPreTraining if args.next_sentence_prediction else AutoModelForMaskedLM
@@ -96,6 +99,6 @@ def new_model(config: PreTrainedConfig, args: PretrainingConfig) -> PreTrainedMo
         return kinds[args.objective].from_config(config)
     except ValueError as error:
         raise InputError(
-            f"--model_type {config.model_type}: can't be made of these sizes ({error}). Change them, or set what it "
-            "asks for with --config_overrides."
+            f"--model_type {config.model_type}: can't be made with these sizes ({error}). Change them, or set what "
+            "it asks for with --config_overrides."
         ) from error

@@ -1,22 +1,23 @@
-"""Muon for the matrices of the layers, AdamW for everything else, as one optimizer that a Trainer can use.
+"""Muon for the matrices of the layers and AdamW for all other parameters, as one optimizer for a Trainer.
 
 Source: Jordan et al., https://kellerjordan.github.io/posts/muon/; both halves are torch's own classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Orthogonalized momentum for matrices; embeddings, head, norms and biases by AdamW.
+    """Orthogonalized momentum for matrices; AdamW for embeddings, head, norms and biases.
 
-    Muon's steps are scaled to the size that AdamW's have (https://arxiv.org/abs/2502.16982, section 2.2), so that one
+    Muon's steps are scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982, section 2.2), so that one
     learning rate serves both.
 
     Args:
         matrices: the weights (m, n) of the layers.
-        others: all other parameters, which are not decayed.
+        others: all other parameters, without weight decay.
         lr: learning rate.
         weight_decay: of the matrices, decoupled.
         betas, eps: AdamW's.
@@ -37,10 +38,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A scheduler that sets the learning rates here sets those of both halves."""
+        """Share the parameter groups, so that a scheduler sets the learning rates of both halves."""
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of both halves. Returns the closure's loss, if there is one."""
         loss = closure() if closure else None
         self.muon.step()
         self.adamw.step()
@@ -56,7 +58,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def layer_matrices(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """(weights (m, n) of the stacked layers, all other parameters); embeddings and heads are of the latter."""
+    """(weights (m, n) of the stacked layers, all other parameters). Embeddings and heads are among the others."""
     inside = {
         id(parameter)
         for stack in model.modules()

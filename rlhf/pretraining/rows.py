@@ -1,27 +1,21 @@
 """Texts → rows of token ids: packed blocks, or pairs of texts."""
 
-from typing import Any
-
 import numpy as np
 from datasets import Dataset
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.tokenization import AT_ONCE, boundary, encode_texts
 
-PAIR_SEED = 20  # of the sentence pairs: which ones follow each other never changes
+PAIR_SEED = 20  # of the sentence pairs, which are the same in every run
 
 
 def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, split: str) -> Dataset:
-    """Rows of exactly `block_size` token ids: texts one behind the other, the end of each marked, cut into blocks.
+    """Rows of exactly `block_size` token ids: all texts in one stream, cut into blocks.
 
-    A text ends with the tokenizer's token between texts (`boundary`); in blocks for `masked` and `replaced` with sep,
-    and those begin with cls and end with sep.
-    What does not fill a last block is left out.
+    Each text ends with the tokenizer's token between texts (`boundary`). For `masked` and `replaced` it ends with sep,
+    and each block begins with cls and ends with sep. Tokens that do not fill a last block are dropped.
 
     Returns:
         rows of `input_ids`, and for masking `special_tokens_mask`.
@@ -52,10 +46,10 @@ def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: Pret
 def sentence_pair_rows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, split: str
 ) -> Dataset:
-    """Rows [CLS] first [SEP] second [SEP]; in half of them the second text comes from elsewhere (BERT, section 3.1).
+    """Rows [CLS] first [SEP] second [SEP]. In half of them the second part comes from another text (BERT, section 3.1).
 
-    A text is taken line by line: lines that fill half a row are the first part; the second are those that follow, or
-    lines of another text.
+    Lines of a text that fill half a row are the first part. The second part are the following lines, or lines of
+    another text.
 
     Returns:
         rows of `input_ids`, `token_type_ids`, `special_tokens_mask`, `next_sentence_label` (0: follows, 1: does not).
@@ -71,7 +65,7 @@ def sentence_pair_rows(
             f"--next_sentence_prediction: needs texts of two lines or more; the {split} split has {len(documents)}."
         )
     room = args.block_size - 3
-    rows: dict[str, list[Any]] = {
+    rows: dict[str, list] = {
         name: [] for name in ("input_ids", "token_type_ids", "special_tokens_mask", "next_sentence_label")
     }
     for number, lines in enumerate(documents):
@@ -83,7 +77,7 @@ def sentence_pair_rows(
             if label:
                 other = documents[(number + int(draw.integers(1, len(documents)))) % len(documents)]
                 second, _ = _fill(other, int(draw.integers(len(other))), room - len(first), len(other))
-                end = middle  # the lines that were not used are the next first part, as in BERT
+                end = middle  # as in BERT, the unused lines begin the next first part
             rows["input_ids"].append([cls, *first, sep, *second, sep])
             rows["token_type_ids"].append([0] * (len(first) + 2) + [1] * (len(second) + 1))
             rows["special_tokens_mask"].append([1, *[0] * len(first), 1, *[0] * len(second), 1])
@@ -93,7 +87,11 @@ def sentence_pair_rows(
 
 
 def _fill(lines: list[list[int]], start: int, room: int, stop: int) -> tuple[list[int], int]:
-    """Tokens of the lines from `start` on, as many as fit into `room` and at least one line, cut; and the next line."""
+    """Tokens of as many lines from `start` on as fit into `room`, at least one, cut; and the number of the next line.
+
+    >>> _fill([[1, 2], [3], [4, 5]], start=0, room=4, stop=3)
+    ([1, 2, 3], 2)
+    """
     ids, end = list(lines[start]), start + 1
     while end < stop and len(ids) + len(lines[end]) <= room:
         ids += lines[end]
@@ -104,6 +102,6 @@ def _fill(lines: list[list[int]], start: int, room: int, stop: int) -> tuple[lis
 def pretraining_rows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig, split: str
 ) -> Dataset:
-    """Rows for the objective: packed blocks, or sentence pairs for next-sentence prediction."""
+    """Rows for the objective: sentence pairs for next-sentence prediction, else packed blocks."""
     make = sentence_pair_rows if args.next_sentence_prediction else packed_rows
     return make(texts, tokenizer, args, split)

@@ -1,4 +1,4 @@
-"""A sweep over model sizes and amounts of text: its points, their text, and the runs of recipes/pretrain.py."""
+"""A sweep over model sizes and amounts of text: its points, their texts, and the training of each point."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rlhf.data.paths import need_file
 from rlhf.errors import InputError, need_at_least
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
@@ -21,29 +22,33 @@ LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
 
 @dataclass
 class ScalingArguments:
-    """Which models are trained on how much text, and what is forecast."""
+    """Which models are trained on how much text, and which model's loss is forecast."""
 
-    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths of the models to fit."})
-    num_hidden_layers: list[int] = field(default_factory=list, metadata={"help": "Their layers, one number each."})
-    token_budgets: list[int] = field(default_factory=list, metadata={"help": "Tokens that each of them is trained on."})
+    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths of the fitted models."})
+    num_hidden_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Layers of the fitted models, one number for each width."}
+    )
+    token_budgets: list[int] = field(
+        default_factory=list, metadata={"help": "Training tokens; every fitted model is trained on every budget."}
+    )
     forecast_hidden_size: int = field(default=128, metadata={"help": "Width of the model whose loss is forecast."})
-    forecast_num_hidden_layers: int = field(default=4, metadata={"help": "Its layers."})
+    forecast_num_hidden_layers: int = field(default=4, metadata={"help": "Layers of that model."})
     head_dim: int = field(default=16, metadata={"help": "Width of an attention head; divides every width."})
     learning_rate: float = field(
-        default=8e-3, metadata={"help": "Of the narrowest model; for the others it falls with the width, as 1/width."}
+        default=8e-3, metadata={"help": "Of the narrowest model; for others it falls as 1/width."}
     )
     lstm_num_hidden_layers: int = field(
         default=2, metadata={"help": "Layers of the LSTM beside the largest fitted Transformer; 0 for none."}
     )
-    lstm_learning_rate: float = field(default=1e-2, metadata={"help": "Of the LSTM."})
+    lstm_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the LSTM."})
     base_config: str = field(
-        default="recipes/configs/scaling_point.yaml", metadata={"help": "YAML of pretrain.py for all the rest."}
+        default="recipes/configs/scaling_point.yaml", metadata={"help": "YAML of pretrain.py with all other settings."}
     )
     tokenizer_name: str = field(
         default="outputs/tokenizer", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
     )
-    max_eval_tokens: int = field(default=100_000, metadata={"help": "Held-out tokens that the loss is taken on."})
-    max_workers: int = field(default=1, metadata={"help": "Models trained at a time, sharing the cores."})
+    max_eval_tokens: int = field(default=100_000, metadata={"help": "Held-out tokens for the loss."})
+    max_workers: int = field(default=1, metadata={"help": "Models trained at once; they share the cores."})
     output_dir: str = field(default="outputs/scaling", metadata={"help": "Folder for the sweep."})
     seed: int = field(default=42, metadata={"help": "Seed of every model."})
 
@@ -62,7 +67,7 @@ class Point(NamedTuple):
         return f"{self.model_type}-{self.hidden_size}x{self.num_hidden_layers}/{self.tokens}"
 
 
-# ---------------------------------------------------------------------------------------------- what can't work
+# ---------------------------------------------------------------------------------------------- checks
 
 
 def check_sweep(args: ScalingArguments) -> None:
@@ -73,8 +78,10 @@ def check_sweep(args: ScalingArguments) -> None:
     """
     sizes, layers, budgets = args.hidden_sizes, args.num_hidden_layers, args.token_budgets
     if len(sizes) != len(layers):
-        raise InputError(f"--num_hidden_layers: {len(layers)} numbers for {len(sizes)} --hidden_sizes. Give as many.")
-    models = {depth * width**2 for width, depth in zip(sizes, layers, strict=True)}  # the fit's N is 12 times that
+        raise InputError(
+            f"--num_hidden_layers: {len(layers)} numbers for {len(sizes)} --hidden_sizes. Give one for each."
+        )
+    models = {depth * width**2 for width, depth in zip(sizes, layers, strict=True)}  # 1/12 of the fit's N
     for flag, what, count in (("hidden_sizes", "models (by layers * width^2)", len(models)),
                               ("token_budgets", "numbers", len(set(budgets)))):  # fmt: skip
         if count < LAW_PARAMETERS:
@@ -92,10 +99,9 @@ def check_sweep(args: ScalingArguments) -> None:
     if args.forecast_num_hidden_layers * args.forecast_hidden_size**2 <= max(models):
         raise InputError(
             f"--forecast_hidden_size {args.forecast_hidden_size}: with {args.forecast_num_hidden_layers} layers no "
-            "larger than the largest fitted model. A forecast is about a size outside of the fit."
+            "larger than the largest fitted model. Give a larger size: a forecast is for a size outside the fit."
         )
-    if not Path(args.base_config).is_file():
-        raise InputError(f"--base_config {args.base_config}: no such file.")
+    need_file(args.base_config, "--base_config")
 
 
 # ---------------------------------------------------------------------------------------------- points
@@ -108,10 +114,10 @@ def sweep_points(args: ScalingArguments) -> list[Point]:
 
 
 def transformer_point(args: ScalingArguments, hidden_size: int, num_hidden_layers: int, tokens: int) -> Point:
-    """A Transformer, its learning rate falling as 1/width.
+    """A Transformer whose learning rate falls as 1/width.
 
-    With Adam, a step changes every weight by about the learning rate, so what a layer puts out moves by learning rate
-    times width: a rate that is best for one width is too high for a wider one, and one rate for all would bend the law.
+    A step of Adam changes every weight by about the learning rate, so a layer's output changes by learning rate times
+    width. The best rate of one width is too high for a wider model, and one rate for all widths would bend the law.
     Source: Yang et al. 2022, table 3 (https://arxiv.org/abs/2203.03466), for hidden weights.
     """
     rate = args.learning_rate * min(args.hidden_sizes) / hidden_size
@@ -119,12 +125,12 @@ def transformer_point(args: ScalingArguments, hidden_size: int, num_hidden_layer
 
 
 def forecast_point(args: ScalingArguments) -> Point:
-    """The model that is forecast, on the largest budget."""
+    """The model whose loss is forecast, on the largest budget."""
     return transformer_point(args, args.forecast_hidden_size, args.forecast_num_hidden_layers, max(args.token_budgets))
 
 
 def lstm_point(args: ScalingArguments, parameters: int) -> Point:
-    """An LSTM of as many non-embedding parameters, on the largest budget."""
+    """An LSTM with about `parameters` non-embedding parameters, on the largest budget."""
     width = matching_hidden_size(parameters, args.lstm_num_hidden_layers)
     return Point("lstm", width, args.lstm_num_hidden_layers, max(args.token_budgets), args.lstm_learning_rate)
 
@@ -144,8 +150,8 @@ def cut_texts(
     total = sum(lengths) + len(lengths)
     if max(args.token_budgets) > total:
         raise InputError(
-            f"--token_budgets {max(args.token_budgets)}: the training text has {total} tokens, and the fits want text "
-            "that a model has not seen before. Give less, or more text (--dataset_config full, --dataset_name)."
+            f"--token_budgets {max(args.token_budgets)}: the training text has {total} tokens, and none may be seen "
+            "twice. Give a smaller budget, or more text (--dataset_config full, --dataset_name)."
         )
     held_out = _first(test, tokens_and_bytes(tokenizer, test)[0], args.max_eval_tokens)
     return {
@@ -158,7 +164,7 @@ def write_texts(texts: dict[int, dict[str, list[str]]], output_dir: str) -> dict
     """Write each budget's text as a dataset.
 
     Returns:
-        folder of train.jsonl and test.jsonl by budget.
+        folder of train.jsonl and test.jsonl, by budget.
     """
     folders = {budget: Path(output_dir) / "texts" / str(budget) for budget in texts}
     for budget, splits in texts.items():
@@ -168,7 +174,11 @@ def write_texts(texts: dict[int, dict[str, list[str]]], output_dir: str) -> dict
 
 
 def _first(texts: list[str], lengths: list[int], tokens: int) -> list[str]:
-    """The first texts that hold `tokens` tokens, each with its end token."""
+    """The first texts with `tokens` tokens in all, counting an end token for each text.
+
+    >>> _first(["a", "b", "c"], lengths=[3, 3, 3], tokens=5)
+    ['a', 'b']
+    """
     chosen: list[str] = []
     for text, length in zip(texts, lengths, strict=True):
         if tokens <= 0:
@@ -181,18 +191,18 @@ def _first(texts: list[str], lengths: list[int], tokens: int) -> list[str]:
 def train_points(
     args: ScalingArguments, points: list[Point], texts: dict[int, Path], script: Path, preload: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Train the points, `max_workers` at a time; what is finished is left alone.
+    """Train the points, `max_workers` at a time. Finished ones are skipped.
 
     Args:
         texts: folder of each budget's text.
         script: the recipe that trains one point.
-        preload: modules that are imported once for all points.
+        preload: modules to import once for all points.
 
     Returns:
-        what is known about each, see `describe_point`.
+        the results of each, see `describe_point`.
 
     Raises:
-        InputError: if a run fails; what it said is above.
+        InputError: if a run fails. Its own message is printed above.
     """
     runs = {
         folder_of(args, point): {
@@ -208,6 +218,7 @@ def train_points(
 
 
 def folder_of(args: ScalingArguments, point: Point) -> Path:
+    """Run folder of a point."""
     return Path(args.output_dir) / "points" / point.name
 
 
@@ -215,12 +226,15 @@ def folder_of(args: ScalingArguments, point: Point) -> Path:
 
 
 def block_size_of(base_config: str) -> int:
-    """Tokens in a row of packed text, from the YAML of pretrain.py; 256 is pretrain.py's default."""
+    """Tokens in a row of packed text, from the YAML of pretrain.py, or its default 256."""
     return int(yaml.safe_load(Path(base_config).read_text(encoding="utf-8")).get("block_size", 256))
 
 
 def transformer_parameters(hidden_size: int, num_hidden_layers: int) -> int:
     """N = 12 n_layer d_model², the non-embedding parameters of a Transformer with a feed-forward width of 4 d_model.
+
+    >>> transformer_parameters(hidden_size=768, num_hidden_layers=12)
+    84934656
 
     Source: Kaplan et al. 2020, equation 2.1 (https://arxiv.org/abs/2001.08361); biases and norms are left out.
     """
@@ -230,6 +244,9 @@ def transformer_parameters(hidden_size: int, num_hidden_layers: int) -> int:
 def training_compute(parameters: int, tokens: int) -> int:
     """C = 6 N D, floating-point operations of training: 2 per parameter and token forward, 4 backward.
 
+    >>> training_compute(parameters=1000, tokens=50)
+    300000
+
     Source: Kaplan et al. 2020, section 2.1; attention to the context and the output projection are left out.
     """
     return 6 * parameters * tokens
@@ -238,8 +255,8 @@ def training_compute(parameters: int, tokens: int) -> int:
 def measured_flops(folder: Path, block_size: int) -> float | None:
     """Floating-point operations per token of a forward and backward pass, counted by torch; None for an LSTM.
 
-    One row goes through a model with random weights. torch counts matrix products only, and none in an LSTM; eager
-    attention, because fused kernels are not counted everywhere.
+    One row goes through a model with random weights. torch counts only matrix products, and none in an LSTM. Attention
+    is eager, because torch does not count fused kernels everywhere.
     """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == "lstm":
@@ -252,12 +269,12 @@ def measured_flops(folder: Path, block_size: int) -> float | None:
 
 
 def describe_point(args: ScalingArguments, point: Point) -> dict[str, Any]:
-    """What is known about a finished point.
+    """The results of a finished point.
 
     Returns:
-        its settings; `parameters` (N = 12 n_layer d_model²; of an LSTM as counted) and `counted_parameters`
-        (non-embedding); `tokens` (D, as trained on); `compute` (6 N D) and `measured_compute`, FLOPs; `loss`, nats per
-        token of held-out text; `bits_per_byte`; `tokens_per_second`.
+        its settings; `parameters` (N = 12 n_layer d_model², or the counted ones of an LSTM) and `counted_parameters`
+        (non-embedding); `tokens` (D, of the training); `compute` (6 N D) and `measured_compute`, FLOPs; `loss`, nats
+        per token of held-out text; `bits_per_byte`; `tokens_per_second`.
     """
     metrics = read_json(folder_of(args, point) / RUN_FILE)["metrics"]
     counted, tokens = metrics["num_non_embedding_parameters"], metrics["train_tokens"]

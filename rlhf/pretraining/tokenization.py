@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level byte-pair encoding, with the special tokens of every stage that follows.
+"""A new tokenizer: byte-level byte-pair encoding, with the special tokens of every later stage.
 
 Source of the algorithm: Sennrich et al. (https://arxiv.org/abs/1508.07909); over bytes: GPT-2, section 2.2
 (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf).
@@ -10,15 +10,15 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.data.datasets import looks_local
 from rlhf.data.encoding import control_ids
+from rlhf.data.paths import need_tokenizer
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import PAD_CANDIDATES
 from rlhf.starter.model import STARTER
 
 BYTES = 256
-AT_ONCE = 10_000  # texts to tokenize at once: as Python lists their ids take ten times the memory of an array
+AT_ONCE = 10_000  # texts to tokenize at once: ids in Python lists take ten times the memory of an array
 NEW_PAD = "<|pad|>"
 END, PAD, CLS, SEP, MASK, TURN = "<|endoftext|>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "<|im_start|>"
 # Every message ends with the eos token, and nothing follows the last one: sampling stops where training ended.
@@ -35,7 +35,11 @@ CHAT_TEMPLATE = (
 
 
 def sentinel(number: int) -> str:
-    """Name of the token that stands for missing span `number`, as in T5."""
+    """Name of the token for missing span `number`, as in T5.
+
+    >>> sentinel(0)
+    '<extra_id_0>'
+    """
     return f"<extra_id_{number}>"
 
 
@@ -45,7 +49,7 @@ def special_tokens(extra_ids: int) -> list[str]:
 
 
 def check_vocab_size(vocab_size: int, extra_ids: int) -> None:
-    """Refuse a vocabulary that has no room for every byte and special token.
+    """Refuse a vocabulary without room for every byte and special token.
 
     Raises:
         InputError: naming the smallest size that works.
@@ -65,12 +69,12 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE vocabulary.
 
-    All 256 bytes are in it, so any text can be encoded and decodes to itself; nothing is normalized. Merges never cross
-    the borders of GPT-2's pre-tokenization (words with the space before them, numbers, punctuation).
+    It contains all 256 bytes, so any text can be encoded and decodes to itself. Nothing is normalized. Merges never
+    cross the borders of GPT-2's pre-tokenization (words with the space before them, numbers, punctuation).
 
     Args:
         vocab_size: tokens in all: bytes, merges and special tokens. Fewer if the texts have no more pairs to merge.
-        min_frequency: how often a pair must occur to be merged.
+        min_frequency: least number of occurrences of a merged pair.
         extra_ids: number of sentinel tokens for span corruption.
 
     Raises:
@@ -106,25 +110,21 @@ def train_tokenizer(
 
 
 def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that `--tokenizer_name` stands for: a folder, the tokenizer of a model, or `starter`.
+    """The tokenizer that `--tokenizer_name` names: a folder, a Hub id, or `starter`.
 
-    One without a pad token of its own, like GPT-2's, gets one.
+    A tokenizer without its own pad token, such as GPT-2's, gets one.
 
     Raises:
-        InputError: if there is no such folder or repo.
+        InputError: if the folder or repo does not exist.
     """
     folder = Path(name).expanduser()
     if name != STARTER and (folder / "tokenizer_config.json").exists():
         name = str(folder)
     elif name != STARTER:
-        if folder.exists() or looks_local(name):
-            raise InputError(
-                f"--tokenizer_name {name}: no tokenizer there. Train one first (accelerate launch recipes/tokenizer.py "
-                f"--output_dir {name}), or give 'starter' or a Hub id."
-            )
+        need_tokenizer(name)
         name = resolve(name, "--tokenizer_name").base
     tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER).base if name == STARTER else name)
-    # a new model has room for one more token; were pad eos, the collator would hide the ends of texts from the loss
+    # a new model has room for one more token; with pad = eos the collator would hide the ends of texts from the loss
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
         unused = [token for token in PAD_CANDIDATES if token in vocabulary and token not in taken]
@@ -133,12 +133,12 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain texts, without any special token: one written inside a text stays text."""
+    """Token ids of plain texts. No special tokens are added, and one written inside a text stays text."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def boundary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that stands between texts in pretraining; eos may be another one, which ends a turn."""
+    """Id of the token between texts in pretraining. It may differ from eos, which can be the end of a turn."""
     number = tokenizer.convert_tokens_to_ids(END)
     return number if number in control_ids(tokenizer) else tokenizer.eos_token_id
 
@@ -151,10 +151,10 @@ def tokens_and_bytes(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tu
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, objective: str) -> None:
-    """Make the tokenizer put the special tokens around a text that the objective trained with.
+    """Make the tokenizer add the objective's special tokens around a text.
 
-    masked, replaced: [CLS] text [SEP], or [CLS] first [SEP] second [SEP]; span: text eos; causal: nothing.
-    Tokenizers made elsewhere already do what their models expect; only a byte-level one without any frame is changed.
+    masked, replaced: [CLS] text [SEP], or [CLS] first [SEP] second [SEP]; span: text eos; causal: nothing. A tokenizer
+    that already adds special tokens stays as it is.
     """
     backend = tokenizer.backend_tokenizer
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:

@@ -3,29 +3,24 @@
 import ctypes
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers import (
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
-from rlhf.pretraining.collators import (
-    DataCollatorForMaskedTokens,
-    DataCollatorForSpanCorruption,
-    SeededCollator,
-)
+from rlhf.pretraining.collators import DataCollatorForMaskedTokens, DataCollatorForSpanCorruption, SeededCollator
 from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.electra import ReplacedTokenModel
 from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
 
+Logits: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]  # of a Trainer's evaluation; several outputs are a tuple
 
-def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig) -> Any:
-    """The collator that makes the objective's inputs and labels out of rows."""
+
+def pretraining_collator(
+    tokenizer: PreTrainedTokenizerBase, args: PretrainingConfig
+) -> DataCollatorForLanguageModeling | SeededCollator:
+    """The collator that makes the objective's inputs and labels from rows."""
     if args.objective == "causal":
         return DataCollatorForLanguageModeling(tokenizer, mlm=False)
     if args.objective == "span":
@@ -41,9 +36,9 @@ def pretraining_collator(tokenizer: PreTrainedTokenizerBase, args: PretrainingCo
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to use memory again instead of giving it back to the system; elsewhere do nothing.
+    """Tell glibc's malloc to keep freed memory instead of returning it to the system. Without glibc, do nothing.
 
-    A batch's logits are tens of MB, which malloc by default maps and unmaps each time: a step of 16 x 256 tokens
+    A batch's logits are tens of MB, which malloc maps and unmaps each time by default: a step of 16 x 256 tokens
     through 7M parameters in bfloat16 took 1.6 s on one core, and 0.9 s with this.
     """
     try:
@@ -55,11 +50,11 @@ def keep_freed_memory() -> None:
 
 
 class PretrainingTrainer(Trainer):
-    """Trainer that knows Muon, and saves the part of the model that is meant to be used."""
+    """Trainer with Muon that saves the part of the model that is used later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # the other objectives' heads take the number of items but ignore it, and the Trainer would add their means up
+        # the other objectives' heads accept the number of items but ignore it, and the Trainer would sum their means
         # over accumulated batches and processes
         self.model_accepts_loss_kwargs &= self.args.objective == "causal"
 
@@ -68,7 +63,7 @@ class PretrainingTrainer(Trainer):
             keep_freed_memory()
         return super().train(*args, **kwargs)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.use_muon:  # type: ignore[has-type]
             args, (matrices, others) = self.args, layer_matrices(model or self.model)
             betas = (args.adam_beta1, args.adam_beta2)
@@ -78,7 +73,7 @@ class PretrainingTrainer(Trainer):
         return super().create_optimizer(model)
 
     def save_pretrained(self) -> None:
-        """Save the finished model and tokenizer: of ELECTRA's pair the discriminator, as the paper does."""
+        """Save the finished model and tokenizer. Of ELECTRA's pair it is the discriminator, as in the paper."""
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, ReplacedTokenModel):
             return self.save_model()
@@ -87,13 +82,13 @@ class PretrainingTrainer(Trainer):
             self.processing_class.save_pretrained(self.args.output_dir)
 
 
-def choices_of(args: PretrainingConfig) -> Callable[[Any, torch.Tensor], Any] | None:
-    """The trainer's `preprocess_logits_for_metrics`: keeps choices, (batch, length) int64, in place of all logits.
+def choices_of(args: PretrainingConfig) -> Callable[[Logits, torch.Tensor], Logits] | None:
+    """The trainer's `preprocess_logits_for_metrics`: replaces logits by choices, (batch, length) int64.
 
-    None for `replaced`, whose output has one score for each token, not one for each word of the vocabulary.
+    None for `replaced`, whose output has one score for each token instead of one for each token of the vocabulary.
     """
 
-    def choose(logits: Any, _labels: torch.Tensor) -> Any:
+    def choose(logits: Logits, _labels: torch.Tensor) -> Logits:
         if not isinstance(logits, tuple):
             return logits.argmax(dim=-1)
         return tuple(part.argmax(dim=-1) if part.dim() > 1 and part.is_floating_point() else part for part in logits)
@@ -101,7 +96,7 @@ def choices_of(args: PretrainingConfig) -> Callable[[Any, torch.Tensor], Any] | 
     return None if args.objective == "replaced" else choose
 
 
-def pretraining_metrics(trainer: PretrainingTrainer, trained: TrainOutput) -> dict[str, Any]:
+def pretraining_metrics(trainer: PretrainingTrainer, trained: TrainOutput) -> dict[str, float]:
     """Sizes and speed of a finished run.
 
     Args:
@@ -123,5 +118,9 @@ def pretraining_metrics(trainer: PretrainingTrainer, trained: TrainOutput) -> di
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss): of a causal model the perplexity per token, of the others that of the masked or missing tokens."""
+    """exp(loss), the perplexity per token; for objectives other than `causal`, of the masked or missing tokens.
+
+    >>> perplexity_of(0.0)
+    1.0
+    """
     return math.exp(min(loss, 700.0))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from rlhf.data.paths import need_checkpoint
 from rlhf.errors import InputError, at_failure
 from rlhf.run.files import digest, read_json, write_json
 from rlhf.run.processes import main_process
@@ -117,8 +118,7 @@ def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more:
     """
     settings = settings_of(*arguments) | _contents(arguments)
     asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
-    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
-        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+    need_checkpoint(asked)
     run: Run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
     folder = Path(output_dir)
     if not main_process():  # the main process checks and writes; the others only ask whether there is work
@@ -131,7 +131,7 @@ def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more:
             raise InputError(
                 f"--output_dir {output_dir}: holds another run ({old['command'].split()[2]}"
                 + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
-                + "). Give another --output_dir, or the same settings to go on with it."
+                + "). Give another --output_dir, or the same settings to continue it."
             )
         if old["finished"] and not more:
             print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
@@ -190,8 +190,7 @@ def last_checkpoint(training_args: TrainingArguments) -> str | None:
     if asked in (False, "false", "False"):  # in YAML it is a bool
         return None
     if asked and asked not in ("true", "True", True):
-        if not Path(asked).is_dir():
-            raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+        need_checkpoint(asked)
         return asked
     for folder in reversed(checkpoints(training_args.output_dir)):
         # both trainers write their state last: a checkpoint without it is incomplete

@@ -1,21 +1,27 @@
-"""What this process is: its rank, its cores, its arithmetic."""
+"""What this process is: its rank, its cores, its arithmetic.
+
+torch is imported in functions: the command line is read before it (see rlhf/run/arguments.py).
+"""
 
 import os
 from pathlib import Path
 
 import psutil
-import torch
 
 from rlhf.errors import InputError
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16."""
+    import torch
+
     return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def use_all_cores() -> None:
     """Without a GPU, undo the single thread that `accelerate launch` and torchrun give a process by default."""
+    import torch
+
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
         cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1

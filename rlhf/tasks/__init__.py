@@ -1,1 +1,1 @@
-"""Learning from answers that are known: labels, instructions, problems."""
+"""Learning from known answers: labels, instructions, problems."""

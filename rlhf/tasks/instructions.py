@@ -30,6 +30,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from trl import ScriptArguments
 
 from rlhf.data.datasets import load_splits
+from rlhf.data.paths import need_file
 from rlhf.errors import InputError
 from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS, starter_task
@@ -114,8 +115,7 @@ def read_templates(path: Path) -> TemplateFile:
         InputError: if it can't be read, lacks a key, or two templates have the same name.
     """
     where = f"--templates {path}"
-    if not path.is_file():
-        raise InputError(f"{where}: no such file.")
+    need_file(path, "--templates")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

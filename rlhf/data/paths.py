@@ -1,0 +1,98 @@
+"""Files and folders that flags name: refused where they are missing, before anything is imported that reads them."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import InputError
+from rlhf.starter.model import STARTER
+
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # and what `datasets` calls them
+TEMPLATE_FILES = (".jinja", ".j2")
+CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that may be a Hub id is plainly a path: the Hub has no such ids, so asking it would be in vain.
+
+    >>> [looks_local(name) for name in ("outputs/sft", "./model", "Qwen/Qwen2.5-0.5B")]
+    [True, True, False]
+    """
+    return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
+
+
+def need_file(path: str | Path, flag: str) -> None:
+    """Raise InputError if there is no such file."""
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: no such file.")
+
+
+def need_model(name: str, flag: str) -> None:
+    """Raise InputError if a name that can only be a model's folder is no folder. A Hub id passes."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.exists() or looks_local(name)):
+        raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
+
+
+def need_tokenizer(name: str) -> None:
+    """Raise InputError if a name that can only be a tokenizer's folder holds none. A Hub id passes."""
+    folder = Path(name).expanduser()
+    if (folder.exists() or looks_local(name)) and not (folder / "tokenizer_config.json").exists():
+        raise InputError(
+            f"--tokenizer_name {name}: no tokenizer there. Train one first (accelerate launch recipes/tokenizer.py "
+            f"--output_dir {name}), or give 'starter' or a Hub id."
+        )
+
+
+def need_dataset(name: str) -> None:
+    """Raise InputError if a name that can only be a dataset's file or folder isn't there. A Hub id passes."""
+    path = Path(name).expanduser()
+    if not path.exists() and (path.suffix in DATA_FILES or looks_local(name)):
+        raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
+
+
+def need_checkpoint(asked: Any) -> None:
+    """Raise InputError if `--resume_from_checkpoint` names a folder that isn't there."""
+    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
+        raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+
+
+def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
+    """Refuse flags whose file or folder is missing, with the line that the code would give which reads it.
+
+    Args:
+        values: of a command's flags.
+        runs: flags that name folders of runs (`name=folder` where there are several), and what to say of others.
+
+    Raises:
+        InputError: naming the flag and the path.
+    """
+    for flag, message in runs.items():
+        for word in values[flag] if isinstance(values[flag], list) else [values[flag]]:
+            if word and not Path(word.partition("=")[2] or word).expanduser().is_dir():
+                raise InputError(f"--{flag} {word}: {message}")
+    given = {flag: value for flag, value in values.items() if value not in (None, STARTER) and flag not in runs}
+    for flag in CONFIG_FLAGS:
+        if flag in given:
+            need_file(given[flag], f"--{flag}")
+    if "templates" in given:
+        need_file(given["templates"], "--templates")
+    # without templates the dataset is refused for another reason
+    if "dataset_name" in given and ("templates" in given or "templates" not in values):
+        need_dataset(given["dataset_name"])
+    for word in given.get("models", []):
+        name = word.partition("=")[2] or word
+        if name != STARTER:
+            need_model(name, "--models")
+    # a command with --models refuses --model_name_or_path for another reason
+    models = ("sft_model_path", "reward_model_path", *(() if "models" in values else ("model_name_or_path",)))
+    for flag in models:
+        if flag in given:
+            need_model(given[flag], f"--{flag}")
+    if "tokenizer_name" in given:
+        need_tokenizer(given["tokenizer_name"])
+    if template := given.get("chat_template_path"):
+        check = need_file if template.endswith(TEMPLATE_FILES) else need_model
+        check(template, "--chat_template_path")
+    if "ptx_dataset_name" in given:
+        need_dataset(given["ptx_dataset_name"])
+    need_checkpoint(given.get("resume_from_checkpoint"))
