@@ -12,6 +12,7 @@ EXAMPLES = {
     for file in sorted((ROOT / package).rglob("*.py"))
     if (count := file.read_text(encoding="utf-8").count(">>> "))
 }
+assert EXAMPLES  # pytest skips a test without parameters
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=str)

@@ -14,7 +14,8 @@ from eval.overoptimization import Scorer, measure_policies
 from rlhf.data.rows import prompt_rows
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import resolve
-from rlhf.rewards import resolve_reward, sources
+from rlhf.rewards import resolve_reward
+from rlhf.rewards import sources as reward_sources
 
 FLOAT32 = ModelConfig(dtype="float32")
 SAMPLING = Sampling(max_new_tokens=4, seed=1)
@@ -37,7 +38,7 @@ def loaded(monkeypatch):
         monkeypatch.setattr(module, name, watched)
 
     watch(replies, "load_causal_lm")
-    watch(sources, "load_reward_model")
+    watch(reward_sources, "load_reward_model")
     return references
 
 

@@ -3,9 +3,9 @@
 import ast
 from collections import Counter, defaultdict
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT, present
+
 FILES = [path for folder in ("rlhf", "eval", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # from the ground up: what stands on one floor doesn't import its neighbours
@@ -60,19 +60,20 @@ def test_no_public_name_is_defined_twice():
         if "metrics" in path.parent.parts and path.name != "__init__.py":
             continue  # a metric is a module of its own, loaded by its folder
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and node.name != "main":
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].add(module(path))
+    del found["main"]
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_functions_fit_on_a_screen_and_the_top_level_stays_small():
-    long = {
-        f"{module(path)}.{node.name}"
+    lines = {
+        f"{module(path)}.{node.name}": present(node.end_lineno) - node.lineno + 1
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+        if isinstance(node, ast.FunctionDef)
     }
-    assert not long
+    assert {name: count for name, count in lines.items() if count > 60} == {}
     beside = Counter(path.parent.name for path in FILES if path.name != "__init__.py" and path.parent.parent == ROOT)
     assert beside["rlhf"] <= 5
     commands = [path for path in (ROOT / "eval").glob("*.py") if path.name != "__init__.py"]
