@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road bench optimum kills people test lint format
+.PHONY: setup chromium demo road docs bench optimum kills people test lint format
 
 setup: $(SETUP)
 
@@ -27,6 +27,11 @@ demo: setup
 road: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,eval]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/road.sh
+
+# fills the tables of README.md and docs/ from docs/results; after a new `make demo` or `make road`, first:
+# python docs/tables.py keep outputs/demo outputs/road
+docs: setup
+	$(BIN)/python docs/tables.py write
 
 # PPO beside stock TRL: time and memory of an update; a problem with a known optimum; kill and resume
 # prints the ratios beside those of benchmarks/ppo.json; make bench KEEP=1 replaces that file

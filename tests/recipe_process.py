@@ -8,9 +8,11 @@ environment, folder, output and exit code.
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from multiprocessing import forkserver
 from pathlib import Path
@@ -62,15 +64,25 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, stdout: str,
 
 
 def run_recipe(
-    context: multiprocessing.context.ForkServerContext, command: list[str], environment: dict[str, str], cwd: Path
+    context: multiprocessing.context.ForkServerContext,
+    command: list[str],
+    environment: dict[str, str],
+    cwd: Path,
+    interrupt_at: str | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a script with its arguments to its end."""
+    """Run a script with its arguments to its end; Ctrl-C comes once it has printed `interrupt_at`."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
         process = context.Process(target=_run, args=(command, environment, str(cwd), *map(str, files)))
         process.start()
+        assert process.pid is not None
+        while interrupt_at is not None and process.is_alive():
+            if interrupt_at in files[0].read_text(encoding="utf-8", errors="replace"):
+                os.kill(process.pid, signal.SIGINT)
+                break
+            time.sleep(0.1)
         process.join()
         assert process.exitcode is not None  # it has ended
         said = [file.read_text(encoding="utf-8", errors="replace") for file in files]

@@ -245,7 +245,7 @@ def test_every_logged_metric_is_in_the_glossary(sft, tokenizer, prompts, tmp_pat
     extra = {"eval_dataset": prompts, "eval_reward_funcs": [count_a], "ptx_dataset": prompts}
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, extra=extra, eval_strategy="steps", eval_steps=1, ptx_coef=1.0)
     ppo.train()
-    glossary = (Path(__file__).parents[1] / "README.md").read_text().split("## What is logged")[1]
+    glossary = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     names = {key for entry in ppo.state.log_history for key in entry if "remark" not in entry}
     names -= {"step", "epoch", "eval_runtime"}  # the Trainer's own
     general = {re.sub("time/.*", "time/*", name.replace("count_a", "<name>")) for name in names}

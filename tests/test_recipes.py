@@ -269,8 +269,8 @@ def test_accelerate_launch_with_the_projects_config(tiny, files, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_readme_names_only_files_that_exist():
-    text = (ROOT / "README.md").read_text()
+def test_readme_and_docs_name_only_files_that_exist():
+    text = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     named = set(re.findall(r"(?:recipes|eval|rlhf|tests)/[\w/]+\.(?:py|yaml|sh)", text))
     assert len(named) > 3
     assert not [name for name in named if not (ROOT / name).exists()]
