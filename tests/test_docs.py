@@ -125,10 +125,10 @@ def checkout(files, tmp_path_factory):
     classifier = AutoModelForSequenceClassification.from_pretrained(folder / "tiny", num_labels=2)
     classifier.save_pretrained(folder / "outputs/road/finetune/full-1")
     tokenizer.save_pretrained(folder / "outputs/road/finetune/full-1")
-    start = ["--model_name_or_path", "outputs/demo/sft"]
-    reward = [*start, "--dataset_name", "pairs.jsonl", "--output_dir", "outputs/demo/reward"]
+    sft = ["--model_name_or_path", "outputs/demo/sft"]
+    reward = [*sft, "--dataset_name", "pairs.jsonl", "--output_dir", "outputs/demo/reward"]
     small_run("recipes/reward.py", reward, folder)
-    ppo = [*start, "--reward_model_path", "outputs/demo/reward", "--dataset_name", "starter"]
+    ppo = [*sft, "--reward_model_path", "outputs/demo/reward", "--dataset_name", "starter"]
     small_run("recipes/ppo.py", [*ppo, "--output_dir", "outputs/demo/ppo"], folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""The numbers that are logged for an update. README has a glossary of them."""
+"""The numbers that are logged for an update. docs/metrics.md has a glossary of them."""
 
 import math
 
