@@ -40,18 +40,18 @@ def main() -> None:
     push = take_push_request(training_args)
 
     # Data
-    train, held_out = load_splits(script_args, "ppo")
+    train, test = load_splits(script_args, "ppo")
 
     # Tokenizer
     name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
     source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
     start = resolve_start(name, source, revision) if sft else source
     reward_sources = resolve_rewards(training_args, base=source.base)
-    held_out_sources = resolve_reward_functions(training_args.eval_reward_funcs, "--eval_reward_funcs")
+    eval_sources = resolve_reward_functions(training_args.eval_reward_funcs, "--eval_reward_funcs")
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
-    held_out = held_out and prompt_rows(held_out, script_args.dataset_name, tokenizer, *sizes)
+    test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes)
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
@@ -59,17 +59,17 @@ def main() -> None:
     # Model
     policy = load_policy(source, model_args, tokenizer, start=start)
     size = training_args.per_device_eval_batch_size
-    rewards, held_out_rewards = (
+    rewards, eval_rewards = (
         [load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
-        for sources in (reward_sources, held_out_sources)
+        for sources in (reward_sources, eval_sources)
     )
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 
     # Trainer
     trainer = PPOTrainer(
-        model=policy, args=training_args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        reward_funcs=rewards, eval_reward_funcs=held_out_rewards, ptx_dataset=ptx,
+        model=policy, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
+        reward_funcs=rewards, eval_reward_funcs=eval_rewards, ptx_dataset=ptx,
     )  # fmt: skip
 
     # Train

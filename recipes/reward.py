@@ -1,4 +1,4 @@
-"""Reward model: learn from comparisons which of two replies people prefer.
+"""Reward model: learn from comparisons which of two replies people prefer, with TRL's RewardTrainer.
 
     accelerate launch recipes/reward.py
     accelerate launch recipes/reward.py --model_name_or_path outputs/sft --dataset_name outputs/preferences
@@ -49,8 +49,8 @@ def main() -> None:
         chat_template_path=training_args.chat_template_path,
         trust_remote_code=training_args.trust_remote_code,
     )
-    sizes = (training_args.max_length, training_args.dataset_num_proc)
-    train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
+    limits = (training_args.max_length, training_args.dataset_num_proc)
+    train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 
@@ -67,8 +67,8 @@ def main() -> None:
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
     metrics = trainer.evaluate()
-    held_out = evaluate_reward_model(trainer, tokenizer, test)
-    metrics |= {"eval_accuracy": held_out["mean"], "eval_margin": held_out["margin"]}
+    accuracy = evaluate_reward_model(trainer, tokenizer, test)
+    metrics |= {"eval_accuracy": accuracy["mean"], "eval_margin": accuracy["margin"]}
     trainer.log_metrics("eval", metrics)
 
     # Save, report, card, push
@@ -81,7 +81,7 @@ def main() -> None:
         [script_args, training_args, model_args],
         source=source,
         datasets=[script_args.dataset_name],
-        metrics={f"held-out {name}": held_out[key] for name, key in MEASURED.items()},
+        metrics={f"held-out {name}": accuracy[key] for name, key in MEASURED.items()},
         repo_id=push and push.repo_id,
     )
     finish_run(training_args.output_dir, metrics)

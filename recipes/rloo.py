@@ -44,7 +44,7 @@ def main() -> None:
     push = take_push_request(training_args)
 
     # Data
-    train, held_out = load_splits(script_args, "ppo")
+    train, test = load_splits(script_args, "ppo")
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -52,7 +52,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
     sizes = (training_args.max_completion_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
-    held_out = prompt_rows(held_out, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
+    test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
     need_prompts(train, script_args.dataset_name, training_args)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
@@ -68,14 +68,14 @@ def main() -> None:
         args=training_args,
         reward_funcs=rewards,
         train_dataset=train,
-        eval_dataset=held_out,
+        eval_dataset=test,
         processing_class=tokenizer,
     )
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
-    held_out_metrics = trainer.evaluate()
-    metrics = {key: held_out_metrics[key] for key in MEASURED if key in held_out_metrics}
+    eval_metrics = trainer.evaluate()
+    metrics = {key: eval_metrics[key] for key in MEASURED if key in eval_metrics}
     trainer.log_metrics("eval", metrics)
 
     # Save, report, card, push

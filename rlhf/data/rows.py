@@ -102,6 +102,9 @@ def preference_rows(
 ) -> Dataset:
     """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out and counted.
 
+    TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It doesn't use other columns,
+    such as `certainty`.
+
     Raises:
         InputError: if columns are missing or no pair fits into `max_length`.
     """
@@ -123,8 +126,8 @@ def preference_rows(
     def encode(row: Row) -> dict[str, list[int]]:
         return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}
 
-    chosen_columns = dataset.select_columns(sorted(columns))
-    encoded = _map(chosen_columns, encode, set(), "Tokenizing preference pairs", num_proc)
+    selected = dataset.select_columns(sorted(columns))
+    encoded = _map(selected, encode, set(), "Tokenizing preference pairs", num_proc)
     if max_length is None:
         return encoded
     longest = [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]

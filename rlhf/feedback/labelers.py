@@ -75,6 +75,7 @@ def make_labeler(
     Raises:
         InputError: for an unknown labeler, model or function.
     """
+    check_labeler_kind(name)
     if name == "simulated" and isinstance(settings, LabelerArguments):
         return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
     if name == "reward":
@@ -87,7 +88,7 @@ def make_labeler(
         from rlhf.feedback.vote_page import People  # Gradio takes seconds to import
 
         return People(settings, Path(folder) / "votes.jsonl", seed)
-    raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
+    raise ValueError(f"{name} is in LABELERS and not here")  # check_labeler_kind passed it
 
 
 class ScoreLabeler:
