@@ -102,7 +102,7 @@ def preference_rows(
 ) -> Dataset:
     """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out and counted.
 
-    TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It doesn't use other columns,
+    TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It ignores other columns,
     such as `certainty`.
 
     Raises:
