@@ -2,11 +2,12 @@
 
 import functools
 from pathlib import Path
-from typing import Any
-
-import evaluate
+from typing import TYPE_CHECKING, Any
 
 from eval.stats.intervals import Interval, JsonObject
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
 
 HERE = Path(__file__).parent
 # The order of the comparison's table, and how a value is written. A judge's win rate is win_rate/<judge>.
@@ -36,7 +37,9 @@ def metric_results(name: str, **inputs: Any) -> JsonObject:
 
 
 @functools.cache
-def _module(name: str) -> evaluate.EvaluationModule:
+def _module(name: str) -> "EvaluationModule":
+    import evaluate  # reports of training only need the table
+
     return evaluate.load(str(HERE / name))
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 
 RESAMPLES = 5000
 
@@ -113,6 +112,8 @@ def _bootstrap(
     point, n = float(statistic(*arrays, axis=-1)), len(arrays[0])
     if n < 2:
         return Interval(point, point, point, n, sample)
+    from scipy.stats import bootstrap  # 0.8 s of a core, and training only reads intervals
+
     result = bootstrap(
         arrays, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=500, method="percentile",
         rng=np.random.default_rng(seed),

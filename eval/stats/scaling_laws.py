@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq, least_squares
-from scipy.stats import f as f_distribution
+from scipy.special import fdtrc, fdtri
 
 from eval.stats.intervals import Interval, JsonObject
 
@@ -160,7 +160,7 @@ def _edge(excess: Callable[[float], float], point: float, step: float, end: floa
 def _threshold(rss: float, points: int, parameters: int) -> float:
     """How far the sum of squares may rise above its minimum within the interval; one degree of freedom in question."""
     free = points - parameters
-    return rss / free * float(f_distribution.ppf(LEVEL, 1, free))
+    return rss / free * float(fdtri(1, free, LEVEL))
 
 
 def fit_form(name: str, x: ArrayLike, loss: ArrayLike) -> LawFit:
@@ -209,7 +209,7 @@ def fit_law(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray)
     constant = fit_form(LARGEST_FORM, x, loss)
     free = len(loss) - len(FORMS[LARGEST_FORM].parameters)
     gain = max(0.0, plain.rss - constant.rss)
-    p_value = float(f_distribution.sf(gain / max(constant.rss / free, 1e-300), 1, free))
+    p_value = float(fdtrc(1, free, gain / max(constant.rss / free, 1e-300)))
     return (constant if p_value < 1 - LEVEL else plain)._replace(p_constant=p_value)
 
 

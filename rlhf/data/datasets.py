@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from sklearn.model_selection import GroupShuffleSplit
 from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
@@ -98,6 +97,8 @@ def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
     if count in (0, 1, len(whole)):
         halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=SPLIT_SEED)
         return halves["train"], halves["test"]
+    from sklearn.model_selection import GroupShuffleSplit  # takes as long to import as the command line to read
+
     by_prompt = GroupShuffleSplit(n_splits=1, test_size=min(500, max(1, count // 10)), random_state=SPLIT_SEED)
     train, test = next(by_prompt.split(prompts, groups=prompts))
     return whole.select(train), whole.select(test)
