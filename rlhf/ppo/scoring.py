@@ -108,7 +108,7 @@ def start_value_head(
 ) -> None:
     """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
 
-    Other value functions start at 0, and so does this one where no reward function is an adapter of the policy.
+    Other value functions start at 0, and so does this one if no reward function is an adapter of the policy.
     """
     for function, weight in zip(functions, weights, strict=True):
         if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:

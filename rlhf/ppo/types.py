@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 class Advantages(NamedTuple):
     """The advantages that the update learns from, and their parts. All (B, T) float32, 0 on padding."""
 
-    rewards: torch.Tensor  # KL penalty and reward per token; the last token also gets the rest of the score
+    rewards: torch.Tensor  # KL penalty plus reward per token; the last token also gets the rest of the score
     kl_rewards: torch.Tensor  # the KL penalty alone
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # target of the value function
