@@ -187,7 +187,7 @@ def usable_context(config: PreTrainedConfig) -> int | None:
 
 
 def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:
-    """The model that PPO's policy starts from: the named adapter if it differs from the SFT model `source`, else that.
+    """The model that PPO's policy starts from: the named adapter, or the SFT model `source` if both are the same.
 
     Args:
         revision: of `model_name_or_path`.

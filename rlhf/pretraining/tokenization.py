@@ -73,7 +73,7 @@ def train_tokenizer(
     cross the borders of GPT-2's pre-tokenization (words with the space before them, numbers, punctuation).
 
     Args:
-        vocab_size: tokens in all: bytes, merges and special tokens. Fewer if the texts have no more pairs to merge.
+        vocab_size: number of bytes, merges and special tokens; fewer if the texts have no more pairs to merge.
         min_frequency: least number of occurrences of a merged pair.
         extra_ids: number of sentinel tokens for span corruption.
 

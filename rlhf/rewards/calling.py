@@ -3,8 +3,8 @@
 That is the signature of `reward_funcs` in TRL's GRPO and RLOO, with its details:
 
 - The completions of conversational prompts are lists of one assistant message; others are texts.
-- `completion_ids` and the dataset's other columns come by name.
-- None says that a function has no opinion on a completion.
+- `completion_ids` and the dataset's other columns are passed by name.
+- None means that a function has no opinion on a completion.
 - A function may be async.
 
 Beyond TRL's, a function may return a list of rewards for a completion, one per token of its `completion_ids`.
