@@ -56,7 +56,7 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
 
 
 class FinetunedResults(NamedTuple):
-    """What a fine-tuned model reaches on the test rows."""
+    """The results of a fine-tuned model on the test rows."""
 
     loss: float
     metrics: dict[str, Interval]
