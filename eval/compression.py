@@ -1,4 +1,4 @@
-"""Compression: bits per byte of held-out text, of language models beside xz and an n-gram model.
+"""Compression: bits per byte of held-out text, for language models, xz and an n-gram model.
 
     accelerate launch eval/compression.py
     accelerate launch eval/compression.py --models mine=outputs/pretrain starter=starter --max_texts 400 \

@@ -11,8 +11,8 @@ Without arguments it reads recipes/configs/star.yaml: the starter model and gene
 to problems that were not solved and keeps the solutions that reach it (Zelikman et al. 2022). --majority_vote takes the
 most common answer as the right one (Huang et al. 2022), as always for rows without `answer`.
 
-Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py. The solutions of a tenth of
-the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
+Each round samples with the newest model and fine-tunes the original base with recipes/sft.py. The solutions of a tenth
+of the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
 and report.html. After an interruption, run the same command again to continue, also with more --rounds.
 """
 

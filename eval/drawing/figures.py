@@ -1,6 +1,6 @@
 """The pictures of a run: training curves, calibration, win rates, over-optimization, rounds, in-context learning.
 
-Each function takes plain data as it is in the run's folder and returns a matplotlib Figure.
+Each function takes plain data from the run's folder and returns a matplotlib Figure.
 """
 
 import base64

@@ -118,7 +118,7 @@ def _sample_one(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ModelReplies:
-    """Replies of one model, which are added to `sampled` and written, or read from there.
+    """Sample one model's replies, add them to `sampled` and write them; or read them from there.
 
     Args:
         sampled: fields of Replies by model, the content of the replies' file.

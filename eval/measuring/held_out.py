@@ -1,4 +1,4 @@
-"""Held-out results with intervals and row by row, beside those that the trainers log.
+"""Held-out results with intervals and row by row, in addition to those that the trainers log.
 
 A reward model's accuracy by length and its calibration; a fine-tuned model's predictions.
 """

@@ -1,4 +1,4 @@
-"""How many held-out problems a model solves, round by round, beside voting and choosing among the base's samples."""
+"""The share of held-out problems solved in each round, and by voting and choosing among the base's samples."""
 
 import sys
 from pathlib import Path

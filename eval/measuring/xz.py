@@ -22,7 +22,7 @@ def compressed_sizes(parts: list[str]) -> list[int]:
 
 
 def _flushed_size(compressor: lzma.LZMACompressor) -> int:
-    """How many bytes the compressor would still write if the text ended here. The compressor stays as it is."""
+    """How many bytes the compressor would still write if the text ended here. The compressor is unchanged."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

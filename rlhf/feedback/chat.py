@@ -149,7 +149,7 @@ class Chat:
                     stopping_criteria=StoppingCriteriaList([asked_to_stop]),
                 )
         except BaseException:
-            streamer.end()  # else whoever reads it would wait for ever
+            streamer.end()  # else its reader would wait forever
             raise
         return speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 

@@ -28,7 +28,7 @@ REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
     """Inside the block the model runs with adapter `name`, or with none.
 
-    `requires_grad` stays as it is. `PeftModel.set_adapter` freezes the other adapters, and a later backward through
+    `requires_grad` is unchanged. `PeftModel.set_adapter` freezes the other adapters, and a later backward through
     them gives no gradient, without a warning.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]

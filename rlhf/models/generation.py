@@ -154,8 +154,8 @@ def generate(
 
     Args:
         batch: `input_ids` and `attention_mask` (B, P), left-padded.
-        stopping_criteria: beside those of `config`, for example a StopStringCriteria, which `generate` makes only for
-            its own decoding loop.
+        stopping_criteria: in addition to those of `config`, for example a StopStringCriteria, which `generate` makes
+            only for its own decoding loop.
         uniforms: see `sample`.
     """
     need_cache(model)

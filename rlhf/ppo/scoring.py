@@ -30,7 +30,7 @@ def collect_rewards(
     A function that returns None for a completion adds nothing to its score.
 
     Args:
-        columns: passed to the functions beside the dataset's columns.
+        columns: passed to the functions in addition to the dataset's columns.
 
     Raises:
         RewardError: see rlhf.rewards.call_rewards.

@@ -76,7 +76,7 @@ class PPOTrainer(TRLPPOTrainer):
 
     The constructor has TRL's parameters in TRL's order, with these differences: `value_model` may be None (the value
     function is then a head on the policy's trunk, or an adapter of its own), `reward_funcs` may replace `reward_model`,
-    and the dataset may have columns beside `input_ids`, such as `prompt`, which go to the reward functions.
+    and the dataset may have columns besides `input_ids`, such as `prompt`, which go to the reward functions.
 
     Args:
         args: the configuration.

@@ -103,7 +103,7 @@ class LossSums:
 
 
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest row."""
+    """Rows of a rollout with each completion right after its prompt, padded on the left to the longest row."""
     mask = rollout.attention_mask[rows].bool()
     totals = mask.sum(1)
     width = int(totals.max())

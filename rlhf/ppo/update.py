@@ -204,7 +204,7 @@ def micro_batch_losses(
     rows: torch.Tensor,
     settings: UpdateSettings,
 ) -> LossSums:
-    """The losses of some rows under the model as it is now."""
+    """The losses of some rows under the current model."""
     packed = pack(rollout, rows)
     length = int(packed.lengths.max())
     new = forward(packed, settings.temperature, entropy_gradient=settings.entropy_coef > 0)

@@ -154,7 +154,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, objective: str) -> None:
     """Make the tokenizer add the objective's special tokens around a text.
 
     masked, replaced: [CLS] text [SEP], or [CLS] first [SEP] second [SEP]; span: text eos; causal: nothing. A tokenizer
-    that already adds special tokens stays as it is.
+    that already adds special tokens is unchanged.
     """
     backend = tokenizer.backend_tokenizer
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:

@@ -45,7 +45,7 @@ class _Names(dict[str, Any]):
         statement = self.unbound.pop(name)  # KeyError: Python goes on to the builtins
         if isinstance(statement, ast.If):
             test = ast.unparse(statement.test)
-            # what a lazy package declares for type checkers is what it gives
+            # a lazy package provides what it declares for type checkers
             taken = test.endswith("TYPE_CHECKING") or eval(test, self)
             self.unbound = {**self.unbound, **dict(_bindings(statement.body if taken else statement.orelse))}
             return self[name]

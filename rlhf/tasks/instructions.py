@@ -11,7 +11,7 @@ Templates are Jinja, several per task, in YAML files such as rlhf/tasks/template
         choices: [bad, good]                 # wordings of the answers, in the order of the labels; or
       - name: label
         prompt: "Message: {{ text }}\\nSentiment:"
-        choice: "{{ choice | upper }}"       # a template for each answer. Without either, answers stay as they are
+        choice: "{{ choice | upper }}"       # a template for each answer. Without either, answers are unchanged
 
 A prompt may name the task's input columns and `options`, the list of worded answers, but not the answer. Templates run
 in Jinja's sandbox.
