@@ -10,7 +10,7 @@ samples.jsonl. One reply per model and prompt, by pure sampling at --temperature
 best of n replies of the reference model by the reward model. Intervals are bootstrapped over prompts (distinct-2: over
 groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
 
---judges compare each model's reply with the reference's, not knowing which is which: `gold` (the starter's hidden
+--judges compare each model's reply with the reference's, without knowing which is which: `gold` (the starter's hidden
 score), `reward` (--reward_funcs, preferably a reward model that no model was trained on; else --reward_model_path),
 `judge` (a model that follows --principle), `human` (opens the voting page; after Ctrl-C the same command continues).
 """
@@ -61,7 +61,9 @@ class CompareArguments:
         default_factory=list, metadata={"help": "name=model pairs; a model is an id or a folder."}
     )
     reference: str = field(default="sft", metadata={"help": "Name of the model that others are compared with."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model for its score and best-of-n."})
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "Reward model for reward_score and best-of-n."}
+    )
     judges: list[str] | None = field(
         default=None,
         metadata={"help": "Who judges: gold, reward, judge, human. Default: gold for the starter, else reward."},

@@ -1,14 +1,14 @@
-"""Compression: bits per byte of held-out text, of language models beside xz and an n-gram model.
+"""Compression: bits per byte of held-out text, for language models, xz and an n-gram model.
 
     accelerate launch eval/compression.py
     accelerate launch eval/compression.py --models mine=outputs/pretrain starter=starter --max_texts 400 \
         --output_dir outputs/compression
 
-A model that gives a text the probability p can store it in -log2(p) bits, so prediction and compression are one thing,
-and tokenizers don't matter. Every byte counts, also the first token of a text and its end. `xz` is `xz -9` on all the
-texts in one file; `xz_primed` is by how many bytes the compressed training text grows when they follow it; `3-gram` is
-an interpolated Kneser-Ney model of the training text over the tokens of the first of --models.
-Written: results.json ({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
+A model that gives a text the probability p can store it in -log2(p) bits. So prediction is compression, and tokenizers
+don't matter. Every byte counts, including the first token of a text and its end. `xz` is `xz -9` on all the texts in
+one file; `xz_primed` is the growth of the compressed training text when the texts follow it; `3-gram` is an
+interpolated Kneser-Ney model of the training text over the tokens of the first of --models. Written: results.json
+({mean, low, high, n} of each; intervals are bootstrapped over texts) and compression.png.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -40,7 +40,7 @@ from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 
-GROUPS = 50  # groups of texts over which xz is bootstrapped: its output's size is known behind each group only
+GROUPS = 50  # groups of texts over which xz is bootstrapped: its output's size is known only after each group
 
 
 @dataclass
@@ -52,7 +52,7 @@ class CompressionArguments:
     ngram_order: int = field(default=3, metadata={"help": "Order of the n-gram model."})
     max_texts: int = field(default=200, metadata={"help": "Use at most this many held-out texts."})
     max_length: int = field(default=1024, metadata={"help": "Longest window in tokens; a model's context if shorter."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Windows at once."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Windows to score at once."})
     output_dir: str = field(default="outputs/compression", metadata={"help": "Folder for results.json."})
 
 
@@ -107,7 +107,7 @@ def differences_to_others(cells: dict[str, Interval], models: list[str]) -> dict
 
 
 def print_table(results: JsonObject) -> None:
-    """Bits per byte, and the first model's less the others'."""
+    """Bits per byte, and the first model's minus the others'."""
     first = next(iter(results["bits_per_byte"]))
     table = Table(title=f"Bits per byte of {results['texts']} held-out texts ({results['bytes']:,} bytes)")
     for heading in ("", "bits per byte", f"{first} less this"):

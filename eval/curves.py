@@ -32,7 +32,7 @@ SAME = ("model_name_or_path", "dataset_name", "dataset_config", "reward_model_pa
 class CurvesArguments:
     """Which runs are drawn."""
 
-    models: list[str] = field(default_factory=list, metadata={"help": "name=folder pairs; a name may occur again."})
+    models: list[str] = field(default_factory=list, metadata={"help": "name=folder pairs; a name may be repeated."})
     output_dir: str = field(default="outputs/curves", metadata={"help": "Folder for curves.json and curves.png."})
 
 

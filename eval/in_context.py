@@ -19,7 +19,7 @@ first run as --baseline_dir. Prompts are then written with all templates, in the
 Writes results.json (`tasks.<task>.<number of examples>`, `clusters`, `differences` between most and no examples, and
 `against_baseline`, each {mean, low, high, n}), every answer in answers-<number of examples>.jsonl, in_context.png and
 report.html. Intervals are 95% bootstrap intervals over test rows, and differences are paired. They don't cover the
-choice of examples, which ten test rows in a row share. After an interruption the same command continues.
+choice of examples, which ten consecutive test rows share. After an interruption the same command continues.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -57,13 +57,13 @@ POOL = 200  # training rows per task that examples are drawn from
 
 @dataclass
 class InContextArguments:
-    """What is asked, and with how many examples. Which tasks: rlhf.tasks.instructions.TaskArguments."""
+    """What is asked, and with how many examples. rlhf.tasks.instructions.TaskArguments says which tasks."""
 
     output_dir: str = field(default="outputs/in-context", metadata={"help": "Folder for results.json and answers."})
     num_fewshot: list[int] = field(default_factory=lambda: [0, 1, 4, 8], metadata={"help": "Numbers of examples."})
-    limit: int = field(default=100, metadata={"help": "Test rows per task, at most."})
+    limit: int = field(default=100, metadata={"help": "Largest number of test rows per task."})
     num_templates: int = field(default=1, metadata={"help": "How many of a task's templates are used, in turn."})
-    apply_chat_template: bool = field(default=False, metadata={"help": "Prompts and examples as turns of a chat."})
+    apply_chat_template: bool = field(default=False, metadata={"help": "Write prompts as turns of a chat."})
     baseline_dir: str | None = field(
         default=None, metadata={"help": "Finished run of another model on the same rows: adds paired differences."}
     )
@@ -136,10 +136,10 @@ def is_starter_task(task: str) -> bool:
 def word_questions(
     script_args: ScriptArguments, task_args: TaskArguments, args: InContextArguments
 ) -> dict[str, dict[str, list[JsonObject]]]:
-    """The rows as prompts, `train` and `test`, of the starter's tasks and the user's own, by task.
+    """The prompts of the starter's tasks and the user's own: by task, then by split (`train`, `test`).
 
     Raises:
-        InputError: if a task has fewer training rows than examples are asked for.
+        InputError: if a task has fewer training rows than --num_fewshot asks for.
     """
     if task_args.tasks == [] and script_args.dataset_name in (None, STARTER):
         return {}

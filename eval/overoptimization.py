@@ -4,9 +4,9 @@
     accelerate launch eval/overoptimization.py --model_name_or_path outputs/qwen-ppo \
         --eval_reward_funcs Skywork/Skywork-Reward-V2-Qwen3-0.6B --output_dir outputs/qwen-overoptimization
 
-Every checkpoint of the run replies to held-out prompts, and its replies are scored by the reward it was trained on (the
-proxy) and by the truth: the starter's gold score, or for other datasets the first of --eval_reward_funcs. Best-of-n of
-the model that the run started from is scored likewise. Writes overoptimization.json, with both scores against sqrt(KL),
+Every checkpoint of the run replies to held-out prompts, and its replies are scored by its training reward (the proxy)
+and by the truth: the starter's gold score, or for other datasets the first of --eval_reward_funcs. Best-of-n of the
+model that the run started from is scored the same way. Writes overoptimization.json, with both scores against sqrt(KL),
 the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; samples.jsonl; and a picture. Keep checkpoints
 with --save_total_limit when training. Flags that are not given are taken from the run.
 """
@@ -49,11 +49,13 @@ from rlhf.starter.model import STARTER
 
 @dataclass
 class OverOptimizationArguments:
-    """What is sampled and scored. Default of rewards, reply length and temperature: the run's."""
+    """What is sampled and scored. Rewards, reply length and temperature default to the run's."""
 
     output_dir: str = field(default="outputs/overoptimization", metadata={"help": "Folder for the results."})
     reward_model_path: str | None = field(default=None, metadata={"help": "The proxy. Default: the run's reward."})
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "More of the proxy, as in ppo.py."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Further rewards of the proxy, as in ppo.py."}
+    )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward."})
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "The truth: a reward that was not trained on. Default: the starter's gold."}
@@ -154,7 +156,7 @@ def measure_policies(
     candidates: int,
     model_args: ModelConfig,
 ) -> tuple[list[ScoredPoint], dict[str, ModelReplies]]:
-    """Sample from every policy, one of which is in memory at a time, and score the replies.
+    """Sample from every policy, with one in memory at a time, and score the replies.
 
     Args:
         sources: the model that training started from, then the checkpoints.
@@ -192,7 +194,7 @@ def best_of_n_points(prompts: list[Prompt], candidates: Replies, scorer: Scorer,
 def fits_of(points: list[ScoredPoint], kind: CurveKind) -> JsonObject:
     """The fitted curves of `gold` and `proxy` in points of one kind, the first of which is the start.
 
-    None in place of a curve with fewer than three points at a distance from the start.
+    A curve with fewer than three points away from the start is None.
     """
     later = [point for point in points[1:] if point.kl.mean > 0]
     if len(later) < 3:
@@ -204,7 +206,7 @@ def fits_of(points: list[ScoredPoint], kind: CurveKind) -> JsonObject:
 
 
 def _gains(cells: list[Interval], start: Interval) -> np.ndarray:
-    """(P, N) what each of N prompts gained over the start at each of P points."""
+    """(P, N) gain of each of N prompts over the start at each of P points."""
     first, *later = [np.asarray(cell.sample.values) for cell in (start, *cells) if cell.sample]
     return np.stack([values - first for values in later])
 

@@ -34,14 +34,14 @@ REPORT = "report.html"
 MANY_RUNS = 12
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate")
 LOG_FILES = ("trainer_state.json", "ppo_state.json")
-# the settings that name what a run was made from, in the order of the road, and their names on the page
+# the settings that name what a run was made from, in the order of the stages, and their names on the page
 SOURCES = {
     "model_name_or_path": "model", "sft_model_path": "SFT model", "models": "models", "dataset_name": "data",
     "ptx_dataset_name": "SFT data", "reward_model_path": "reward model", "reward_funcs": "reward functions",
     "eval_reward_funcs": "held-out reward functions", "tokenizer_name": "tokenizer",
 }  # fmt: skip
 
-# those of the trainers' held-out metrics that the lineage shows
+# the trainers' held-out metrics that the lineage shows
 RESULTS = {
     "eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy", "eval_margin": "held-out margin",
     "eval_masked_accuracy": "held-out accuracy on masked tokens", "eval_token_accuracy": "held-out token accuracy",
@@ -81,7 +81,7 @@ def find_runs(folder: Path) -> list[Path]:
         run = read_run(path)
         if run is None or path.resolve() in found:
             return
-        found[path.resolve()] = path  # marked as found, against circles
+        found[path.resolve()] = path  # marked as found first, so that cycles end
         for key in SOURCES:
             values = run["settings"].get(key) or []
             for value in [values] if isinstance(values, str) else values:
@@ -94,7 +94,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_log(folder: Path) -> list[JsonObject]:
-    """The log of a training run: of its end, or of its newest checkpoint."""
+    """The log of a training run: the final one, or that of its newest checkpoint."""
     for place in (folder, *reversed(checkpoints(str(folder)))):
         for name in LOG_FILES:
             state = read_json(place / name)
@@ -117,7 +117,7 @@ def draw_run(folder: Path) -> list[tuple[Path, str]]:
 
 
 def run_names(folders: list[Path]) -> dict[Path, str]:
-    """What the page calls each run: its folder's name, with the parent folder's where two runs have the same."""
+    """The name of each run on the page: its folder's, with the parent folder's where two runs share it."""
     paths = [folder.resolve() for folder in folders]
     count = Counter(path.name for path in paths)
     return {path: path.name if count[path.name] == 1 else "/".join(path.parts[-2:]) for path in paths}

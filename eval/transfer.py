@@ -1,12 +1,12 @@
-"""Transfer: what pretraining, LoRA, a frozen body and the auxiliary objective are worth, over seeds, on the same rows.
+"""Transfer: the gain from pretraining, LoRA, a frozen body and the auxiliary objective, over seeds, on the same rows.
 
     accelerate launch eval/transfer.py --reference scratch --output_dir outputs/transfer \
         --models scratch=outputs/scratch-1 scratch=outputs/scratch-2 full=outputs/full-1 full=outputs/full-2
 
-Reads finished runs of recipes/finetune.py: the same name several times is the same way of training with other seeds
-(other labelled rows, order and new weights). Writes transfer.json, transfer.png and a page: the held-out score of each,
-and its difference to --reference, paired by row and by seed. The score is accuracy (of words for tags, F1 for spans).
-Intervals are bootstrapped over the held-out rows and the seeds together.
+Reads finished runs of recipes/finetune.py. A name given several times is one way of training with several seeds
+(labelled rows, order and new weights differ). Writes transfer.json, transfer.png and a page: the held-out score of
+each, and its difference to --reference, paired by row and by seed. The score is accuracy (of words for tags, F1 for
+spans). Intervals are bootstrapped over the held-out rows and the seeds together.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -40,9 +40,9 @@ class TransferArguments:
     """Which runs are compared."""
 
     models: list[str] = field(
-        default_factory=list, metadata={"help": "name=folder pairs; a name may come several times, once per seed."}
+        default_factory=list, metadata={"help": "name=folder pairs; a name may be repeated, once per seed."}
     )
-    reference: str = field(default="scratch", metadata={"help": "Name to which differences are taken."})
+    reference: str = field(default="scratch", metadata={"help": "Name that others are compared with."})
     output_dir: str = field(default="outputs/transfer", metadata={"help": "Folder for transfer.json and the picture."})
     seed: int = field(default=42, metadata={"help": "Seed of the bootstrap."})
 
@@ -105,7 +105,7 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
 
 
 class SeedScores(NamedTuple):
-    """What one way of training reaches."""
+    """The scores of one way of training."""
 
     cell: Interval  # over rows and seeds; n is the number of rows
     seeds: list[float]  # mean of each seed
@@ -119,8 +119,8 @@ def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> S
 
     Each row counts by its weight, as in the runs' own accuracy per word.
 
-    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval is rather too wide than too
-    narrow, except that few seeds say little about how much seeds differ.
+    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval errs on the wide side, except
+    that few seeds say little about how much seeds differ.
     """
     count, rows = scores.shape
     rng = np.random.default_rng(seed)

@@ -9,10 +9,10 @@ Without arguments it reads recipes/configs/chat.yaml: the starter, in the termin
 `/quit` or Ctrl-D ends. `--page true` opens a page instead. Only this machine can reach it, unless --server_name says
 otherwise.
 
-Two models reply as A and B, in an order drawn anew each turn. Your answer reveals who was who, and the conversation
-continues with the better reply. Answers go into votes.jsonl and tasks.jsonl of --output_dir, in the voting page's
-format; train.jsonl there has the preference pairs. Skipped replies are not kept. --output_dir may be the folder of
-`recipes/collect.py --labeler human`: your votes are then added to those.
+Two models reply as A and B, in an order drawn anew each turn. Your answer reveals which model was which, and the
+conversation continues with the better reply. Answers go into votes.jsonl and tasks.jsonl of --output_dir, in the voting
+page's format; train.jsonl there has the preference pairs. Skipped replies are not kept. --output_dir may be the folder
+of `recipes/collect.py --labeler human`: your votes are then added to those.
 """
 
 from rlhf.run.arguments import answer_early, parse

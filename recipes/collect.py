@@ -42,11 +42,11 @@ from rlhf.run.processes import need_one_process
 
 @dataclass
 class CollectArguments:
-    """How replies are sampled. Who compares them: rlhf.feedback.labelers.LabelerArguments."""
+    """How replies are sampled. rlhf.feedback.labelers.LabelerArguments says who compares them."""
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Most prompts of each split."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use at most this many prompts of each split."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})

@@ -8,9 +8,9 @@
         --use_peft false --learning_rate 5e-5 --output_dir outputs/finetune-tags
 
 Without arguments it reads recipes/configs/finetune.yaml: the starter model with LoRA learns which of two replies
-follows a message. The columns tell the kind of task (table: rlhf/tasks/labelled.py). LoRA is the default. --use_peft
-false trains the whole model, --freeze_body true the head only, and --from_scratch true the same network from random
-weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
+follows a message. The columns determine the kind of task (table: rlhf/tasks/labelled.py). LoRA is the default.
+--use_peft false trains the whole model, --freeze_body true the head only, and --from_scratch true the same network from
+random weights. --lm_coef adds GPT-1's auxiliary objective. Every flag of TrainingArguments and ModelConfig works.
 """
 
 from rlhf.run.arguments import answer_early, parse

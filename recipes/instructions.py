@@ -7,7 +7,7 @@
 
 Without arguments it reads recipes/configs/instructions.yaml: the sixteen tasks of rlhf/starter/tasks.py, ten templates
 each (rlhf/tasks/templates/). Your own task is a dataset with a column `label` and a YAML file of templates (format:
-rlhf/tasks/instructions.py). The mixture is that of FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to the
+rlhf/tasks/instructions.py). Tasks are mixed as in FLAN, §2.3 (https://arxiv.org/abs/2109.01652): in proportion to their
 number of examples, with a cap. Clusters named by --held_out_clusters are excluded from training, so that
 eval/in_context.py can measure a model on a kind of task it has never seen. No model is needed.
 
@@ -37,12 +37,12 @@ from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, lo
 
 @dataclass
 class InstructionArguments:
-    """How tasks are mixed. Which tasks: rlhf.tasks.instructions.TaskArguments."""
+    """How tasks are mixed. rlhf.tasks.instructions.TaskArguments says which tasks."""
 
     output_dir: str = field(default="outputs/instructions", metadata={"help": "Folder for train.jsonl and test.jsonl."})
-    held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters left out of training."})
-    max_examples_per_task: int = field(default=400, metadata={"help": "Most training rows of a task."})
-    max_test_examples_per_task: int = field(default=20, metadata={"help": "Most test rows of a task."})
+    held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters to exclude from training."})
+    max_examples_per_task: int = field(default=400, metadata={"help": "Largest number of training rows per task."})
+    max_test_examples_per_task: int = field(default=20, metadata={"help": "Largest number of test rows per task."})
     num_templates: int | None = field(default=None, metadata={"help": "Templates per task; default: all."})
     seed: int = field(default=42, metadata={"help": "Seed of the tasks' rows and of their order."})
 

@@ -1,14 +1,14 @@
-"""Rounds: samples → comparisons → reward model → PPO → new samples, again and again.
+"""Rounds: samples → comparisons → reward model → PPO → new samples, repeated.
 
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 2
     accelerate launch recipes/rounds.py --model_name_or_path outputs/sft --rounds 3 --collect_config people.yaml
 
 In each round a labeler compares replies of the newest policy, a reward model is trained on all comparisons so far, PPO
 continues from the newest policy, and every round's policy is compared on held-out prompts. The reference of PPO stays
-the SFT model, so the KL is the distance from it. The stages are the other recipes with their own configurations. For
-people in the loop, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,
-comparison}, rounds.json, rounds.png and report.html. After an interruption, run the same command again to continue; it
-may ask for more --rounds.
+the SFT model, so the KL is the distance from it. The stages are the other recipes with their own configurations. To ask
+people, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,comparison},
+rounds.json, rounds.png and report.html. After an interruption, run the same command again to continue, also with more
+--rounds.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -36,7 +36,7 @@ class RoundsArguments:
     """The loop's start, its length, and the configurations of its stages."""
 
     model_name_or_path: str = field(default="outputs/sft", metadata={"help": "SFT model, from which round 1 starts."})
-    rounds: int = field(default=2, metadata={"help": "Number of rounds; a finished run can get more."})
+    rounds: int = field(default=2, metadata={"help": "Number of rounds; may be raised after a run."})
     dataset_name: str = field(default="starter", metadata={"help": "Prompts of all stages."})
     output_dir: str = field(default="outputs/rounds", metadata={"help": "Folder for the rounds."})
     seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})

@@ -9,8 +9,8 @@
 Without arguments it reads recipes/configs/scaling.yaml: the starter conversations, with the tokenizer of
 recipes/tokenizer.py. Each point of the sweep is a run of recipes/pretrain.py (--base_config) that sees its budget of
 text once. Results: L(N), L(D) and L(C) with intervals (Kaplan et al. 2020; Hoffmann et al. 2022); the loss of a larger
-model, forecast before its training; and the loss by position in the context of an LSTM with as many parameters as the
-largest fitted Transformer. Output: points/, scaling.json, scaling.png, positions.png and report.html. After an
+model, forecast before its training; and, beside the largest fitted Transformer, the loss of an LSTM of the same size by
+position in the context. Output: points/, scaling.json, scaling.png, positions.png and report.html. After an
 interruption, run the same command again to continue.
 """
 

@@ -7,13 +7,13 @@
         --max_new_tokens 256 --output_dir outputs/qwen-star
 
 Without arguments it reads recipes/configs/star.yaml: the starter model and generated word problems. A dataset has
-`prompt` and `answer`, and `solution` in the few rows that become the base's examples. --rationalize gives the answer to
-problems that were not solved and keeps the solutions that reach it (Zelikman et al. 2022). --majority_vote takes the
-most common answer for the right one (Huang et al. 2022). Rows without `answer` are always treated so.
+`prompt` and `answer`, and `solution` in the few rows that become the base's examples. --rationalize reveals the answer
+to problems that were not solved and keeps the solutions that reach it (Zelikman et al. 2022). --majority_vote takes the
+most common answer as the right one (Huang et al. 2022), as always for rows without `answer`.
 
-Each round samples with the newest model and fine-tunes the base anew with recipes/sft.py. The solutions of a tenth of
-the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
-and report.html. After an interruption, run the same command again to continue; it may ask for more --rounds.
+Each round samples with the newest model and fine-tunes the original base with recipes/sft.py. The solutions of a tenth
+of the problems are held out for its loss. Output: round-<r>/{solutions, model, held_out.jsonl}, rounds.json, rounds.png
+and report.html. After an interruption, run the same command again to continue, also with more --rounds.
 """
 
 from rlhf.run.arguments import answer_early, parse

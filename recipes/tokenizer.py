@@ -32,10 +32,10 @@ from rlhf.starter.model import STARTER
 class TokenizerArguments:
     """Size and content of the vocabulary."""
 
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens in all: 256 bytes, special tokens and merges."})
+    vocab_size: int = field(default=4096, metadata={"help": "Size: 256 bytes, special tokens and merges."})
     min_frequency: int = field(default=2, metadata={"help": "Least number of occurrences of a merged pair."})
     extra_ids: int = field(default=100, metadata={"help": "Sentinel tokens <extra_id_0>, ... for span corruption."})
-    model_max_length: int = field(default=1024, metadata={"help": "Longest text that models take, in tokens."})
+    model_max_length: int = field(default=1024, metadata={"help": "Longest input of models, in tokens."})
     output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Folder for the tokenizer."})
 
 

@@ -17,7 +17,7 @@ Prompt = str | Messages
 class Task(NamedTuple):
     """A prompt and the different replies to compare."""
 
-    id: str  # digest of the content below, so that a vote can't reach other replies
+    id: str  # digest of the content below, so that a vote can't count for other replies
     split: str  # train or test
     prompt: Prompt
     completions: list[str]
@@ -47,7 +47,7 @@ class Labeler(Protocol):
     finished: bool
 
     def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
-        """Compare the completions of each task, any number of pairs."""
+        """Compare any number of pairs of each task's completions."""
         ...
 
 

@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 def need_at_least(arguments: object, **least: float) -> None:
-    """Refuse numbers below their least value. None, which stands for "no limit", passes.
+    """Refuse numbers below their minimum. None, which stands for "no limit", passes.
 
     Args:
         arguments: a dataclass of flags.

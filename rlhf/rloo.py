@@ -69,7 +69,7 @@ class RLOOConfig(TRLRLOOConfig):
 
 
 def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
-    """Refuse a dataset that doesn't fill one batch. TRL's sampler drops an incomplete batch, here the whole dataset.
+    """Refuse a dataset that doesn't fill one batch. TRL's sampler would drop it as an incomplete batch.
 
     Raises:
         InputError: if there are fewer prompts than `generation_batch_size / num_generations`.
@@ -86,9 +86,9 @@ def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
 class RLOOTrainer(TRLRLOOTrainer):
     """TRL's RLOOTrainer; each method's docstring names the difference.
 
-    With a PeftModel the reference is a frozen copy of the adapter, named `ref`, made when the trainer is made: the SFT
-    adapter. The log has two more entries: `objective/kl`, the KL to the reference in nats summed over a completion
-    (TRL's own `kl` is a mean over tokens), and `episode`, the number of completions sampled so far.
+    With a PeftModel the reference is `ref`, a frozen copy of the SFT adapter that the trainer makes at its start. The
+    log has two more entries: `objective/kl`, the KL to the reference in nats summed over a completion (TRL's own `kl`
+    is a mean over tokens), and `episode`, the number of completions sampled so far.
     """
 
     # narrower than TRL declares them
@@ -144,7 +144,7 @@ class RLOOTrainer(TRLRLOOTrainer):
     ) -> torch.Tensor:
         """Rewards (B over all processes, functions) from `call_rewards`, which refuses NaN.
 
-        Rewards per token are summed. None, no opinion, becomes NaN.
+        Rewards per token are summed. None (no opinion) becomes NaN.
         """
         training = self.model.training
         taken = ("prompt", "completion", "completion_ids")

@@ -1,6 +1,6 @@
 """The pictures of a run: training curves, calibration, win rates, over-optimization, rounds, in-context learning.
 
-Each function takes plain data as it is in the run's folder and returns a matplotlib Figure.
+Each function takes plain data from the run's folder and returns a matplotlib Figure.
 """
 
 import base64
@@ -17,10 +17,10 @@ from eval.stats.intervals import Interval, JsonObject
 from eval.stats.scaling_laws import LawFit, formula, predict, read_fits
 
 Log = list[JsonObject]
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)
+# Okabe and Ito's colours, distinct for every kind of colour vision (https://jfly.uni-koeln.de/color/)
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE)
-# (title, {label: metric}) of each panel; a panel none of whose metrics was logged is left out
+# (title, {label: metric}) of each panel; a panel without logged metrics is left out
 PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "ppo": [
         ("score", {"training": "objective/raw_scores", "held out": "eval_score"}),

@@ -29,7 +29,7 @@ class Picture(NamedTuple):
 
     source: str
     name: str
-    content: Callable[[JsonObject], Any]  # takes from the source's content what is drawn, or None
+    content: Callable[[JsonObject], Any]  # returns the part of the source's content that is drawn, or None
     figure: Callable[[Any], Figure | None]
     caption: str  # with fields of what is drawn
 

@@ -27,7 +27,7 @@ def tables_of(folders: list[Path]) -> list[ReportTable]:
     tables: list[ReportTable] = []
     for folder in folders:
         results = read_json(folder / "results.json") or {}
-        # of several rounds the newest comparison has the others' models, too
+        # the newest comparison of several rounds includes the others' models
         if "models" in results and (not in_rounds or results == newest):
             tables.append(_comparison(results))
         if "bits_per_byte" in results:

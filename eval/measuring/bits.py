@@ -1,7 +1,7 @@
 """Bits per byte of text: of language models, of xz, of n-grams.
 
-A model that gives a text the probability p can store it in -log2(p) bits, so prediction and compression are one thing,
-and tokenizers don't matter. Every byte counts, also the first token of a text and its end.
+A model that gives a text the probability p can store it in -log2(p) bits. So prediction is compression, and tokenizers
+don't matter. Every byte counts, including the first token of a text and its end.
 """
 
 import itertools
@@ -76,10 +76,10 @@ def bits_per_byte(
 
 
 def xz_bits(texts: list[str], before: list[str], groups: int) -> list[float]:
-    """By how many bits the output of `xz -9` grows with each group of texts, one byte of end mark behind each text.
+    """The growth in bits of the output of `xz -9` with each group of texts; a byte of end mark follows each text.
 
     Args:
-        before: texts that are compressed in front of them and not counted.
+        before: texts that are compressed before them and not counted.
     """
     parts = ["".join(text + "\0" for text in group) for group in (before, *in_groups(texts, groups)) if group]
     child = subprocess.run(

@@ -1,4 +1,4 @@
-"""What eval/compare.py computes: replies, log-probabilities and scores of every model, and the metrics of them."""
+"""What eval/compare.py computes: every model's replies, log-probabilities, scores and metrics."""
 
 import functools
 import itertools
@@ -118,7 +118,7 @@ def _sample_one(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ModelReplies:
-    """Replies of one model, which are added to `sampled` and written, or read from there.
+    """Sample one model's replies, add them to `sampled` and write them; or read them from there.
 
     Args:
         sampled: fields of Replies by model, the content of the replies' file.
@@ -152,7 +152,7 @@ def _score_all(
 
 
 def _best_of(candidates: Replies, by_prompt: list[list[float]]) -> Replies:
-    """The candidate with the highest score of each prompt; the first, if several have it."""
+    """Each prompt's candidate with the highest score; the first if several have it."""
     best = [max(range(len(row)), key=row.__getitem__) for row in by_prompt]
     numbers = [first * len(row) + n for first, (row, n) in enumerate(zip(by_prompt, best, strict=True))]
     return Replies([candidates.ids[n] for n in numbers], [candidates.texts[n] for n in numbers])

@@ -38,11 +38,11 @@ from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
-# lm-eval warns of a model that is handed over loaded and of a number of examples that is set; both are intended
+# lm-eval warns of a model that is already loaded and of a set number of examples; both are intended
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
-SAME_EXAMPLES = 10  # documents in a row that get the same examples
+SAME_EXAMPLES = 10  # consecutive documents that get the same examples
 Rows = list[JsonObject]
 Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, context ids, continuation ids)
 # in place of a control token that is meant as text, until the text is encoded
@@ -53,7 +53,7 @@ class SharedExamples(ContextSampler):
     """Draws the same examples for SAME_EXAMPLES documents in a row, so that they are computed once.
 
     The first examples of a longer draw are those of a shorter one: with more examples a prompt only grows. Labels come
-    in equal shares, in random order, since models lean to the label that examples show most often (Zhao et al. 2021,
+    in equal shares, in random order, since models favour the label that examples show most often (Zhao et al. 2021,
     https://arxiv.org/abs/2102.09690).
     """
 
@@ -211,7 +211,7 @@ class SharedPrefixLM(HFLM):
 
 @functools.cache
 def _task_manager(known: bool) -> TaskManager:
-    """With lm-eval's own tasks, which takes seconds, or without."""
+    """The task manager, with lm-eval's own tasks (takes seconds) or without."""
     return TaskManager(include_defaults=known)
 
 
@@ -262,12 +262,12 @@ def answer(
     apply_chat_template: bool,
     seed: int,
 ) -> dict[str, Rows]:
-    """Let lm-eval ask all tasks with so many examples; answers of an interrupted run are read from its folder.
+    """Let lm-eval ask all tasks with `num_fewshot` examples; answers of an interrupted run are read from its folder.
 
     Args:
         tasks: what `lm_eval.simple_evaluate` takes: names, files, configurations.
         folder: of the run, for answers-<num_fewshot>.jsonl.
-        limit: the most test rows per task.
+        limit: largest number of test rows per task.
 
     Returns:
         by task, one row per test row: `task`, `number`, `score` (of the task's first metric), `responses` and `doc`.
@@ -287,7 +287,7 @@ def answer(
             )  # fmt: skip
         except InputError:
             raise
-        except (OSError, KeyError, ValueError, DatasetsError) as error:  # ValueError: too few examples to draw, say
+        except (OSError, KeyError, ValueError, DatasetsError) as error:  # ValueError: say, too few examples
             raise InputError(
                 f"--tasks, --num_fewshot {num_fewshot}: lm-eval can't ask a task ({type(error).__name__}: {error})."
             ) from error
@@ -318,7 +318,7 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
     """The answers of the baseline, another run, by number of examples and task.
 
     Raises:
-        InputError: if its questions were other ones.
+        InputError: if its questions differ.
     """
     answers = {}
     for number in num_fewshot:

@@ -1,4 +1,4 @@
-"""Held-out results with intervals and row by row, beside those that the trainers log.
+"""Held-out results with intervals and row by row, in addition to those that the trainers log.
 
 A reward model's accuracy by length and its calibration; a fine-tuned model's predictions.
 """
@@ -56,7 +56,7 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
 
 
 class FinetunedResults(NamedTuple):
-    """What a fine-tuned model reaches on the test rows."""
+    """The results of a fine-tuned model on the test rows."""
 
     loss: float
     metrics: dict[str, Interval]

@@ -48,7 +48,7 @@ def make_judges(
 
 
 def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], reference: str) -> dict[str, Verdicts]:
-    """Let one judge compare every model with the reference, on every prompt, not knowing which is which.
+    """Let one judge compare every model with the reference, on every prompt, without knowing which is which.
 
     Two equal replies are a tie; the judge isn't asked about them.
 
@@ -76,7 +76,7 @@ def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], refe
 
 
 def _wins(answer: Comparison) -> float:
-    """The model's share of one answer, in which it is the first of the two: 1, 0, or half for a tie."""
+    """The model's share of one answer in which its reply is the first: 1, 0, or half for a tie."""
     return 0.5 if answer.preferred == "tie" else float(answer.preferred == "first")
 
 

@@ -41,9 +41,9 @@ def position_losses(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
 
 
 def position_bins(length: int) -> list[tuple[int, int]]:
-    """Ranges [first, last] of the number of context tokens, each twice as wide as the one before; `length` is the most.
+    """Ranges [first, last] of the number of context tokens, each twice as wide as the one before, up to `length`.
 
-    A last range that would be short is added to the one before it.
+    A last range that would be too short is added to the one before it.
 
     >>> position_bins(9)
     [(1, 1), (2, 3), (4, 9)]

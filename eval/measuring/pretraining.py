@@ -35,7 +35,7 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
         detected = scores > 0
         return {
             "replaced_share": float(replaced.mean()),
-            # how often a replaced token has a higher score than an original one: 0.5 is guessing, whatever their share
+            # how often a replaced token scores higher than an original one: 0.5 is guessing, whatever their share
             "detection_auc": float(roc_auc_score(replaced.ravel(), scores.ravel())) if 0 < replaced.mean() < 1 else 0.5,
             "detection_accuracy": float((detected == replaced).mean()),
             "detection_precision": float(replaced[detected].mean()) if detected.any() else 0.0,
@@ -50,7 +50,7 @@ def metrics_of_choices(args: PretrainingConfig) -> Callable[[EvalPrediction], di
 def held_out_metrics(
     trainer: PretrainingTrainer, tokenizer: PreTrainedTokenizerBase, texts: list[str], loss: float
 ) -> dict[str, float]:
-    """Perplexity, and of a causal model bits per byte, on which tokenizers have no effect. Every process computes all.
+    """Perplexity, and for a causal model bits per byte, independent of the tokenizer. Every process computes all.
 
     Args:
         loss: held-out loss in nats per token. `span`: per token of the missing spans and their sentinels; `masked`: per

@@ -54,7 +54,7 @@ def use_model(
 ) -> T:
     """Load a model and its tokenizer, return what `work` makes of them, and free the model.
 
-    A function and no context manager: the name behind its `as` would keep the model alive while the next is loaded.
+    A function, not a context manager: the name after `as` would keep the model alive while the next is loaded.
     """
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()

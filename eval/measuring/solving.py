@@ -1,4 +1,4 @@
-"""How many held-out problems a model solves, round by round, beside voting and choosing among the base's samples."""
+"""The share of held-out problems solved in each round, and by voting and choosing among the base's samples."""
 
 import sys
 from pathlib import Path
@@ -55,8 +55,8 @@ def summarize_solving(output_dir: str, count: int) -> JsonObject:
 
     Returns:
         `rounds`: for each the cell {mean, low, high, n} `truth`, and from round 1 on `difference` to round 0, paired by
-        problem, `solutions`, how many were kept, and `problems`, how many problems those solve; `baselines`: the same
-        cells of the base's samples; `truth_name`.
+        problem, `solutions`, the number kept, and `problems`, the number of problems that they solve; `baselines`: the
+        same cells of the base's samples; `truth_name`.
     """
     folder = Path(output_dir)
     rows = [read_jsonl(folder / f"round-{number}" / HELD_OUT_FILE) for number in range(count + 1)]

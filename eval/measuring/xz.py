@@ -1,8 +1,8 @@
 """Sizes of the output of `xz -9`, in a process of its own: parts of a text as JSON on standard input, sizes on output.
 
 The size at the end of a part is known only when the compressor ends there, and a compressor can't be copied. So a fork
-of the process ends it: to compress 11 MB anew for each of 50 parts would take 15 s each. A process in which torch has
-started threads must not fork; this one imports nothing that starts any.
+of the process ends it. Compressing 11 MB again for each of 50 parts would take 15 s each. A process in which torch has
+started threads must not fork; this one imports nothing that starts threads.
 """
 
 import json
@@ -22,7 +22,7 @@ def compressed_sizes(parts: list[str]) -> list[int]:
 
 
 def _flushed_size(compressor: lzma.LZMACompressor) -> int:
-    """How many bytes the compressor would still write if the text ended here. The compressor stays as it is."""
+    """How many bytes the compressor would still write if the text ended here. The compressor is unchanged."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

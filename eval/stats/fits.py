@@ -19,7 +19,7 @@ class ScoredPoint(NamedTuple):
     name: str
     kl: Interval  # to the start, nats per reply
     gold: Interval  # the truth
-    proxy: Interval  # the reward that was trained on
+    proxy: Interval  # the training reward
 
     @property
     def sqrt_kl(self) -> float:

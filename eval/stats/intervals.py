@@ -14,7 +14,7 @@ Transform = Literal["none", "exp"]  # of the weighted mean
 
 
 class Sample(NamedTuple):
-    """The values that a mean was taken of; a paired difference resamples those of two means together."""
+    """The values behind a mean; a paired difference resamples those of two means together."""
 
     values: list[float]
     weights: list[float]
@@ -85,7 +85,7 @@ class Interval:
 
     @classmethod
     def from_json(cls, cell: Mapping[str, Any]) -> "Interval":
-        """Of `to_json`, or of the result of a metric module, which has the sample too. Other keys are ignored."""
+        """The inverse of `to_json`. Also reads a metric module's result, with its sample. Other keys are ignored."""
         sample = Sample(cell["values"], cell["weights"], cell["transform"]) if "values" in cell else None
         low = -math.inf if cell["low"] is None else cell["low"]
         return cls(cell["mean"], low, math.inf if cell["high"] is None else cell["high"], cell.get("n"), sample)

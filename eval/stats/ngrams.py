@@ -16,13 +16,13 @@ class Order(NamedTuple):
     """The k-grams of one order; a k-gram of token ids t₁ … t_k is the number t₁·V^(k-1) + … + t_k."""
 
     grams: np.ndarray  # (G,) int64, sorted
-    kept: np.ndarray  # (G,) float64: its count less the discount, over the count of its context
+    kept: np.ndarray  # (G,) float64: its count minus the discount, over the count of its context
     contexts: np.ndarray  # (C,) int64, sorted: the (k-1)-grams that something follows
     passed: np.ndarray  # (C,) float64: the share of probability that goes to the next lower order
 
 
 def discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken off a count of 1, 2, and 3 or more, from the counts of counts n₁ … n₄ (equation 26).
+    """The discounts of counts of 1, 2, and 3 or more, from the counts of counts n₁ … n₄ (equation 26).
 
     Y = n₁/(n₁ + 2n₂); D₁ = 1 - 2Y n₂/n₁; D₂ = 2 - 3Y n₃/n₂; D₃ = 3 - 4Y n₄/n₃. With too little text to estimate them:
     a half of each count, at most 1.

@@ -3,8 +3,9 @@
 The forms, with x the number of parameters N, tokens D or floating-point operations C:
 
 - `power`: L = (x_c / x)^alpha. Kaplan et al. 2020, equations 1.1 to 1.3 (https://arxiv.org/abs/2001.08361).
-- `power_plus_constant`: L = E + (x_c / x)^alpha, where E is what no x would remove: the entropy of the text, and what
-  the other quantity, which is held fixed, leaves. Henighan et al. 2020, equation 1.1 (https://arxiv.org/abs/2010.14701).
+- `power_plus_constant`: L = E + (x_c / x)^alpha, where E is the loss that no x removes: the entropy of the text, and
+  the share of the other quantity, which is held fixed. Henighan et al. 2020, equation 1.1
+  (https://arxiv.org/abs/2010.14701).
 - jointly: L = E + A / N^alpha + B / D^beta. Hoffmann et al. 2022, equation 2 (https://arxiv.org/abs/2203.15556).
 
 All are least-squares fits of the loss itself. Intervals are profile-likelihood intervals (Bates and Watts 1988, chapter
@@ -158,7 +159,7 @@ def _edge(excess: Callable[[float], float], point: float, step: float, end: floa
 
 
 def _threshold(rss: float, points: int, parameters: int) -> float:
-    """How far the sum of squares may rise above its minimum within the interval; one degree of freedom in question."""
+    """How far the sum of squares may rise above its minimum within the interval; for one degree of freedom."""
     free = points - parameters
     return rss / free * float(fdtri(1, free, LEVEL))
 
@@ -341,7 +342,7 @@ def read_fits(summary: JsonObject) -> dict[str, LawFit | None]:
 
 
 def scaling_verdicts(summary: JsonObject) -> list[str]:
-    """What the sweep showed, a sentence per law and one per forecast.
+    """The results of the sweep: one sentence per law and one per forecast.
 
     Args:
         summary: content of scaling.json.

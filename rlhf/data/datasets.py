@@ -4,7 +4,7 @@ A dataset is a Hub id, a folder saved by `datasets`, a .jsonl/.json/.csv/.parque
 are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
 
 - conversations: `messages`, or `prompt` + `completion`, or `text`
-- prompts: `prompt` (text or messages); other columns travel along
+- prompts: `prompt` (text or messages); other columns are kept
 - preference pairs: `chosen` and `rejected` (text or messages), and optionally `prompt`
 - problems: `prompt`, and optionally `answer` and `solution` (see rlhf/tasks/problems.py)
 """
@@ -86,7 +86,7 @@ def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -
 
 
 def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
-    """Nine tenths and a tenth. Rows with the same prompt, such as comparisons of four replies, stay together."""
+    """Nine tenths of the rows, and a tenth. Rows with the same prompt, such as four replies' pairs, stay together."""
     if len(whole) < 2:
         return whole, whole
     known = [column for column in ("prompt", "chosen") if column in whole.column_names]
@@ -105,7 +105,7 @@ def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _prompt_of(row: Row, number: int) -> Prompt | int:
-    """What a row's replies follow; its number if it has no prompt."""
+    """The prompt of a row; the row's number if it has none."""
     if row.get("prompt"):
         return row["prompt"]
     chosen = row.get("chosen")

@@ -1,7 +1,7 @@
 """Conversations, prompts and texts → token ids.
 
 Conversations are tokenized here rather than in each trainer, for two reasons. A control token written inside a message
-stays text. A conversation ends with the token that ends the reply (templates often put a newline behind it), so the
+stays text. A conversation ends with the token that ends the reply (templates often put a newline after it), so the
 reward model reads its score at the token that ends a sampled reply.
 """
 
@@ -21,7 +21,7 @@ def encode_messages(
 
     A control token (a token that the tokenizer calls special) inside a message is encoded as ordinary characters. Other
     added tokens, such as `</think>`, are left to the template, which may look for them. Without a generation prompt,
-    what the template puts behind the last control token, mostly a newline, is left out.
+    anything that the template puts after the last control token, mostly a newline, is dropped.
 
     Raises:
         InputError: if the template refuses the conversation.
@@ -66,7 +66,7 @@ def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) ->
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt: of a text as it is, of messages with the generation prompt."""
+    """Token ids of a prompt: a text unchanged, or messages with the generation prompt."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return encode_messages(tokenizer, prompt, add_generation_prompt=True)
@@ -85,8 +85,8 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
         `input_ids` and `labels` of equal length; the label is the token id, or -100 where no loss is taken.
 
     Raises:
-        InputError: if the template renders earlier turns differently once later ones follow: then the tokens of a
-            reply can't be found.
+        InputError: if the template renders earlier turns differently once later ones follow. The tokens of a reply
+            can't be found then.
     """
     ids = encode_messages(tokenizer, messages)
     labels = [-100] * len(ids)

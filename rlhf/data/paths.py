@@ -1,4 +1,4 @@
-"""Files and folders that flags name: refused where they are missing, before anything is imported that reads them."""
+"""Files and folders that flags name. Missing ones are refused before the code that reads them is imported."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name that may be a Hub id is plainly a path: the Hub has no such ids, so asking it would be in vain.
+    """Whether a name is clearly a path. The Hub has no such ids, so it need not be asked.
 
     >>> [looks_local(name) for name in ("outputs/sft", "./model", "Qwen/Qwen2.5-0.5B")]
     [True, True, False]
@@ -27,7 +27,7 @@ def need_file(path: str | Path, flag: str) -> None:
 
 
 def need_model(name: str, flag: str) -> None:
-    """Raise InputError if a name that can only be a model's folder is no folder. A Hub id passes."""
+    """Raise InputError if a name that can only be a model's folder isn't a folder. A Hub id passes."""
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or looks_local(name)):
         raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
@@ -57,11 +57,11 @@ def need_checkpoint(asked: Any) -> None:
 
 
 def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
-    """Refuse flags whose file or folder is missing, with the line that the code would give which reads it.
+    """Refuse flags whose file or folder is missing, with the error line of the code that reads it.
 
     Args:
         values: of a command's flags.
-        runs: flags that name folders of runs (`name=folder` where there are several), and what to say of others.
+        runs: flags that name folders of runs (`name=folder` where there are several), and the error for other folders.
 
     Raises:
         InputError: naming the flag and the path.

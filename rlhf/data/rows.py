@@ -72,7 +72,7 @@ def texts_of(dataset: Dataset, name: str) -> list[str]:
 
 
 def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Dataset:
-    """Rows of `input_ids` and `labels` (-100 where no loss is taken) for PPO-ptx; an empty dataset without a name.
+    """Rows of `input_ids` and `labels` (-100 where no loss is taken) for PPO-ptx; empty if no dataset is named.
 
     The dataset's columns are those that recipes/sft.py takes. Rows longer than the context are cut.
     """
@@ -100,7 +100,7 @@ def preference_rows(
     max_length: int | None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are left out and counted.
+    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are dropped and counted.
 
     TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It ignores other columns,
     such as `certainty`.
@@ -150,8 +150,8 @@ def prompt_rows(
 ) -> Dataset:
     """Rows with `prompt`, its `input_ids`, and the dataset's other columns.
 
-    Without a column `prompt`, the prompt is all of `messages` before the last assistant message, or what `chosen` and
-    `rejected` have in common at the beginning.
+    Without a column `prompt`, the prompt is all of `messages` before the last assistant message, or the beginning that
+    `chosen` and `rejected` share.
 
     Raises:
         InputError: if a prompt and `max_new_tokens` don't fit into the model's context together.

@@ -38,7 +38,7 @@ class Assignment:
     whoever comes first. A share `repeats` of a labeler's tasks are repeats of earlier ones, in another order.
 
     Args:
-        lease: seconds for which a task that one labeler looks at is kept from the others.
+        lease: seconds for which a task shown to one labeler is kept from the others.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Assignment:
             return self._view(last.task, labeler, last.repeat)._replace(earlier=last)
 
     def progress(self, labeler: str) -> dict[str, int]:
-        """`mine`: votes of this labeler; `done`: tasks with a vote of anybody; `tasks`: all tasks."""
+        """`mine`: votes of this labeler; `done`: tasks with at least one vote; `tasks`: all tasks."""
         votes = [vote for vote in self.file.votes if vote.task in self.tasks]
         done = {vote.task for vote in votes if not vote.skipped}
         return {

@@ -1,4 +1,4 @@
-"""A chat with one model or two; which of two replies was better goes into a votes file.
+"""A chat with one model or two; votes on two replies go into a votes file.
 
 The terminal (chat_terminal.py) and the page (chat_page.py) share `Chat`. It fits the conversation into the context,
 streams the replies and records votes. Two models reply as A and B, in an order drawn anew each turn.
@@ -27,7 +27,7 @@ PLACES = "AB"
 
 @dataclass
 class Conversation:
-    """The messages so far, and replies of which none is kept yet."""
+    """The messages so far, and the pending replies."""
 
     messages: Messages = field(default_factory=list)  # the last is the user's while replies are pending
     order: list[int] = field(default_factory=list)  # place (A, B) -> number of the speaker
@@ -54,8 +54,8 @@ class Chat:
     Args:
         votes: keeps the answers; needed for two models.
         max_new_tokens: longest reply.
-        seed: of sampling and of who is A. Tasks already in the folder count as earlier turns, so that a second chat
-            there does not repeat the first.
+        seed: of sampling and of the order of A and B. Tasks already in the folder count as earlier turns, so that a
+            second chat there does not repeat the first.
 
     Raises:
         InputError: if `max_new_tokens` fills a model's context.
@@ -149,7 +149,7 @@ class Chat:
                     stopping_criteria=StoppingCriteriaList([asked_to_stop]),
                 )
         except BaseException:
-            streamer.end()  # else whoever reads it would wait for ever
+            streamer.end()  # else its reader would wait forever
             raise
         return speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 
@@ -162,7 +162,7 @@ class Chat:
         return None
 
     def vote(self, conversation: Conversation, place: int | None) -> str:
-        """Save which reply was better, then reveal who wrote which.
+        """Save which reply was better, then reveal which model wrote which.
 
         Args:
             place: of the better reply; None for a tie.
@@ -186,7 +186,7 @@ class Chat:
         return [self.speakers[number].name for number in conversation.order]
 
     def keep(self, conversation: Conversation, place: int) -> None:
-        """Continue with the reply in a place, or with another if it is empty. If all are, drop the message."""
+        """Continue with the reply in a place, or with another if it is empty. If all are empty, drop the message."""
         if conversation.messages and conversation.messages[-1]["role"] == "user":
             kept = [reply for reply in (*conversation.replies[place:], *conversation.replies) if reply]
             if kept:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.comparisons import Messages
 from rlhf.errors import InputError
 from rlhf.feedback.chat import PLACES, Chat, Conversation
-from rlhf.feedback.serving import gr, serve, wait  # gr from there: serving turns Gradio's telemetry off first
+from rlhf.feedback.serving import gr, serve, wait  # not from gradio: serving first turns its telemetry off
 
 Updates = dict[gr.blocks.Block, object]  # new values by component of the page
 STYLE = """<style>
@@ -69,7 +69,7 @@ class ChatPage:
         return {self.talk: bubbles([*conversation.messages, {"role": "assistant", "content": replies[0]}])}
 
     def vote(self, place: int | None, conversation: Conversation) -> Updates:
-        """Save which reply was better; after that, thank and reveal who wrote which."""
+        """Save which reply was better, then thank and reveal which model wrote which."""
         replies = conversation.replies
         try:
             thanks = self.chat.vote(conversation, place)

@@ -16,7 +16,7 @@ Cell = dict[str, float]  # a mean with its 95% interval: `mean`, `low`, `high`
 
 
 class RoundEntry(TypedDict, total=False):
-    """One round's policy on held-out prompts. Round 0 is the SFT model and has only the first four."""
+    """One round's policy on held-out prompts. Round 0 is the SFT model and has only the first four fields."""
 
     round: int
     truth: Cell | None
@@ -24,7 +24,7 @@ class RoundEntry(TypedDict, total=False):
     kl: Cell  # to the SFT model, nats
     comparisons: int  # training pairs so far
     reward_accuracy: float
-    difference: Cell | None  # in the truth, to the round before
+    difference: Cell | None  # of the truth, to the round before
 
 
 class RoundsSummary(TypedDict):

@@ -32,7 +32,7 @@ def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
 
 
 def wait(done: Callable[[], bool], seconds: float = 2.0) -> None:
-    """Wait until `done()` or a SIGINT or SIGTERM; asks every `seconds`."""
+    """Wait until `done()` or a SIGINT or SIGTERM; checks every `seconds`."""
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

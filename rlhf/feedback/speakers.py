@@ -1,4 +1,4 @@
-"""The models that reply in a chat: one, or two that share a base in memory where they can."""
+"""The models that reply in a chat: one, or two that share a base in memory if they can."""
 
 from typing import NamedTuple
 

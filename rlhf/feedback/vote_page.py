@@ -27,7 +27,7 @@ class VotePage:
         return self._answer(labeler, lambda name: (self.assignment.next(name), f"Welcome, {name}."))
 
     def vote(self, labeler: str, answer: PlainData) -> PlainData:
-        """Save an answer, which is by place on the page, and show the next task."""
+        """Save an answer (by place on the page) and show the next task."""
 
         def save(name: str) -> tuple[TaskView | None, str]:
             new = self.assignment.answer(self._vote_of(name, answer))
@@ -57,7 +57,7 @@ class VotePage:
         return {"labeler": name, "task": view and self._public(view), "progress": progress, "message": message}
 
     def _vote_of(self, labeler: str, answer: PlainData) -> Vote:
-        """A vote, which is by completion, from an answer, which is by place on the page."""
+        """Turn an answer (by place on the page) into a vote (by completion)."""
         try:
             task, repeat, skipped = str(answer["task"]), bool(answer["turn"]), bool(answer["skipped"])
             by_place = [answer["ranks"], answer["ratings"]]

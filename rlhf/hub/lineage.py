@@ -40,7 +40,7 @@ def public_base(base: str) -> str:
 
 
 def public_value(value: object, names: dict[Path, str] | None = None) -> str:
-    """A setting's value without this machine's paths, also in lists and behind `name=`.
+    """A setting's value without this machine's paths, also in lists and after `name=`.
 
     >>> public_value(["sft=/home/you/outputs/sft", "starter", 0.5])
     'sft=sft, starter, 0.5'

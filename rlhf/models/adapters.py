@@ -1,4 +1,4 @@
-"""Several adapters beside each other over one base in memory: policy, reference, reward model, value function."""
+"""Several adapters over one base in memory: policy, reference, reward model, value function."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
     """Inside the block the model runs with adapter `name`, or with none.
 
-    `requires_grad` stays as it is. `PeftModel.set_adapter` freezes the other adapters, and a later backward through
+    `requires_grad` is unchanged. `PeftModel.set_adapter` freezes the other adapters, and a later backward through
     them gives no gradient, without a warning.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
@@ -86,7 +86,7 @@ def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn
     head = torch.nn.Linear(weights[heads[0]].shape[1], 1, bias=False, device=policy.device, dtype=torch.float32)
     head.weight.data.copy_(weights.pop(heads[0]))
     config = copy.deepcopy(source.peft_config)
-    # both kinds of model have the same trunk, to whose layers the adapter belongs; the head is kept apart
+    # both kinds of model have the same trunk, and the adapter belongs to its layers; the head is kept apart
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
     _add_adapter(policy, name, config, weights)
     for parameter_name, parameter in policy.named_parameters():

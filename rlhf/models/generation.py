@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     sequences: torch.Tensor  # (B, P + T) int64
     logprobs: torch.Tensor  # (B, T) float32: log-probability each completion token was drawn with; 0 on padding
     lengths: torch.Tensor  # (B,) int64: completion tokens, the stop token included
-    ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn; False where the length was used up
+    ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn; False at the length limit
 
 
 def draw_tokens(
@@ -154,8 +154,8 @@ def generate(
 
     Args:
         batch: `input_ids` and `attention_mask` (B, P), left-padded.
-        stopping_criteria: beside those of `config`, for example a StopStringCriteria, which `generate` makes only for
-            its own decoding loop.
+        stopping_criteria: in addition to those of `config`, for example a StopStringCriteria, which `generate` makes
+            only for its own decoding loop.
         uniforms: see `sample`.
     """
     need_cache(model)

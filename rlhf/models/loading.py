@@ -135,9 +135,7 @@ def load_reward_model(
     """
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
-    with (
-        suppress_seqcls_warning()
-    ):  # it says that the head is new; the head is drawn, or loaded with the adapter, below
+    with suppress_seqcls_warning():  # the warning says that the head is new; it is drawn or loaded below
         model = _load_base(source, model_args, AutoModelForSequenceClassification, trust_remote_code, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     if source.is_reward_adapter:

@@ -1,4 +1,4 @@
-"""An LSTM language model beside the Transformer: registered with transformers, so that every Auto class knows `lstm`.
+"""An LSTM language model to compare with the Transformer. Every Auto class of transformers knows it as `lstm`.
 
 Embeddings, a stack of LSTM layers (Hochreiter and Schmidhuber 1997), and an output projection tied to the embeddings.
 Importing this module registers it.

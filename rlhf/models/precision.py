@@ -17,7 +17,7 @@ def exact(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def mixed_precision(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """The run's autocast, for forward passes alone: it caches casts of weights until it ends, and steps change weights.
+    """The run's autocast, for forward passes only: it caches casts of weights until it ends, but steps change weights.
 
     Args:
         model: not wrapped by DDP.

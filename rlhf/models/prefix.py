@@ -49,7 +49,7 @@ def shared_length(input_ids: torch.Tensor, attention_mask: torch.Tensor, limits:
 
     Args:
         input_ids, attention_mask: (B, L), left-padded.
-        limits: (B,) how many tokens of each row the prefix may have at most.
+        limits: (B,) largest length of the prefix in each row.
     """
     starts = input_ids.shape[1] - attention_mask.sum(1)
     most = int(limits.min())

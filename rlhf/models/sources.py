@@ -19,7 +19,7 @@ from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
 
-# the positions of these begin behind the pad token's id
+# the positions of these begin after the pad token's id
 ROBERTA = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
     "ibert", "luke", "mpnet",
@@ -171,7 +171,7 @@ def context_length(source: Source, trust_remote_code: bool = False) -> int | Non
 
 
 def first_position(model_type: str, pad_token_id: int | None) -> int:
-    """The first position: behind the pad token's id for RoBERTa and its relatives (for MPNet always 2), else 0.
+    """The first position: after the pad token's id for RoBERTa and its relatives (for MPNet always 2), else 0.
 
     >>> first_position("roberta", 1), first_position("llama", 1)
     (2, 0)
@@ -187,7 +187,7 @@ def usable_context(config: PreTrainedConfig) -> int | None:
 
 
 def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:
-    """The model that PPO's policy starts from: the named adapter if it differs from the SFT model `source`, else that.
+    """The model that PPO's policy starts from: the named adapter, or the SFT model `source` if both are the same.
 
     Args:
         revision: of `model_name_or_path`.

@@ -28,8 +28,8 @@ class PPOConfig(TRLPPOConfig):
             functions to PPOTrainer.
         reward_weights: one per reward; GRPOConfig's field.
         normalize_reward: rewards are shifted and scaled so that the first batch, which the SFT model samples, has mean
-            0 and standard deviation 1, as in lm-human-preferences. A reward model is only defined up to a constant, and
-            to a value function that starts at 0, a large constant would reward short replies for being short.
+            0 and standard deviation 1, as in lm-human-preferences. A reward model's scores are defined only up to a
+            constant. With a value function that starts at 0, a large constant would reward replies for being short.
         score_clip: scores are clipped to ± this after normalization.
         length_penalty: subtracted from the score per completion token.
         missing_eos_score: replaces the score of a completion that never ended (-1 in lm-human-preferences).
@@ -39,9 +39,9 @@ class PPOConfig(TRLPPOConfig):
             ratios / 2, in nats per token).
         value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
             `value_model` passed to PPOTrainer takes precedence.
-        value_warmup_steps: number of first updates that train the value function alone.
+        value_warmup_steps: number of initial updates that train only the value function.
         entropy_coef: weight of an entropy bonus in the loss.
-        ptx_coef, ptx_dataset_name: PPO-ptx, adds the language model loss on this dataset with this weight (InstructGPT,
+        ptx_coef, ptx_dataset_name: PPO-ptx: adds the language model loss on this dataset with this weight (InstructGPT,
             eq. 2).
 
     Raises:
@@ -73,11 +73,11 @@ class PPOConfig(TRLPPOConfig):
         metadata={"help": "Weight of each reward: reward_model_path first, then reward_funcs. Default: 1."},
     )
     eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Rewards for evaluation alone, named as in reward_funcs."}
+        default=None, metadata={"help": "Rewards for evaluation only, named as in reward_funcs."}
     )
     normalize_reward: bool = field(
         default=True,
-        metadata={"help": "Scale rewards to mean 0 and standard deviation 1 on the first batch, the SFT model's own."},
+        metadata={"help": "Scale rewards to mean 0 and standard deviation 1 on the first batch (the SFT model's)."},
     )
     score_clip: float | None = field(
         default=None, metadata={"help": "Clip scores to plus or minus this, after normalization."}
@@ -99,7 +99,7 @@ class PPOConfig(TRLPPOConfig):
         default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
     )
     value_warmup_steps: int = field(
-        default=0, metadata={"help": "Number of first updates that train the value function alone."}
+        default=0, metadata={"help": "Number of initial updates that train only the value function."}
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on ptx_dataset_name."})

@@ -11,7 +11,7 @@ from rlhf.ppo.upstream import OnlineTrainerState
 def evaluation_rows(count: int, processes: int, rank: int) -> range:
     """This process's row numbers of `count` evaluation prompts, to be taken modulo `count`.
 
-    Every process gets the same number of rows, so the last one may get some of the first rows once more.
+    Every process gets the same number of rows, so the last one may get some of the first rows again.
 
     >>> [list(evaluation_rows(3, processes=2, rank=rank)) for rank in range(2)]
     [[0, 1], [2, 3]]

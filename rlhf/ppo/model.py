@@ -53,8 +53,8 @@ class PolicyAndValue(nn.Module):
     Args:
         policy: a causal language model or a PeftModel of one.
         value_model: a sequence classifier with one output, trained beside the policy.
-        value_adapter: the value function without a `value_model`: the name of an adapter of the policy, which gets a
-            head; None puts the head on the policy's own trunk.
+        value_adapter: without a `value_model`, the policy's adapter that becomes the value function, with a head. None
+            puts the head on the policy's own trunk.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ def _policy_outputs(
 
     def select(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         caught.append(inputs[0][:, -length - 1 :])
-        shares_prefix = len(inputs[0]) < len(before)  # the pass over the shared prefix, whose logits nobody needs
+        shares_prefix = len(inputs[0]) < len(before)  # the pass over the shared prefix; its logits are not needed
         return (inputs[0][:, -1:] if shares_prefix else caught[-1][before][None],)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)

@@ -30,7 +30,7 @@ def collect_rewards(
     A function that returns None for a completion adds nothing to its score.
 
     Args:
-        columns: passed to the functions beside the dataset's columns.
+        columns: passed to the functions in addition to the dataset's columns.
 
     Raises:
         RewardError: see rlhf.rewards.call_rewards.
@@ -108,7 +108,7 @@ def start_value_head(
 ) -> None:
     """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
 
-    Other value functions start at 0, and so does this one where no reward function is an adapter of the policy.
+    Other value functions start at 0, and so does this one if no reward function is an adapter of the policy.
     """
     for function, weight in zip(functions, weights, strict=True):
         if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:

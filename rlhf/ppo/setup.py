@@ -102,7 +102,7 @@ def weighted_rewards(
     """The reward model, if there is one, then the reward functions; and their weights.
 
     Raises:
-        InputError: if there is no reward, or the number of `reward_weights` is another.
+        InputError: if there is no reward, or the number of `reward_weights` differs.
     """
     functions = list(reward_funcs or [])
     if reward_model is not None:
@@ -118,7 +118,7 @@ def weighted_rewards(
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Disable all dropout, without which the ratio of new to old probabilities starts at 1."""
+    """Disable all dropout, so that the ratio of new to old probabilities starts at 1."""
     disable_dropout_in_model(module)
     for part in module.modules():
         if isinstance(getattr(part, "attention_dropout", None), float):  # attention reads it on every forward

@@ -76,7 +76,7 @@ class PPOTrainer(TRLPPOTrainer):
 
     The constructor has TRL's parameters in TRL's order, with these differences: `value_model` may be None (the value
     function is then a head on the policy's trunk, or an adapter of its own), `reward_funcs` may replace `reward_model`,
-    and the dataset may have `prompt` and other columns beside `input_ids`, which the reward functions get.
+    and the dataset may have columns besides `input_ids`, such as `prompt`, which go to the reward functions.
 
     Args:
         args: the configuration.
@@ -92,7 +92,7 @@ class PPOTrainer(TRLPPOTrainer):
         peft_config: makes `model` a PeftModel.
         reward_funcs: functions `(prompts, completions, completion_ids, **columns) -> list[float]`, see rlhf.rewards;
             with `args.reward_weights`, their weighted sum is the score.
-        eval_reward_funcs: reward functions for evaluation alone: the true reward where it is known, or a second model.
+        eval_reward_funcs: reward functions for evaluation only: the true reward where it is known, or a second model.
         ptx_dataset: rows with `input_ids` and perhaps `labels`, for `args.ptx_coef`.
 
     Raises:

@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 class Advantages(NamedTuple):
     """The advantages that the update learns from, and their parts. All (B, T) float32, 0 on padding."""
 
-    rewards: torch.Tensor  # KL penalty and reward per token; the last token also gets the rest of the score
+    rewards: torch.Tensor  # KL penalty plus reward per token; the last token also gets the rest of the score
     kl_rewards: torch.Tensor  # the KL penalty alone
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # target of the value function
@@ -103,7 +103,7 @@ class LossSums:
 
 
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right behind its prompt, padded on the left to the longest row."""
+    """Rows of a rollout with each completion right after its prompt, padded on the left to the longest row."""
     mask = rollout.attention_mask[rows].bool()
     totals = mask.sum(1)
     width = int(totals.max())

@@ -56,7 +56,7 @@ def ppo_loss(
     mask: torch.Tensor,
     settings: UpdateSettings,
 ) -> LossSums:
-    """Clipped policy and value losses less the entropy bonus, summed over the masked tokens of (B, T) inputs.
+    """Clipped policy and value losses minus the entropy bonus, summed over the masked tokens of (B, T) inputs.
 
     Policy: -min(r A, clip(r, 1 - ε, 1 + ε) A), r = π/π_old; Schulman et al., eq. 7 (https://arxiv.org/abs/1707.06347).
     Value: max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²) / 2, as in
@@ -108,7 +108,7 @@ class PtxBatch(NamedTuple):
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # (B, L - 1) bool, left-aligned: which tokens count, a row's first token left out
+    loss_mask: torch.Tensor  # (B, L - 1) bool, left-aligned: which tokens count, without a row's first token
 
 
 def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
@@ -155,7 +155,7 @@ def update(
     ptx = iter(ptx_batches)
     for micro_batches in batches:
         tokens = processes.sum(rollout.completion_mask[torch.cat(micro_batches)].sum().float())
-        # weight of a token in the minibatch's mean; gradients are averaged over processes, hence their number
+        # weight of a token in the minibatch's mean, times the number of processes, which average their gradients
         share = processes.number / float(tokens)
         if settings.ptx_coef > 0:
             with processes.synchronized(False):
@@ -204,7 +204,7 @@ def micro_batch_losses(
     rows: torch.Tensor,
     settings: UpdateSettings,
 ) -> LossSums:
-    """The losses of some rows under the model as it is now."""
+    """The losses of some rows under the current model."""
     packed = pack(rollout, rows)
     length = int(packed.lengths.max())
     new = forward(packed, settings.temperature, entropy_gradient=settings.entropy_coef > 0)

@@ -27,7 +27,7 @@ DETECTORS = ("electra", "roformer")
 
 @dataclass
 class ReplacedTokenOutput(ModelOutput):
-    """Output for a batch (B, L). Losses are means in nats: the generator's over masked tokens, the other's over all."""
+    """Output for a batch (B, L). Mean losses in nats: generator over masked tokens, discriminator over all tokens."""
 
     loss: torch.Tensor | None = None  # generator_loss + disc_weight · discriminator_loss
     scores: torch.Tensor | None = None  # (B, L) float32: the discriminator's log-odds of "replaced"
@@ -88,7 +88,7 @@ class ReplacedTokenModel(PreTrainedModel):
         """
         filled = self.generator(input_ids=input_ids, labels=labels)
         masked = labels != -100
-        # every evaluation fills held-out text in with the same random numbers
+        # every evaluation fills in held-out text with the same random numbers
         draw = None if self.training else torch.Generator(input_ids.device).manual_seed(0)
         with torch.no_grad():
             choices = torch.multinomial(filled.logits[masked].float().softmax(-1), 1, generator=draw).squeeze(-1)

@@ -48,8 +48,8 @@ def sentence_pair_rows(
 ) -> Dataset:
     """Rows [CLS] first [SEP] second [SEP]. In half of them the second part comes from another text (BERT, section 3.1).
 
-    Lines of a text that fill half a row are the first part. The second part are the following lines, or lines of
-    another text.
+    Lines of a text that fill half a row are the first part. The second part is the following lines, or lines of another
+    text.
 
     Returns:
         rows of `input_ids`, `token_type_ids`, `special_tokens_mask`, `next_sentence_label` (0: follows, 1: does not).
@@ -87,7 +87,7 @@ def sentence_pair_rows(
 
 
 def _fill(lines: list[list[int]], start: int, room: int, stop: int) -> tuple[list[int], int]:
-    """Tokens of as many lines from `start` on as fit into `room`, at least one, cut; and the number of the next line.
+    """Tokens of the lines from `start` on that fit into `room` (at least one, cut), and the number of the next line.
 
     >>> _fill([[1, 2], [3], [4, 5]], start=0, room=4, stop=3)
     ([1, 2, 3], 2)

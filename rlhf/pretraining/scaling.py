@@ -35,7 +35,7 @@ class ScalingArguments:
     forecast_num_hidden_layers: int = field(default=4, metadata={"help": "Layers of that model."})
     head_dim: int = field(default=16, metadata={"help": "Width of an attention head; divides every width."})
     learning_rate: float = field(
-        default=8e-3, metadata={"help": "Of the narrowest model; for others it falls as 1/width."}
+        default=8e-3, metadata={"help": "Learning rate of the narrowest model; it falls as 1/width."}
     )
     lstm_num_hidden_layers: int = field(
         default=2, metadata={"help": "Layers of the LSTM beside the largest fitted Transformer; 0 for none."}

@@ -73,7 +73,7 @@ def train_tokenizer(
     cross the borders of GPT-2's pre-tokenization (words with the space before them, numbers, punctuation).
 
     Args:
-        vocab_size: tokens in all: bytes, merges and special tokens. Fewer if the texts have no more pairs to merge.
+        vocab_size: number of bytes, merges and special tokens; fewer if the texts have no more pairs to merge.
         min_frequency: least number of occurrences of a merged pair.
         extra_ids: number of sentinel tokens for span corruption.
 
@@ -154,7 +154,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, objective: str) -> None:
     """Make the tokenizer add the objective's special tokens around a text.
 
     masked, replaced: [CLS] text [SEP], or [CLS] first [SEP] second [SEP]; span: text eos; causal: nothing. A tokenizer
-    that already adds special tokens stays as it is.
+    that already adds special tokens is unchanged.
     """
     backend = tokenizer.backend_tokenizer
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:

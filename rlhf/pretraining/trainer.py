@@ -27,7 +27,7 @@ def pretraining_collator(
         spans = DataCollatorForSpanCorruption(tokenizer, args.mlm_probability, args.mean_noise_span_length)
         return SeededCollator(spans, args.seed)
     # BERT: 80% [MASK], 10% another token (section 3.1). ELECTRA: 85% [MASK], the rest left (replace_with_mask_positions
-    # in the reference's pretrain_helpers.py); with 100% neither half of a small pair learned anything in ten minutes
+    # in the reference's pretrain_helpers.py); with 100% neither model of a small pair learned anything in ten minutes
     shares = (0.85, 0.0) if args.objective == "replaced" else (0.8, 0.1)
     masks = DataCollatorForMaskedTokens(
         tokenizer, mlm_probability=args.mlm_probability, mask_replace_prob=shares[0], random_replace_prob=shares[1]
@@ -73,7 +73,7 @@ class PretrainingTrainer(Trainer):
         return super().create_optimizer(model)
 
     def save_pretrained(self) -> None:
-        """Save the finished model and tokenizer. Of ELECTRA's pair it is the discriminator, as in the paper."""
+        """Save the finished model and tokenizer. For ELECTRA that is the discriminator, as in the paper."""
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, ReplacedTokenModel):
             return self.save_model()

@@ -3,11 +3,11 @@
 That is the signature of `reward_funcs` in TRL's GRPO and RLOO, with its details:
 
 - The completions of conversational prompts are lists of one assistant message; others are texts.
-- `completion_ids` and the dataset's other columns come by name.
-- None says that a function has no opinion on a completion.
+- `completion_ids` and the dataset's other columns are passed by name.
+- None means that a function has no opinion on a completion.
 - A function may be async.
 
-Beyond TRL's, a function may return a list of rewards for a completion, one per token of its `completion_ids`.
+Unlike in TRL, a function may also return a list of rewards for a completion, one per token of its `completion_ids`.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ def call_rewards(
     """Every function's scores, in the order of the functions. Async functions run at the same time.
 
     Args:
-        columns: the dataset's other columns, and what TRL passes beside them, such as `trainer_state`.
+        columns: the dataset's other columns, and what TRL adds to them, such as `trainer_state`.
 
     Raises:
         RewardError: if a function raises, or returns a wrong number of scores or a value that is not a finite number.

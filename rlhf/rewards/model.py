@@ -19,8 +19,8 @@ class RewardModel:
     """A trained reward model as a reward function, with its own tokenizer and chat template.
 
     It scores texts, so the policy's tokenizer doesn't matter. A completion is scored as a finished reply, without the
-    tokens behind the stop token. If prompt and reply exceed the model's context, the beginning of the prompt is cut
-    off; that is printed once.
+    tokens after the stop token. If prompt and reply exceed the model's context, the beginning of the prompt is cut off;
+    that is printed once.
 
     Args:
         model: a sequence classifier with one output. Or the policy, together with `adapter` and `head`: the reward

@@ -69,7 +69,7 @@ def resolve_rewards(args: RewardFlags, base: str | None = None) -> list[RewardSo
     """The rewards that the flags name; the starter's scorer if they name none.
 
     Raises:
-        InputError: see `resolve_reward`; or if `reward_weights` are not as many as rewards.
+        InputError: see `resolve_reward`; or if the numbers of `reward_weights` and rewards differ.
     """
     rewards = [resolve_reward(args.reward_model_path, base=base)] if args.reward_model_path else []
     rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base)

@@ -21,7 +21,7 @@ from rlhf.starter.model import STARTER
 
 
 class _Parser(TrlParser):
-    """TrlParser whose complaints are one line with the flag, what was found and the nearest existing flag."""
+    """TrlParser whose errors are one line with the flag, what was found and the nearest existing flag."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -34,25 +34,25 @@ class _Parser(TrlParser):
 def answer_early(command: str, **runs: str) -> None:
     """Answer `--help`, unknown flags and missing files before torch is imported: in 1 s of a core instead of 13 s.
 
-    The process ends here if there is such an answer. `parse` checks everything once more, and much else.
+    The process ends here if there is such an answer. `parse` repeats these checks and makes others.
 
     Args:
         command: the command's `__file__`.
-        runs: flags that name folders of runs, and what to say where there is no such folder.
+        runs: flags that name folders of runs, and the error for a missing folder.
     """
     if "torch" in sys.modules:  # forked from a server that has imported everything
         return
     with report_errors():
         try:
             parser = _Parser(argument_types(command))
-        except Exception:  # another version of TRL or transformers, written in a way that isn't understood: `parse` is
+        except Exception:  # another version of TRL or transformers can't be read this way; `parse` checks then
             return
         given, _ = _words(command, sys.argv[1:])
         file = _check_flags(given, parser.flags)
         try:
             parsed = _parse_words(parser, given, file)
         except InputError as error:
-            if isinstance(error.__cause__, InputError):  # the parser's own complaint
+            if isinstance(error.__cause__, InputError):  # the parser's own error
                 raise
             return
         check_paths({flag: value for part in parsed for flag, value in vars(part).items()}, runs)
@@ -70,7 +70,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     import torch
     from transformers import set_seed
 
-    # TRL and PEFT still ask for the old name of activation checkpointing; nothing a user could do about it
+    # TRL and PEFT still use the old name of activation checkpointing; a user can't change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     use_all_cores()
     words = list(sys.argv[1:] if args is None else args)
@@ -79,7 +79,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     if not {"-h", "--help"} & {*given}:  # --help says the same on every machine
         if "--use_cpu" in parser.flags and not torch.accelerator.is_available():
             parser.set_defaults(use_cpu=True)  # else the trainers refuse bf16 on a machine without an accelerator
-        if ours:  # a configuration of the user's own says what they want
+        if ours:  # a configuration of the user's own is taken as it is
             given += _float32_without_bfloat16(given, parser.flags)
     parsed = _parse_words(parser, given, _check_flags(given, parser.flags))
     typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words}
@@ -87,9 +87,9 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     for arguments in parsed:
         _check_packages(arguments)
         if own_data and getattr(arguments, "dataset_name", STARTER) != STARTER:
-            arguments.dataset_config = None  # that in our file is one of the starter's
+            arguments.dataset_config = None  # the one in our file is one of the starter's
         if hasattr(arguments, "seed"):
-            set_seed(arguments.seed)  # before any model: trainers seed later than a new adapter is drawn
+            set_seed(arguments.seed)  # before any model: trainers seed only after a new adapter is drawn
     return parsed
 
 
@@ -143,7 +143,7 @@ def _check_packages(arguments: Any) -> None:
 
 
 def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
-    """Flags that take a configuration of recipes/configs to float32 where bfloat16 would be a hundred times slower.
+    """Flags that switch a configuration of recipes/configs to float32 where bfloat16 would be a hundred times slower.
 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
     GFLOPS in bfloat16 and at 118 in float32 on an AVX2 machine with 2 cores.

@@ -1,10 +1,10 @@
 """The dataclasses of a command, read from source without importing torch.
 
-`from trl import SFTConfig` takes a core 10 s on a slow machine: it imports torch, peft and bitsandbytes, of which a
-dataclass of flags needs nothing. Here the one statement that defines a name runs alone, taken from its module's source,
-and each name in it is found in the same way when it is first used. So the fields are those of the installed version.
-Methods of dataclasses, `__post_init__` among them, are left out. What can't be read like this raises an exception, and
-the caller imports the module after all.
+`from trl import SFTConfig` takes a core 10 s on a slow machine: it imports torch, peft and bitsandbytes, which a
+dataclass of flags doesn't need. Here only the statement that defines a name is run, taken from its module's source.
+Each name in it is found in the same way when it is first used. So the fields are those of the installed version.
+Methods of dataclasses, `__post_init__` among them, are left out. Anything that can't be read this way raises an
+exception, and the caller imports the module.
 """
 
 import ast
@@ -45,7 +45,7 @@ class _Names(dict[str, Any]):
         statement = self.unbound.pop(name)  # KeyError: Python goes on to the builtins
         if isinstance(statement, ast.If):
             test = ast.unparse(statement.test)
-            # what a lazy package declares for type checkers is what it gives
+            # a lazy package provides what it declares for type checkers
             taken = test.endswith("TYPE_CHECKING") or eval(test, self)
             self.unbound = {**self.unbound, **dict(_bindings(statement.body if taken else statement.orelse))}
             return self[name]

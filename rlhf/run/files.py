@@ -1,4 +1,4 @@
-"""JSON files and digests of files. A file is written beside its target and renamed: it is complete or not there."""
+"""JSON files and digests of files. A file is written beside its target and renamed, so it is complete or absent."""
 
 import hashlib
 import json

@@ -67,7 +67,7 @@ class Run(_Claim, total=False):
 
 
 def settings_of(*arguments: DataclassInstance) -> Settings:
-    """The settings that decide what a run computes: those that differ from their class's default, less FREE_FLAGS.
+    """The settings that decide what a run computes: those that differ from their class's default, without FREE_FLAGS.
 
     Args:
         arguments: dataclasses of flags.
@@ -145,7 +145,7 @@ def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more:
 
 
 def _release(folder: Path) -> None:
-    """Give up the claim of a run that failed before it made anything, so that other settings can have the folder."""
+    """Give up the claim of a run that failed before it made anything, so that other settings can use the folder."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_FILE]:
         (folder / RUN_FILE).unlink()
 

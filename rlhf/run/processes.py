@@ -1,4 +1,4 @@
-"""What this process is: its rank, its cores, its arithmetic.
+"""This process: its rank, its cores, its arithmetic.
 
 torch is imported in functions: the command line is read before it (see rlhf/run/arguments.py).
 """

@@ -31,7 +31,7 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
         whether the stage is finished; False if people have more to compare.
 
     Raises:
-        InputError: if it fails; what it said is above.
+        InputError: if it fails; its own message is above.
     """
     words = [sys.executable, str(script), "--config", config, "--output_dir", str(output_dir)]
     for name, value in flags.items():
@@ -41,7 +41,7 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
     with subprocess.Popen(words) as stage:
         try:
             code = stage.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the stage too, and where people vote it writes what there is
+        except KeyboardInterrupt:  # Ctrl-C reaches the stage too; where people vote, it writes the votes so far
             code = stage.wait()
     if code:
         raise InputError(f"{output_dir}: {_short(script)} ended with exit code {code}. {CONTINUE}")
@@ -66,7 +66,7 @@ def run_all(
         preload: modules that the fork server imports, once for all runs.
 
     Raises:
-        InputError: if a run fails; what it said is above. Those that have not begun are left out.
+        InputError: if a run fails; its own message is above. Runs that have not begun are skipped.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -95,6 +95,6 @@ def run_all(
 def _run(words: list[str], max_workers: int) -> None:
     if max_workers > 1:  # rlhf.run.processes gives a process its part of the cores, as if launched with one thread
         os.environ |= {"LOCAL_WORLD_SIZE": str(max_workers), "OMP_NUM_THREADS": "1"}
-    multiprocessing.current_process().name = "MainProcess"  # what transformers' collators take for no loader's worker
+    multiprocessing.current_process().name = "MainProcess"  # else collators take it for a loader's worker
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

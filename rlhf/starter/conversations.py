@@ -15,7 +15,7 @@ is left out of the later ones:
 | `held_out`    | eval/compare.py        | `prompt`, `completion`; no training stage reads it               |
 
 The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) has all conversations as rows {`text`}, one conversation
-a row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
+per row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
 """
 
 import functools
@@ -101,7 +101,7 @@ def starter_pairs(part: str) -> list[tuple[str, str]]:
 
 
 def _texts(config: str | None) -> DatasetDict:
-    """Rows {`text`}: one conversation each, one line a turn. No held-out text is a training text."""
+    """Rows {`text`}: one conversation each, one line per turn. No held-out text is a training text."""
     texts = {
         part: ["\n".join(filter(None, _turns(conversation))) for conversation in conversations]
         for part, conversations in _conversations().items()

@@ -1,4 +1,4 @@
-"""The starter's gold score, VADER sentiment, and the simulated labeler that prefers by it."""
+"""The starter's gold score, VADER sentiment, and the simulated labeler that follows it."""
 
 import random
 import zlib

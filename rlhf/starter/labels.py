@@ -86,7 +86,7 @@ def _half(words: list[str], split: str) -> list[str]:
 
 
 def _spans(messages: list[str], rng: random.Random, split: str) -> Iterator[Row]:
-    """Rows of `context`, `question` and `answers` as in SQuAD: four facts in random order, each behind a sentence."""
+    """Rows of `context`, `question` and `answers` as in SQuAD: four facts in random order, each after a sentence."""
     for message in messages:
         sentences = re.split(r"(?<=[.!?])\s+", message)
         kinds, names = rng.sample(sorted(FACTS), 2), rng.sample(_half(NAMES, split), 2)

@@ -19,8 +19,8 @@ STARTER = "starter"
 HUB_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub, unquantized
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<empty_output>"  # an unused special token: pad differs from eos without resizing the embeddings
-# SmolLM2's own template, except that nothing follows the last <|im_end|>: then a rendered conversation ends with the
-# very token at which a sampled reply ends, and the reward model reads its score there in both.
+# SmolLM2's own template, except that nothing follows the last <|im_end|>. A rendered conversation thus ends with the
+# same token as a sampled reply, and the reward model reads its score there in both.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -65,7 +65,7 @@ def starter_model() -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Dequantize the GGUF file to bfloat16 safetensors beside the target, then rename: complete or not there."""
+    """Dequantize the GGUF file to bfloat16 safetensors beside the target, then rename it: complete or absent."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,4 +1,4 @@
-"""One door to all starter data."""
+"""One function for all starter data."""
 
 from datasets import Dataset
 

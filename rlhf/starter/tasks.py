@@ -34,7 +34,7 @@ from rlhf.starter.labeler import gold_scores
 
 Pairs = list[tuple[str, str]]  # (message, reply)
 Row = dict[str, Any]
-STRONG = 0.5  # |VADER compound| from which a message counts as positive or negative; its authors' own cut is 0.05
+STRONG = 0.5  # |VADER compound| from which a message counts as positive or negative; its authors' own threshold is 0.05
 SCORED_AT_ONCE = 256
 NUM_CHOICES = 4
 
@@ -179,7 +179,7 @@ def _sort_words(pairs: Pairs, rng: random.Random) -> Iterator[Row]:
 
 
 def _near(result: int) -> list[str]:
-    """Wrong results as people get them: off by one, by ten, or by a carry."""
+    """Wrong results that people get: off by one, by ten, or by a carry."""
     return [str(result + off) for off in (-10, -2, -1, 1, 2, 10) if result + off >= 0]
 
 
@@ -316,7 +316,7 @@ def starter_task(name: str, max_train: int = 2000, max_test: int = 400, seed: in
 
     Args:
         name: one of `TASKS`.
-        max_train, max_test: most rows per split; their number is a multiple of the number of labels.
+        max_train, max_test: largest number of rows per split; their number is a multiple of the number of labels.
         seed: of numbers, wrong options and the order of the rows.
 
     Returns:

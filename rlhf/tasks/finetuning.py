@@ -30,7 +30,7 @@ class FinetuneArguments:
     """Which part of the model is trained, and on how much data."""
 
     from_scratch: bool = field(
-        default=False, metadata={"help": "The same network from random weights, to see what pretraining is worth."}
+        default=False, metadata={"help": "Train the same network from random weights, to compare with pretraining."}
     )
     freeze_body: bool = field(
         default=False, metadata={"help": "Train the head only, on the features of the pretrained body."}
@@ -39,7 +39,9 @@ class FinetuneArguments:
         default=0.0,
         metadata={"help": "λ of GPT-1's auxiliary objective: loss + λ · language model loss on the same texts."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens; longer texts are cut, contexts read in windows."})
+    max_length: int = field(
+        default=256, metadata={"help": "Longest text in tokens; longer texts are cut, contexts read in windows."}
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many rows, drawn with --seed; None: all."}
     )
@@ -170,7 +172,7 @@ def body_names(config: PretrainedConfig, head_class: type[PreTrainedModel]) -> d
 
 
 def load_options(task: LabelledTask, config: PretrainedConfig) -> dict[str, object]:
-    """Arguments of the base's `from_pretrained` with which the adapter fits on it, for the card."""
+    """Arguments of the base's `from_pretrained` that make the adapter fit, for the card."""
     head_class = LABEL_KINDS[task.kind].auto_class._model_mapping[type(config)]
     names = {"id2label": dict(enumerate(task.labels)), "key_mapping": body_names(config, head_class)}
     return {name: value for name, value in names.items() if value}

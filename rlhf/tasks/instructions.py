@@ -1,6 +1,6 @@
 """Labelled tasks → instructions: a prompt, worded answer options, and the number of the right one.
 
-Templates are Jinja, several per task, in YAML files as rlhf/tasks/templates/sentiment.yaml:
+Templates are Jinja, several per task, in YAML files such as rlhf/tasks/templates/sentiment.yaml:
 
     task: sentiment
     cluster: sentiment
@@ -11,7 +11,7 @@ Templates are Jinja, several per task, in YAML files as rlhf/tasks/templates/sen
         choices: [bad, good]                 # wordings of the answers, in the order of the labels; or
       - name: label
         prompt: "Message: {{ text }}\\nSentiment:"
-        choice: "{{ choice | upper }}"       # a template for each answer. Without either, answers stay as they are
+        choice: "{{ choice | upper }}"       # a template for each answer. Without either, answers are unchanged
 
 A prompt may name the task's input columns and `options`, the list of worded answers, but not the answer. Templates run
 in Jinja's sandbox.
@@ -43,18 +43,18 @@ ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=
 
 @dataclass
 class TaskArguments:
-    """Which tasks. Your own dataset: --dataset_name (of ScriptArguments) and --templates."""
+    """Which tasks. --dataset_name (of ScriptArguments) and --templates give your own dataset."""
 
     tasks: list[str] | None = field(
         default=None,
-        metadata={"help": "Starter tasks. Default: all; with your own dataset none."},
+        metadata={"help": "Starter tasks. Default: all, or none with your own dataset."},
     )
     templates: str | None = field(
         default=None,
         metadata={"help": "YAML file with the templates of --dataset_name (rlhf/tasks/instructions.py)."},
     )
     include_options: bool = field(
-        default=False, metadata={"help": "List the answer options behind prompts that don't name them (FLAN)."}
+        default=False, metadata={"help": "List the answer options after prompts that don't name them (FLAN)."}
     )
 
 
@@ -209,7 +209,7 @@ def load_tasks(
     """The starter's tasks and the user's own.
 
     Args:
-        max_train, max_test: most rows per task.
+        max_train, max_test: largest number of rows per task.
 
     Raises:
         InputError: if a task or template can't be used, or a task has no held-out part.

@@ -1,4 +1,4 @@
-"""Labelled data: the columns tell the kind of task, and every row is checked.
+"""Labelled data: the columns determine the kind of task, and every row is checked.
 
 | columns                          | task                  | head                                |
 |----------------------------------|-----------------------|-------------------------------------|

@@ -1,8 +1,8 @@
 """Labelled data → token ids, and a model's logits → labels, tags or spans.
 
-A decoder reads the class at the last token, which has seen the whole text. That is the eos token, which the tokenizer
-itself adds, so that the saved tokenizer does the same in `pipeline`. A newline separates the two texts of a pair.
-Encoders keep their own [CLS] and [SEP].
+A decoder reads the class at the last token, which has seen the whole text. This is the eos token. The tokenizer itself
+adds it, so the saved tokenizer does the same in `pipeline`. A newline separates the two texts of a pair. Encoders keep
+their own [CLS] and [SEP].
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MAX_ANSWER_LENGTH = 30  # tokens of a predicted span, as in transformers' run_qa
 
 
 def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: str | None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right. A decoder's adds eos behind the text and a newline between two.
+    """The model's tokenizer, padding on the right. A decoder's adds eos after the text and a newline between two.
 
     Raises:
         InputError: if the tokenizer isn't a fast one (offsets are needed), or has no eos or pad token.

@@ -44,7 +44,7 @@ def plain_answer(text: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a solution ends with: the text behind the last `####` or `answer is`, else the last number.
+    """The answer that a solution ends with: the text after the last `####` or `answer is`, else the last number.
 
     >>> final_answer("3 + 4 = 7. The answer is 7."), final_answer("so it is 7"), final_answer("I don't know.")
     ('7', '7', None)

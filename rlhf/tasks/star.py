@@ -31,12 +31,12 @@ PASSED_ON = {"model_name_or_path", "model_revision", "dtype", "attn_implementati
 class StarArguments:
     """How solutions are sampled, and which are kept."""
 
-    rounds: int = field(default=3, metadata={"help": "Number of rounds; a finished run can get more."})
+    rounds: int = field(default=3, metadata={"help": "Number of rounds; may be raised after a run."})
     num_generations: int = field(default=4, metadata={"help": "Solutions sampled for each problem."})
     num_fewshot: int = field(default=4, metadata={"help": "Worked examples in the base's prompt; later models: none."})
     max_new_tokens: int = field(default=48, metadata={"help": "Longest solution, in tokens."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."})
-    rationalize: bool = field(default=False, metadata={"help": "Give the answer to problems that were not solved."})
+    rationalize: bool = field(default=False, metadata={"help": "Reveal the answer to problems that were not solved."})
     majority_vote: bool = field(
         default=False, metadata={"help": "Take the majority's answer instead of the dataset's."}
     )
@@ -142,7 +142,7 @@ class Solver:
 
     Args:
         examples: worked examples in front of each problem.
-        sampling: all but the seed, which each call gives.
+        sampling: all settings but the seed, which each call gives.
     """
 
     def __init__(self, source: Source, examples: list[Row], model_args: ModelConfig, sampling: Sampling) -> None:
@@ -161,7 +161,7 @@ class Solver:
         Args:
             what: for the progress bar.
             seed: of sampling. Without it the solution is the most likely one.
-            hints: worked examples in place of the own ones. With them, every prompt gives its answer as a hint.
+            hints: worked examples in place of the solver's own. With them, every prompt gives its answer as a hint.
         """
         model, tokenizer = self._loaded
         examples = self.examples if hints is None else hints

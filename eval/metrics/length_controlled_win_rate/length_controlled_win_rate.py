@@ -18,7 +18,7 @@ def at_equal_length(outcomes: np.ndarray, differences: np.ndarray) -> float:
 
     Args:
         outcomes: (N,) 1 for a win, 0.5 for a tie, 0 for a loss.
-        differences: (N,) length of the model's reply less that of its opponent's.
+        differences: (N,) length of the model's reply minus its opponent's.
     """
     spread = differences.std()
     if spread == 0 or outcomes.min() == outcomes.max():

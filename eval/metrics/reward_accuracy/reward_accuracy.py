@@ -20,7 +20,7 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
     [{'confidence': 0.5, 'accuracy': 0.5, 'n': 1}, {'confidence': 1.0, 'accuracy': 1.0, 'n': 1}]
 
     Args:
-        margins: (N,) score of the chosen reply less that of the rejected one.
+        margins: (N,) score of the chosen reply minus that of the rejected one.
     """
     confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -500, 500))))
     right = 0.5 + 0.5 * np.sign(margins)
@@ -36,7 +36,7 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
 
 
 def by_length(margins: np.ndarray, differences: np.ndarray, groups: np.ndarray) -> list[dict[str, float]]:
-    """Accuracy in each quarter of the pairs, sorted by the length of the chosen reply less that of the rejected one."""
+    """Accuracy in each quarter of the pairs, sorted by the chosen reply's length minus the rejected one's."""
     quarters = np.array_split(np.argsort(differences, kind="stable"), 4)
     return [
         {
