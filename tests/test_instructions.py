@@ -208,7 +208,7 @@ def test_the_recipe_is_done_once_and_says_what_is_wrong(made, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(script, run_name="__main__")
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
-    assert capsys.readouterr().err.startswith("error: --held_out_clusters poetry: no task is of this cluster")
+    assert capsys.readouterr().err.startswith("error: --held_out_clusters poetry: has no task")
 
 
 def test_the_same_seed_gives_the_same_instructions():
