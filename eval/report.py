@@ -24,6 +24,7 @@ from eval.drawing.figures import data_uri, save_figure, training_figure
 from eval.drawing.pictures import draw_pictures
 from eval.drawing.tables import number, tables_of
 from eval.stats.intervals import JsonObject
+from rlhf.data.paths import behind_name
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
 from rlhf.run.files import read_json, read_jsonl
@@ -85,7 +86,7 @@ def find_runs(folder: Path) -> list[Path]:
         for key in SOURCES:
             values = run["settings"].get(key) or []
             for value in [values] if isinstance(values, str) else values:
-                follow(Path(str(value).rpartition("=")[2]).expanduser())
+                follow(behind_name(str(value)))
         found[path.resolve()] = found.pop(path.resolve())
 
     for start in starts:

@@ -40,8 +40,8 @@ class Interval:
     sample: Sample | None = field(default=None, repr=False, compare=False)  # None for one read from a file
 
     def __format__(self, style: str) -> str:
-        low, high = (format(end, style) if math.isfinite(end) else "-" for end in (self.low, self.high))
-        return f"{self.mean:{style}} [{low}, {high}]"
+        low, high = (_signless_zero(end, style) if math.isfinite(end) else "-" for end in (self.low, self.high))
+        return f"{_signless_zero(self.mean, style)} [{low}, {high}]"
 
     @property
     def excludes_zero(self) -> bool:
@@ -94,6 +94,16 @@ class Interval:
         """What metric modules return: `mean`, `low`, `high`, `n`, and the sample's `values`, `weights`, `transform`."""
         numbers = {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
         return {**numbers, **(self.sample._asdict() if self.sample else {})}
+
+
+def _signless_zero(value: float, style: str) -> str:
+    """A number as text, never -0.00.
+
+    >>> _signless_zero(-0.001, ".2f"), _signless_zero(-0.01, "+.1%")
+    ('0.00', '-1.0%')
+    """
+    text = format(value, style)
+    return text.lstrip("-") if float(text.rstrip("%")) == 0 else text
 
 
 def _statistic(transform: Transform) -> Callable[..., np.ndarray]:

@@ -8,6 +8,10 @@ from rlhf.starter.model import STARTER
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # and what `datasets` calls them
 TEMPLATE_FILES = (".jinja", ".j2")
+PATH_FLAGS = (
+    "dataset_name", "ptx_dataset_name", "templates", "tokenizer_name", "chat_template_path", "models",
+    "model_name_or_path", "sft_model_path", "reward_model_path",
+)  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
 
 
@@ -43,16 +47,26 @@ def need_tokenizer(name: str) -> None:
         )
 
 
-def need_dataset(name: str) -> None:
+def need_dataset(name: str, flag: str = "--dataset_name") -> None:
     """Raise InputError if a name that can only be a dataset's file or folder isn't there. A Hub id passes."""
     path = Path(name).expanduser()
     if not path.exists() and (path.suffix in DATA_FILES or looks_local(name)):
-        raise InputError(f"--dataset_name {name}: no such file or folder. Check the path.")
+        raise InputError(f"{flag} {name}: no such file or folder. Check the path.")
+
+
+def behind_name(word: str) -> Path:
+    """The folder of a word `name=folder`, or of a folder alone, whose name may have a `=`.
+
+    >>> behind_name("sft=outputs/sft").as_posix(), behind_name("outputs/sft").as_posix()
+    ('outputs/sft', 'outputs/sft')
+    """
+    whole = Path(word).expanduser()
+    return whole if whole.exists() else Path(word.partition("=")[2] or word).expanduser()
 
 
 def need_checkpoint(asked: Any) -> None:
     """Raise InputError if `--resume_from_checkpoint` names a folder that isn't there."""
-    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).is_dir():
+    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).expanduser().is_dir():
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
 
 
@@ -66,9 +80,14 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     Raises:
         InputError: naming the flag and the path.
     """
+    for flag in (*PATH_FLAGS, *runs):
+        # a YAML file may hold anything
+        for word in values[flag] if isinstance(values.get(flag), list) and flag == "models" else [values.get(flag)]:
+            if word is not None and not isinstance(word, str):
+                raise InputError(f"--{flag} {word}: needs a name or a path; found {type(word).__name__}.")
     for flag, message in runs.items():
         for word in values[flag] if isinstance(values[flag], list) else [values[flag]]:
-            if word and not Path(word.partition("=")[2] or word).expanduser().is_dir():
+            if word and not behind_name(word).is_dir():
                 raise InputError(f"--{flag} {word}: {message}")
     given = {flag: value for flag, value in values.items() if value not in (None, STARTER) and flag not in runs}
     for flag in CONFIG_FLAGS:
@@ -94,5 +113,5 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
         check = need_file if template.endswith(TEMPLATE_FILES) else need_model
         check(template, "--chat_template_path")
     if "ptx_dataset_name" in given:
-        need_dataset(given["ptx_dataset_name"])
+        need_dataset(given["ptx_dataset_name"], "--ptx_dataset_name")
     need_checkpoint(given.get("resume_from_checkpoint"))

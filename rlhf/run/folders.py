@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from rlhf.data.paths import need_checkpoint
+from rlhf.data.paths import behind_name, need_checkpoint
 from rlhf.errors import InputError, at_failure
 from rlhf.run.files import digest, read_json, write_json
 from rlhf.run.processes import main_process
@@ -93,7 +93,7 @@ def _contents(arguments: tuple[DataclassInstance, ...]) -> dict[str, str]:
         # defaults count too, though the settings leave them out: their content may change
         given: str | list[str] = next((getattr(a, flag) for a in arguments if getattr(a, flag, None)), [])
         for name in [given] if isinstance(given, str) else given:
-            path = Path(str(name).rpartition("=")[2]).expanduser()
+            path = behind_name(str(name))
             if path.exists():
                 contents[f"content of {name}"] = digest(str(path))
     return contents
@@ -191,7 +191,7 @@ def last_checkpoint(training_args: TrainingArguments) -> str | None:
         return None
     if asked and asked not in ("true", "True", True):
         need_checkpoint(asked)
-        return asked
+        return str(Path(asked).expanduser())
     for folder in reversed(checkpoints(training_args.output_dir)):
         # both trainers write their state last: a checkpoint without it is incomplete
         whole = (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists()
