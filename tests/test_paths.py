@@ -29,8 +29,12 @@ def test_what_is_missing_or_no_path_is_one_line(changes, said):
 
 def test_hub_ids_the_starter_and_what_is_there_pass(tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    check_paths({"dataset_name": "you/rows", "model_name_or_path": "you/model", "models": ["starter", "a=b/c"]}, {})
-    check_paths({**VALUES, "dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tmp_path)}, {})
+    passing = {"dataset_name": "you/rows", "model_name_or_path": "you/model", "models": ["starter", "a=b/c"]}
+    there = {**VALUES, "dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tmp_path)}
+    assert [check_paths(values, {}) for values in (passing, there)] == [None, None]
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"rows\.jsonl: no such file"):
+        check_paths(there, {})
 
 
 def test_a_run_folder_may_have_an_equals_sign(tmp_path, monkeypatch):
