@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench optimum kills people test lint format
+.PHONY: setup chromium demo road docs bench optimum kills families people test lint format
 
 setup: $(SETUP)
 
@@ -43,6 +43,10 @@ optimum: $(DEV)
 
 kills: $(DEV)
 	$(BIN)/python tests/kill_ppo.py --kills 20
+
+# every family of language models that transformers has, tiny, against plain transformers; writes docs/families.md
+families: $(DEV)
+	$(BIN)/python tests/families.py
 
 # needs make demo: simulated people vote on the page, and a reward model learns from it
 people: $(DEV) chromium

@@ -1,0 +1,175 @@
+"""A tiny random model of any model type that transformers knows, made from its config.
+
+`tiny_config` sets every size of a config small, by the names that configs give their sizes; TYPES has what a model type
+needs beyond that. Layers that differ in kind (attention with a window, recurrent, dense, mixture of experts) are all
+kept once.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 299
+PAD, BOS, EOS = 0, 1, 2
+CONTEXT = 256
+WINDOW = 12  # of sliding windows and chunks: shorter than the prompts, so that they matter
+
+# sizes by the names that configs give them; only those that a config has are set
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"], VOCABULARY),
+    **dict.fromkeys(
+        ["hidden_size", "d_model", "n_embd", "embedding_size", "input_embedding_size", "emb_dim", "embedding_dim",
+         "attention_hidden_size", "word_embed_proj_dim", "lru_width", "dim_model_base", "linear_attn_hidden_size"],
+        32,
+    ),
+    "output_embedding_size": 48,
+    **dict.fromkeys(
+        ["intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size", "d_inner",
+         "dim_ff", "dff", "feed_forward_size", "intermediate_size_mlp", "dense_intermediate_size",
+         "shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
+         "moe_shared_expert_intermediate_size", "mamba_d_ssm"],
+        64,
+    ),
+    **dict.fromkeys(["moe_intermediate_size", "expert_ffn_hidden_size"], 32),
+    **dict.fromkeys(
+        ["num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
+         "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "linear_num_heads",
+         "linear_num_value_heads", "swa_num_attention_heads", "mamba_num_heads"],
+        4,
+    ),
+    **dict.fromkeys(
+        ["num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "swa_num_key_value_heads", "num_query_groups"],
+        2,
+    ),
+    **dict.fromkeys(
+        ["head_dim", "d_head", "dim_head", "d_kv", "kv_channels", "v_head_dim", "linear_key_head_dim", "global_head_dim",
+         "linear_value_head_dim", "linear_head_dim", "swa_head_dim", "attention_head_size", "qk_nope_head_dim",
+         "ssm_state_size", "state_size", "mamba_d_state", "kv_lora_rank", "q_lora_rank", "o_lora_rank", "adapter_rank",
+         "laurel_rank", "hidden_size_per_layer_input", "index_head_dim", "gated_norm_rank", "d_rel", "hc_lowrank",
+         "router_hidden_size"],
+        8,
+    ),
+    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim", "mamba_dt_rank", "time_step_rank"], 4),
+    "qk_head_dim": 12,
+    **dict.fromkeys(
+        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions",
+         "max_source_positions", "model_max_length", "original_max_position_embeddings"],
+        CONTEXT,
+    ),
+    **dict.fromkeys(
+        ["sliding_window", "window_size", "sliding_window_size", "attention_window_size", "local_attention",
+         "attention_chunk_size", "keep_window_size"],
+        WINDOW,
+    ),
+    **dict.fromkeys(
+        ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"], 4
+    ),
+    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"], 2),
+    **dict.fromkeys(["n_group", "num_expert_group"], 2),
+    "topk_group": 1,
+    **dict.fromkeys(["chunk_size", "mamba_chunk_size", "block_size"], 16),
+    "query_pre_attn_scalar": 8,
+}  # fmt: skip
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
+          "num_decoder_layers", "num_encoder_layers", "depth")  # fmt: skip
+FEWEST_LAYERS = 2
+SHARP = 4.5  # nats; guessing has log(299) = 5.7
+# what a model type needs beyond SIZES
+TYPES: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 32}, "attn_config": {"kv_n_heads": 2}},
+}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The config of a tiny model of this type."""
+    return _shrunk(CONFIG_MAPPING[model_type], TYPES.get(model_type, {}))
+
+
+def _shrunk(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+    default = config_class()
+    fixed = {name for name in SIZES if getattr(getattr(config_class, name, None), "fset", True) is None}
+    settings = {
+        name: value for name, value in SIZES.items() if getattr(default, name, None) is not None and name not in fixed
+    }
+    if "kv_lora_rank" in settings:  # all heads share latent keys and values
+        settings |= {"num_key_value_heads": 4, "head_dim": settings["qk_rope_head_dim"]}
+    settings |= _layers(default)
+    for name, sub_class in config_class.sub_configs.items():
+        if getattr(default, name, None) is None or sub_class.__name__ == "AutoConfig":
+            continue
+        if not hasattr(getattr(default, name), "vocab_size") and name in changes:
+            settings[name] = changes[name]
+            continue
+        settings[name] = _shrunk(type(getattr(default, name)), changes.get(name, {})).to_dict()
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    settings |= {name: value for name, value in special.items() if hasattr(default, name)}
+    settings |= {name: value for name, value in changes.items() if name not in config_class.sub_configs}
+    return config_class(**settings)
+
+
+def _layers(default: PreTrainedConfig) -> dict[str, Any]:
+    """The number of layers, and the lists that have one entry per layer: one layer of each kind."""
+    name = next((name for name in LAYERS if isinstance(getattr(default, name, None), int)), None)
+    if name is None:
+        return {}
+    count = getattr(default, name)
+    lists = {
+        key: value for key, value in default.to_dict().items()
+        if isinstance(value, list) and len(value) == count and count > 1
+    }  # fmt: skip
+    kinds = list(zip(*lists.values(), strict=True))
+    kept = sorted({kinds.index(kind) for kind in kinds})
+    kept += [number for number in range(count) if number not in kept][: max(0, FEWEST_LAYERS - len(kept))]
+    few = {key: [value[number] for number in sorted(kept)] for key, value in lists.items()}
+    others = {other: len(kept) for other in LAYERS if isinstance(getattr(default, other, None), int)}
+    return {**few, **others}
+
+
+def tiny_model(model_type: str, seed: int = 1) -> PreTrainedModel:
+    """A random float32 model whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    sharpen(model)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
+    return model
+
+
+@torch.no_grad()
+def sharpen(model: PreTrainedModel) -> None:
+    """Scale the matrices, then the head until the entropy of the predictions is well below that of guessing."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(6.0)
+    ids = torch.randint(BOS + 2, 259, (2, 40), generator=torch.Generator().manual_seed(0))
+    head = model.get_output_embeddings()
+    for _ in range(20):
+        logprobs = model.eval()(input_ids=ids).logits.float().log_softmax(-1)
+        if head is None or -(logprobs.exp() * logprobs).sum(-1).mean() < SHARP:
+            break
+        head.weight.mul_(1.5)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, and unused ones up to VOCABULARY."""
+    words = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<unused{number}>" for number in range(VOCABULARY - len(words))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        padding_side="left", model_max_length=CONTEXT,
+    )  # fmt: skip
