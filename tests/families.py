@@ -27,17 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from tiny_models import EOS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-import peft
-import transformers
-import trl
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
@@ -189,7 +189,14 @@ def check_ppo(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
         agree("KL" + kind, scored.logprobs - scored.reference_logprobs, expected[0] - expected[1])
         args = trainer.args
         wanted = estimate_advantages(
-            scored.scores, *expected, rollout.completion_mask, kl_coef=args.kl_coef, gamma=args.gamma, lam=args.lam
+            scored.scores,
+            expected[0],
+            expected[1],
+            expected[2],
+            rollout.completion_mask,
+            kl_coef=args.kl_coef,
+            gamma=args.gamma,
+            lam=args.lam,
         )
         agree("advantages" + kind, advantages.advantages, wanted.advantages)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
@@ -243,7 +250,7 @@ def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
     """One step of a reward model; what was saved gives the trained model's scores, row by row and in a batch."""
     source = resolve(str(folder))
     tokenizer = load_tokenizer(source)
-    rows = [tokenizer(text).input_ids + [EOS] for text in TEXTS]
+    rows = [[*tokenizer(text).input_ids, EOS] for text in TEXTS]
     model = load_reward_model(source, model_args, tokenizer)
     trainer = RewardTrainer(
         model=model, args=RewardConfig(output_dir=str(scratch), **TRAINING), processing_class=tokenizer,

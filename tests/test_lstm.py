@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
 
-from rlhf.errors import InputError
-from rlhf.models.generation import need_cache
+from rlhf.models.generation import Way, generate, left_pad, way_to_decode
 from rlhf.models.lstm import LSTMForCausalLM, lstm_parameters, matching_hidden_size
 
 
@@ -103,6 +110,15 @@ def test_it_generates_alone_and_in_a_padded_batch(tokenizer):
     assert [reply[0]["generated_text"] for reply in together] == alone
 
 
-def test_it_is_refused_where_a_cache_is_needed():
-    with pytest.raises(InputError, match="an LSTM keeps no key-value cache"):
-        need_cache(build())
+def test_it_is_sampled_by_reading_the_whole_rows(tokenizer):
+    model = build(vocab_size=len(tokenizer), hidden_size=16, eos_token_id=tokenizer.eos_token_id).eval()
+    rows = [[5, 6, 7, 8], [9], [40, 41]]
+    config = GenerationConfig(max_new_tokens=6, do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id)
+    batch = left_pad(tokenizer, rows)
+    assert way_to_decode(model, batch) is Way.UNCACHED
+    samples = generate(model, batch, config)
+    for row, sequence, logprobs in zip(rows, samples.sequences.tolist(), samples.logprobs, strict=True):
+        new = sequence[4:]
+        logits = model(torch.tensor([row + new])).logits[0, len(row) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected)

@@ -146,7 +146,7 @@ def test_defect_11_bf16_holds_in_rollouts_and_in_updates_alike(train):
     ppo = train(bf16=True, learning_rate=0.0, total_episodes=8)
     seen = set()
     ppo.model.policy.get_base_model().model.layers[0].register_forward_pre_hook(
-        lambda *_: seen.add((ppo.model.policy.training, torch.is_autocast_enabled("cpu")))
+        lambda *_: seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
     )
     ppo.train()
     assert seen == {(False, True), (True, True)}

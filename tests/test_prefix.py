@@ -2,16 +2,23 @@
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.models import prefix
-from rlhf.models.prefix import Rows, forward_sharing_prefix, positions_of, rows_of_prompts, shared_length
+from rlhf.models.prefix import Rows, can_continue, forward_sharing_prefix, positions_of, prefill, rows_of, shared_length
 
 SYSTEM = list(range(100, 130))
 ROWS = [[*SYSTEM, 5, 6, 7, 8, 9], [*SYSTEM, 40], [*SYSTEM, 5, 6, 41, 42], [*SYSTEM[:29], 50, 51, 52]]
+CPU = torch.device("cpu")
 
 
-def left_padded(rows):
+def prompts(rows=ROWS):
+    ids, mask = rows_of(rows, CPU)
+    return Rows(ids, mask, torch.zeros(len(rows), dtype=torch.long))
+
+
+def left_padded(rows=ROWS):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -19,26 +26,30 @@ def left_padded(rows):
 
 
 def test_shared_length_is_that_of_the_common_beginning_within_the_limits():
-    ids, mask = left_padded(ROWS)
-    lengths = mask.sum(1)
-    assert shared_length(ids, mask, lengths - 1) == 29
-    assert shared_length(ids[:3], mask[:3], lengths[:3] - 1) == 30
-    assert shared_length(ids, mask, torch.tensor([35, 7, 35, 35])) == 7
-    assert shared_length(ids[:1], mask[:1], lengths[:1]) == 0  # one row shares with nobody
-    other, mask = left_padded([[1, 2, 3], [9, 2, 3]])
-    assert shared_length(other, mask, torch.tensor([2, 2])) == 0
+    ids, mask, _ = prompts()
+    lengths, starts = mask.sum(1), torch.zeros(4, dtype=torch.long)
+    assert shared_length(ids, starts, lengths - 1) == 29
+    assert shared_length(ids[:3], starts[:3], lengths[:3] - 1) == 30
+    assert shared_length(ids, starts, torch.tensor([35, 7, 35, 35])) == 7
+    assert shared_length(ids[:1], starts[:1], lengths[:1]) == 0  # one row shares with nobody
+    ids, mask = left_padded()
+    assert shared_length(ids, (mask == 0).sum(1), lengths - 1) == 29
+    assert shared_length(torch.tensor([[1, 2, 3], [9, 2, 3]]), starts[:2], torch.tensor([2, 2])) == 0
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_and_gradients_are_those_of_the_plain_forward(tiny, training):
     model = AutoModelForCausalLM.from_pretrained(tiny).train(training)
-    ids, mask = left_padded(ROWS)
-    plain = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits[:, -2:]
-    shared = forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask))
-    assert shared.output.logits.shape[1] == 6  # 29 of 35 positions were computed once
-    assert torch.allclose(plain, shared.output.logits[:, -2:], atol=1e-5)
+    rows = prompts()
+    plain = model(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    shared = forward_sharing_prefix(model, model.config, rows)
+    assert shared.start == 29 and shared.output.logits.shape[1] == 6  # 29 of 35 positions were computed once
+    last = rows.attention_mask.sum(1)[:, None] - 1
+    found = shared.at(shared.output.logits, last)
+    expected = plain.gather(1, last[..., None].expand(-1, -1, plain.shape[-1]))
+    assert torch.allclose(found, expected, atol=1e-5)
     gradients = []
-    for logits in (plain, shared.output.logits[:, -2:]):
+    for logits in (found, expected):
         model.zero_grad()
         logits[..., :7].pow(2).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -48,31 +59,53 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(tiny, training):
 
 def test_completions_are_not_shared(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    ids, mask = left_padded([ROWS[0]] * 20)
+    ids, mask, _ = prompts([ROWS[0]] * 20)
     run = forward_sharing_prefix(model, model.config, Rows(ids, mask, torch.full((20,), 25)))
     assert run.output.logits.shape[1] == 35 - 9  # of 35 tokens, 25 are completion, and the last of a prompt is computed
 
 
-def test_generation_can_go_on_from_the_cache(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    ids, mask = left_padded(ROWS)
-    run = forward_sharing_prefix(
-        model, model.config, rows_of_prompts(ids, mask), cache=DynamicCache(config=model.config)
-    )
+@pytest.mark.parametrize("model_type", ["llama", "mpt", "gpt_neo"])  # rotary positions, ALiBi, a window of 12
+def test_generation_can_go_on_from_the_cache(model_type):
+    model = tiny_model(model_type).eval()
+    ids, mask = left_padded()
+    cache = DynamicCache(config=model.config)
+    takes_positions = model_type != "mpt"
+    positions = {"position_ids": positions_of(mask)} if takes_positions else {}
+    output = prefill(model, ids, mask, cache, **positions)
+    assert output.logits.shape[1] == 6
     following = torch.tensor([[3], [4], [5], [6]])
-    grown = torch.cat([run.attention_mask, torch.ones(4, 1, dtype=torch.long)], 1)
-    output = model(following, attention_mask=grown, position_ids=run.position_ids[:, -1:] + 1,
-                   past_key_values=run.cache)  # fmt: skip
+    grown = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
+    positions = {"position_ids": positions_of(grown)[:, -1:]} if takes_positions else {}
+    output = model(following, attention_mask=grown, past_key_values=cache, **positions)
     for row, token, logits in zip(ROWS, following, output.logits[:, 0], strict=True):
-        assert torch.allclose(model(torch.tensor([[*row, int(token)]])).logits[0, -1], logits, atol=1e-5)
+        assert torch.allclose(model(torch.tensor([[*row, int(token)]])).logits[0, -1], logits, atol=1e-4)
 
 
 def test_nothing_is_shared_where_it_does_not_pay_or_may_not_be(tiny, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    ids, mask = left_padded(ROWS)
-    whole = forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask), share=False)
-    assert whole.output.logits.shape[1] == ids.shape[1] and whole.cache is None
+    whole = forward_sharing_prefix(model, model.config, prompts(), share=False)
+    assert whole.start == 0 and whole.output.logits.shape[1] == 35
     monkeypatch.setattr(prefix, "WORTH_IT", 10_000)
-    assert (
-        forward_sharing_prefix(model, model.config, rows_of_prompts(ids, mask)).output.logits.shape[1] == ids.shape[1]
-    )
+    assert forward_sharing_prefix(model, model.config, prompts()).start == 0
+
+
+def test_nothing_is_shared_by_a_model_that_goes_on_wrongly_from_a_cache(monkeypatch):
+    model = tiny_model("llama").eval()
+    forward = model.forward
+
+    def forgets(*args, past_key_values=None, **settings):
+        return forward(*args, past_key_values=None, **settings)
+
+    monkeypatch.setattr(model, "forward", forgets)
+    assert not can_continue(model, model.config, torch.tensor(SYSTEM))
+    assert forward_sharing_prefix(model, model.config, prompts()).start == 0
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "mistral"])
+def test_recurrent_states_and_windows_are_not_shared(model_type):
+    model = tiny_model(model_type).eval()
+    run = forward_sharing_prefix(model, model.config, prompts())
+    assert run.start == 0
+    logits = run.at(run.output.logits, run.output.logits.new_tensor([[len(row) - 1] for row in ROWS]).long())
+    for row, found in zip(ROWS, logits[:, 0], strict=True):
+        assert torch.allclose(model(torch.tensor([row])).logits[0, -1], found, atol=1e-4)

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf.ppo.model import TokenOutputs, left_align, token_logprobs
+from rlhf.ppo.model import TokenOutputs, token_logprobs
 from rlhf.ppo.types import Advantages, Rollout, Scored, pack
 from rlhf.ppo.update import UpdateSettings, minibatches, ppo_loss, update
 
@@ -76,7 +76,7 @@ def _gradient(micro_batch_size):
     gradients = []
 
     def forward(packed, temperature, **_):
-        rows, length = packed.input_ids[:, -1], int(packed.lengths.max())
+        rows, length = packed.input_ids[:, 0], int(packed.lengths.max())
         return TokenOutputs(scored.logprobs[rows, :length] + weight[rows, :length], torch.ones(len(rows), length),
                             weight[rows, :length])  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_four_microbatches_give_the_gradient_of_one():
     assert whole_stats.first_ratio == 1.0
 
 
-def test_pack_joins_prompts_and_completions_and_pads_on_the_left():
+def test_pack_joins_prompts_and_completions_and_pads_on_the_right():
     rollout, _, _ = _toy()
     padded = rollout._replace(
         input_ids=torch.nn.functional.pad(rollout.input_ids, (3, 0), value=77),
@@ -111,11 +111,5 @@ def test_pack_joins_prompts_and_completions_and_pads_on_the_left():
     )
     packed = pack(padded, torch.tensor([0, 2]))
     assert packed.lengths.tolist() == [1, 2]
-    assert packed.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert packed.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert packed.input_ids.tolist() == [[0, 0, 0, 0], [2, 2, 2, 2]]  # row 0 holds zeros, row 2 twos
-
-
-def test_left_align_undoes_the_padding():
-    values = torch.tensor([[0.0, 0.0, 1.0], [4.0, 5.0, 6.0]])
-    aligned = left_align(values, torch.tensor([1, 3]))
-    assert aligned[0, 0] == 1.0 and aligned[1].tolist() == [4.0, 5.0, 6.0]

@@ -13,6 +13,7 @@ log-likelihoods are computed with less work and more precision than by its `HFLM
 import copy
 import difflib
 import functools
+import inspect
 import itertools
 import logging
 import random
@@ -33,8 +34,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.errors import InputError
-from rlhf.models.generation import need_cache
-from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
+from rlhf.models.generation import Way, way_to_decode
+from rlhf.models.prefix import before_head, can_continue, positions_of, prefill, rows_of, take
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
@@ -89,7 +90,6 @@ class SharedPrefixLM(HFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        need_cache(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         sharpen_head(model)
         self.chat = False
@@ -176,27 +176,50 @@ class SharedPrefixLM(HFLM):
             contexts: D token sequences of two tokens or more.
             places: number of the context that each continuation follows.
         """
-        device, config = self.device, self.model.config.get_text_config()
+        device = self.device
         # the last token of a context runs with the answers, whose first token it predicts
         lengths = torch.tensor([len(context) - 1 for context in contexts], device=device)
         width = int(lengths.max())
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         padded = [[0] * (width + 1 - len(context)) + list(context[:-1]) for context in contexts]
-        prompts = rows_of_prompts(torch.tensor(padded, device=device), mask)
-        computed = forward_sharing_prefix(
-            self.model, config, prompts, cache=DynamicCache(config=config), logits_to_keep=1
-        )
-        assert computed.cache is not None
+        prompts = torch.tensor(padded, device=device)
+        if not self._continues(prompts):
+            return self._logprobs_of_whole_rows(contexts, places, continuations)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        settings = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        prefill(self.model, prompts, mask, cache, positions_of(mask), **settings)
         of = torch.tensor(places, device=device)
-        computed.cache.reorder_cache(of)
+        cache.reorder_cache(of)
         size = max(map(len, continuations))
         inputs = [[contexts[place][-1], *row[:-1]] for place, row in zip(places, continuations, strict=True)]
         answers = torch.tensor([row + [0] * (size - len(row)) for row in inputs], device=device)
-        seen = computed.attention_mask[of]
+        seen = mask[of]
         logits = self.model(
             input_ids=answers, attention_mask=torch.cat([seen, torch.ones_like(answers)], 1), use_cache=True,
-            position_ids=seen.sum(1, keepdim=True) + torch.arange(size, device=device), past_key_values=computed.cache,
+            position_ids=seen.sum(1, keepdim=True) + torch.arange(size, device=device), past_key_values=cache,
         ).logits  # fmt: skip
+        return logits.float().log_softmax(-1)
+
+    def _continues(self, prompts: torch.Tensor) -> bool:
+        """Whether the model reads padded rows, and goes on from them with several tokens, as it reads whole rows."""
+        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        return (
+            takes_positions
+            and way_to_decode(self.model, {"input_ids": prompts}) is Way.TOGETHER
+            and can_continue(self.model, self.model.config.get_text_config(), prompts[0])
+        )
+
+    def _logprobs_of_whole_rows(
+        self, contexts: list[tuple[int, ...]], places: list[int], continuations: list[list[int]]
+    ) -> torch.Tensor:
+        """As `_logprobs`, without a cache."""
+        rows = [[*contexts[place], *row[:-1]] for place, row in zip(places, continuations, strict=True)]
+        ids, mask = rows_of(rows, self.device)
+        first = torch.tensor([len(contexts[place]) - 1 for place in places], device=self.device)
+        columns = first[:, None] + torch.arange(max(map(len, continuations)), device=self.device)
+        columns = columns.clamp(max=ids.shape[1] - 1)
+        with before_head(self.model, lambda hidden: take(hidden, columns)):
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits.float().log_softmax(-1)
 
     @staticmethod

@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf.models.generation import Sampling, left_pad, sample_completions
+from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.prefix import Rows, forward_sharing_prefix
+from rlhf.models.prefix import Rows, rows_of
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.ppo.model import reference_logprobs
 
 T = TypeVar("T")
 
@@ -99,16 +100,9 @@ def reply_logprobs(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]) + len(replies[number]))
     for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch"):
         numbers = order[start : start + batch_size]
-        batch = left_pad(tokenizer, [prompts[number] + replies[number] for number in numbers]).to(model.device)
-        longest = max(len(replies[number]) for number in numbers)
+        ids, mask = rows_of([prompts[number] + replies[number] for number in numbers], model.device)
         lengths = torch.tensor([len(replies[number]) for number in numbers], device=model.device)
-        rows = Rows(batch["input_ids"], batch["attention_mask"], lengths)
-        config = model.config.get_text_config()
-        run = forward_sharing_prefix(model, config, rows, logits_to_keep=longest + 1)
-        logits = run.output.logits[:, -longest - 1 : -1]
-        targets = batch["input_ids"][:, -longest:]
-        logprobs = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-        for row, number in enumerate(numbers):
-            length = len(replies[number])
-            sums[number] = float(logprobs[row, longest - length :].sum()) if length else 0.0
+        logprobs = reference_logprobs(model, None, None, Rows(ids, mask, lengths), temperature=1.0)
+        for number, total in zip(numbers, logprobs.sum(1).tolist(), strict=True):
+            sums[number] = total
     return LogProbs(sums, [len(reply) for reply in replies])

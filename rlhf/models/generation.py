@@ -6,22 +6,32 @@ all scores, and drops finished rows from the cache. Logits processors, stopping 
 the same effect as in `generate`.
 """
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.utils import ModelOutput
 
-from rlhf.errors import InputError
-from rlhf.models.lstm import LSTMConfig
 from rlhf.models.precision import exact
-from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
+from rlhf.models.prefix import CANNOT, before_head, prefill, reraise_out_of_memory, same, take
 
 
 class Samples(NamedTuple):
@@ -58,6 +68,80 @@ def draw_tokens(
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
+class Way(Enum):
+    """How rows of different lengths are decoded side by side; `way_to_decode` finds the first that is right."""
+
+    TOGETHER = "padded on the left"
+    BY_LENGTH = "rows of equal length together, without padding"
+    UNCACHED = "without a cache: every step reads the whole rows"
+
+
+class _Cached:
+    """Next-token logits by the model's own cache, prepared as transformers' `generate` prepares it."""
+
+    def __init__(self, model: PreTrainedModel, start: int, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.start, self.kwargs, self.began = model, start, model_kwargs, False
+
+    def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) behind sequences (B, L), whose first `start` columns are padding."""
+        ids, cache = sequences[:, self.start :], self.kwargs.get("past_key_values")
+        if self.began:
+            inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **self.kwargs)
+            output = self.model(**inputs, return_dict=True)
+        else:
+            self.began = True
+            inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **self.kwargs)
+            shares = self.start == 0 and type(cache) is DynamicCache and "input_ids" in inputs
+            run = functools.partial(prefill, self.model) if shares else self.model
+            output = run(**inputs, return_dict=True)
+        self.kwargs = self.model._update_model_kwargs_for_generation(
+            output, self.kwargs, is_encoder_decoder=self.model.config.is_encoder_decoder
+        )
+        return output.logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> bool:
+        """Drop all other rows; False if the cache can't."""
+        caches = [self.kwargs[name] for name in ALL_CACHE_NAMES if self.kwargs.get(name) is not None]
+        if not all(isinstance(cache, Cache) for cache in caches):
+            return False
+        for cache in caches:
+            cache.reorder_cache(rows)  # of layers of every kind: keys and values, windows, recurrent states
+        self.kwargs = _select(self.kwargs, rows)
+        return True
+
+
+class _Uncached:
+    """Next-token logits by reading the whole rows, padded on the right."""
+
+    def __init__(self, model: PreTrainedModel, starts: torch.Tensor) -> None:
+        self.model, self.starts = model, starts
+
+    def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) behind sequences (B, L), padded on the left."""
+        columns = torch.arange(sequences.shape[1], device=sequences.device) + self.starts[:, None]
+        inside = columns < sequences.shape[1]
+        ids = sequences.gather(1, columns.clamp(max=sequences.shape[1] - 1)).masked_fill(~inside, 0)
+        last = inside.sum(1, keepdim=True) - 1
+        with before_head(self.model, lambda hidden: take(hidden, last)):
+            logits = self.model(input_ids=ids, attention_mask=inside.long(), use_cache=False).logits
+        return (logits if logits.shape[1] == 1 else take(logits, last))[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> bool:
+        """Drop all other rows."""
+        self.starts = self.starts[rows]
+        return True
+
+
+def _select(kwargs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of everything that has one entry per row, but for the cache."""
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 1
+        else type(value)(**_select(dict(value), rows)) if isinstance(value, ModelOutput)
+        else value
+        for name, value in kwargs.items()
+    }  # fmt: skip
+
+
 def sample(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -65,6 +149,7 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     uniforms: torch.Tensor | None = None,
+    way: Way = Way.TOGETHER,
     **model_kwargs,
 ) -> Samples:
     """Decoding loop for `generate(custom_generate=sample)`.
@@ -76,48 +161,78 @@ def sample(
         model_kwargs: `attention_mask` (B, P), 0 on padding or None, and the other arguments that `generate` passes to a
             decoding loop.
     """
-    rows, room = len(input_ids), generation_config.max_length - input_ids.shape[1]
-    completions = torch.full((rows, room), generation_config.pad_token_id, device=input_ids.device)
-    logprobs = torch.zeros(rows, room, device=input_ids.device)
-    active = torch.arange(rows, device=input_ids.device)  # which row of the batch each row of the cache belongs to
-    going = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
-    lengths = torch.full((rows,), room, device=input_ids.device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-    stops = StoppingCriteriaList(rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria))
-    mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask  # generate drops a mask that hides nothing
-    sequences, cache = input_ids, model_kwargs.get("past_key_values")
-    output, _, mask, positions = forward_sharing_prefix(
-        model, model.config.get_text_config(), rows_of_prompts(input_ids, mask), cache=cache, logits_to_keep=1
-    )
-    cache = output.past_key_values
-    step = 0
-    while True:
-        logits = logits_processor(sequences, output.logits[:, -1].float())
+    rows, width = input_ids.shape
+    room = generation_config.max_length - width
+    device = input_ids.device
+    completions = torch.full((rows, room), generation_config.pad_token_id, device=device)
+    drawn = Samples(
+        torch.cat([input_ids, completions], 1), torch.zeros(rows, room, device=device),
+        torch.full((rows,), room, device=device), torch.zeros(rows, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    rules = StoppingCriteriaList(rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria))
+    if not model.config.is_encoder_decoder and model_kwargs.get("attention_mask") is None:
+        model_kwargs["attention_mask"] = torch.ones_like(input_ids)  # generate drops a mask that hides nothing
+    for group, decoder in _decoders(model, input_ids, model_kwargs, way):
+        _decode(decoder, group, input_ids[group], logits_processor, rules, generation_config, uniforms, drawn)
+    steps = int(drawn.lengths.max())
+    return Samples(drawn.sequences[:, : width + steps], drawn.logprobs[:, :steps], drawn.lengths, drawn.ended)
+
+
+def _decoders(
+    model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any], way: Way
+) -> Iterator[tuple[torch.Tensor, "_Cached | _Uncached"]]:
+    """Groups of rows to decode side by side: their numbers (G,), and what reads them."""
+    every = torch.arange(len(input_ids), device=input_ids.device)
+    if way is Way.TOGETHER:
+        yield every, _Cached(model, 0, model_kwargs)
+        return
+    mask = model_kwargs["attention_mask"]
+    starts = (mask == 0).sum(1)
+    if way is Way.UNCACHED:
+        yield every, _Uncached(model, starts)
+        return
+    model_kwargs.pop("position_ids", None)  # without padding, the model's own are right
+    for start in starts.unique().tolist():
+        group = (starts == start).nonzero().squeeze(1)
+        own = {**_select(model_kwargs, group), "attention_mask": mask[group, start:]}
+        yield group, _Cached(model, start, copy.deepcopy(own))  # with a cache of its own
+
+
+def _decode(
+    decoder: _Cached | _Uncached,
+    active: torch.Tensor,
+    sequences: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    rules: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    uniforms: torch.Tensor | None,
+    drawn: Samples,
+) -> None:
+    """Draw tokens for some rows until all have ended, and write them to `drawn`.
+
+    Args:
+        active: (G,) numbers of the rows in `drawn`.
+        sequences: (G, P) their prompts, left-padded.
+    """
+    room, width = drawn.logprobs.shape[1], sequences.shape[1]
+    going = torch.ones_like(active, dtype=torch.bool)
+    for step in range(room):
+        logits = logits_processor(sequences, decoder.next_logits(sequences).float())
         uniform = None if uniforms is None else uniforms[active, step]
         tokens, logprob = draw_tokens(logits, generation_config.do_sample, uniform)
-        completions[active[going], step], logprobs[active[going], step] = tokens[going], logprob[going]
+        drawn.sequences[active[going], width + step] = tokens[going]
+        drawn.logprobs[active[going], step] = logprob[going]
         sequences = torch.cat([sequences, tokens[:, None]], 1)
-        step += 1
-        stopped = going & stops(sequences, None)
-        ended[active[stopped]], lengths[active[stopped]] = True, step
+        stopped = going & rules(sequences, None)
+        drawn.ended[active[stopped]], drawn.lengths[active[stopped]] = True, step + 1
         going = going & ~stopped
-        if step == room or not going.any():
+        if not going.any():
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = positions[:, -1:] + 1
         # drop finished rows once half are finished: the CPU's kernels need a set-up for every new batch size
-        if going.sum() <= len(going) // 2:
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            active, sequences, mask, positions = active[keep], sequences[keep], mask[keep], positions[keep]
-            going = going[keep]
-        output = model(
-            input_ids=sequences[:, -1:], attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
-    return Samples(torch.cat([input_ids, completions[:, :step]], 1), logprobs[:, :step], lengths.clamp(max=step), ended)
+        if step + 1 < room and going.sum() <= len(going) // 2:
+            kept = going.nonzero().squeeze(1)
+            if decoder.keep(kept):
+                active, sequences, going = active[kept], sequences[kept], going[kept]
 
 
 @contextmanager
@@ -127,19 +242,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def need_cache(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model without a key-value cache, which sampling and ranking need.
-
-    Raises:
-        InputError: for an LSTM (rlhf/models/lstm.py).
-    """
-    if isinstance(model.config, LSTMConfig):
-        raise InputError(
-            f"--model_name_or_path {Path(model.name_or_path).name}: an LSTM keeps no key-value cache to sample with. "
-            "Give a Transformer; eval/compression.py can read an LSTM, and so can transformers' own generate."
-        )
 
 
 def generate(
@@ -158,19 +260,86 @@ def generate(
             only for its own decoding loop.
         uniforms: see `sample`.
     """
-    need_cache(model)
+    loop = functools.partial(sample, uniforms=uniforms, way=way_to_decode(model, batch))
+    return _generate(model, batch, config, loop, stopping_criteria=stopping_criteria)
+
+
+def _generate(
+    model: PreTrainedModel | PeftModel,
+    batch: dict[str, torch.Tensor],
+    config: GenerationConfig,
+    loop: Callable[..., Samples],
+    **settings: Any,
+) -> Samples:
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     saved = [owner.generation_config for owner in owners]
     try:
         for owner in owners:
             owner.generation_config = config
-        loop = functools.partial(sample, uniforms=uniforms)
-        return model.generate(
-            **batch, generation_config=config, custom_generate=loop, stopping_criteria=stopping_criteria
-        )
+        return model.generate(**batch, generation_config=config, custom_generate=loop, **settings)
     finally:
         for owner, own in zip(owners, saved, strict=True):
             owner.generation_config = own
+
+
+_WAYS: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
+
+
+def way_to_decode(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor]) -> Way:
+    """The fastest way to decode this model that gives a row alone, unpadded and without a cache, its own logits.
+
+    It is tried once, on a few tokens of the batch. Some recurrent models read padding, some models count padding as
+    positions, some have no cache or one that loses something.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.is_encoder_decoder:
+        return Way.TOGETHER  # replies begin together, and the encoder's mask hides padding
+    if base not in _WAYS:
+        cached = (Way.TOGETHER, Way.BY_LENGTH)
+        _WAYS[base] = next((way for way in cached if _is_right(model, batch["input_ids"], way)), Way.UNCACHED)
+    return _WAYS[base]
+
+
+class _Watch:
+    """Keeps the logits of every step. Two of three rows stop after the first token, so that they are dropped."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def processor(self, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        self.seen += zip(sequences, logits, strict=True)
+        return logits
+
+    def stop(self, sequences: torch.Tensor, _scores: None) -> torch.Tensor:
+        return torch.arange(len(sequences), device=sequences.device) < len(sequences) - 1
+
+
+@torch.no_grad()
+def _is_right(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, way: Way) -> bool:
+    """Whether this way of decoding gives the logits of the plain forward pass."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tokens = input_ids[input_ids != 0].repeat(9)[:9]  # 0 marks padding here
+    if len(tokens) < 9:
+        tokens = torch.arange(1, 10, device=input_ids.device)
+    rows = torch.stack([tokens, tokens.roll(2), tokens.roll(4)])
+    rows[1:, :5] = 0
+    rows[2, :2] = tokens[:2]
+    rows[2, 2:5] = tokens[4:7]
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    watch = _Watch()
+    try:
+        _generate(
+            model, {"input_ids": rows, "attention_mask": (rows != 0).long()}, config,
+            functools.partial(sample, way=way),
+            logits_processor=LogitsProcessorList([watch.processor]),
+            stopping_criteria=StoppingCriteriaList([watch.stop]),
+        )  # fmt: skip
+    except CANNOT as error:
+        reraise_out_of_memory(error)
+        return False
+    alone = [row[int((row != 0).long().argmax()) :][None] for row, _ in watch.seen]
+    expected = [base(input_ids=row).logits[0, -1] for row in alone]
+    return same(torch.stack([logits for _, logits in watch.seen]), torch.stack(expected))
 
 
 def left_pad(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> BatchEncoding:

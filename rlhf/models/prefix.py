@@ -1,11 +1,14 @@
 """A forward pass that computes the common prefix of a batch once.
 
-Chats begin with the same system prompt: 24 of the starter's 46 prompt tokens. `forward_sharing_prefix` runs the prefix
-as one row, repeats its key-value cache for the other rows and continues from there. Results and gradients are those of
-the plain forward pass, up to rounding.
+Chats begin with the same system prompt: 24 of the starter's 46 prompt tokens. The prefix runs as one row, its keys and
+values are repeated for the other rows, and the rest continues from there. Results and gradients are those of the plain
+forward pass, up to rounding. Models whose cache holds more than plain keys and values get the plain forward pass.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,102 +18,189 @@ from transformers.utils import ModelOutput
 
 # Below this number of saved tokens, the extra call costs more than it saves.
 WORTH_IT = 64
+# what a model can't do shows as one of these
+CANNOT = (AttributeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
 
 
 class Rows(NamedTuple):
-    """Prompts with their completions, padded on the left: B rows of L tokens."""
+    """Prompts with their completions, padded on the right: B rows of L tokens.
+
+    Nothing reaches a token from behind, so padding on the right changes no result of a causal model, whatever it makes
+    of positions, masks, windows or recurrent states.
+    """
 
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64: 0 on padding
     lengths: torch.Tensor  # (B,) int64: completion tokens at the end of each row
 
 
-def rows_of_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Rows:
-    """Rows without completions, from left-padded prompts (B, L)."""
-    return Rows(input_ids, attention_mask, torch.zeros_like(attention_mask[:, 0]))
+def rows_of(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of token ids, padded on the right with 0."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
 
 
 class Computed(NamedTuple):
-    """What `forward_sharing_prefix` returns. B rows; S tokens of the prefix were shared, R positions were not."""
+    """What `forward_sharing_prefix` returns."""
 
-    output: ModelOutput  # for the last R positions of each row
-    cache: Cache | None  # filled if the prefix was shared or a cache was given
-    attention_mask: torch.Tensor  # (B, S + R) of the tokens in the cache
-    position_ids: torch.Tensor  # (B, R)
+    output: ModelOutput  # for the positions of each row from `start` on
+    start: int
+
+    def at(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The entries (B, T, ...) of the output's `states` at positions (B, T) of the rows."""
+        return take(states, positions - self.start)
+
+
+def take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The entries (B, T, d) of states (B, L, d) at columns (B, T)."""
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids (B, L) that don't count padding, so that padding changes nothing in a row."""
+    """Position ids (B, L) that don't count padding."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def shared_length(input_ids: torch.Tensor, attention_mask: torch.Tensor, limits: torch.Tensor) -> int:
+def shared_length(input_ids: torch.Tensor, starts: torch.Tensor, limits: torch.Tensor) -> int:
     """Number of tokens in the common prefix of all rows.
 
     Args:
-        input_ids, attention_mask: (B, L), left-padded.
+        input_ids: (B, L).
+        starts: (B,) where the rows begin.
         limits: (B,) largest length of the prefix in each row.
     """
-    starts = input_ids.shape[1] - attention_mask.sum(1)
     most = int(limits.min())
     if most < 1 or len(input_ids) < 2:
         return 0
-    columns = starts[:, None] + torch.arange(most, device=input_ids.device)
-    heads = input_ids.gather(1, columns)
+    heads = input_ids.gather(1, starts[:, None] + torch.arange(most, device=input_ids.device))
     same = (heads == heads[:1]).all(0)
     return int(same.long().cumprod(0).sum())
 
 
-def forward_sharing_prefix(
-    model: nn.Module,
-    config: PreTrainedConfig,
-    rows: Rows,
-    *,
-    share: bool = True,
-    cache: Cache | None = None,
-    **settings: int,
-) -> Computed:
-    """Run a model on left-padded rows, and on their common prefix only once.
+def forward_sharing_prefix(model: nn.Module, config: PreTrainedConfig, rows: Rows, *, share: bool = True) -> Computed:
+    """Run a model on rows padded on the right, and on their common prefix only once.
 
     Args:
-        model: a language model or the trunk of one.
+        model: a causal language model or the trunk of one.
         rows: only prompts are shared, without their last token, whose output is needed.
         share: False computes every row in full. Activation checkpointing needs that, since it allows no cache.
-        cache: an empty cache to fill.
-        settings: passed to the model.
     """
     input_ids, attention_mask, lengths = rows
-    prompt_lengths = attention_mask.sum(1) - lengths
-    shared = shared_length(input_ids, attention_mask, prompt_lengths - 1) if share else 0
-    empty = DynamicCache(config=config) if cache is None else cache
-    if shared * (len(input_ids) - 1) < WORTH_IT or not _repeatable(empty):
-        positions = positions_of(attention_mask)
-        output = model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
-            use_cache=cache is not None, **settings,
-        )  # fmt: skip
-        return Computed(output, cache, attention_mask, positions)
-    cache = empty
-    start = int(input_ids.shape[1] - attention_mask[0].sum())
-    prefix = input_ids[:1, start : start + shared]
-    model(
-        input_ids=prefix, attention_mask=torch.ones_like(prefix), past_key_values=cache, use_cache=True,
-        position_ids=torch.arange(shared, device=prefix.device)[None], **settings,
-    )  # fmt: skip
+    limits = attention_mask.sum(1) - lengths - 1
+    shared = shared_length(input_ids, torch.zeros_like(limits), limits) if share else 0
+    if shared * (len(input_ids) - 1) < WORTH_IT or not can_continue(model, config, input_ids[0, :shared]):
+        return Computed(model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), 0)
+    return Computed(_continued(model, config, input_ids, attention_mask, shared), shared)
+
+
+def _continued(
+    model: nn.Module, config: PreTrainedConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor, shared: int
+) -> ModelOutput:
+    """The output behind the first `shared` tokens, which all rows share."""
+    cache = DynamicCache(config=config)
+    prefix = input_ids[:1, :shared]
+    model(input_ids=prefix, attention_mask=torch.ones_like(prefix), past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(input_ids))
-    width = int(attention_mask.sum(1).max()) - shared
-    # the prefix of a row becomes padding where it is not cut off
-    rest_mask = attention_mask * (attention_mask.long().cumsum(1) > shared)
-    rest, rest_mask = input_ids[:, -width:], rest_mask[:, -width:]
-    mask = torch.cat([torch.ones_like(rest_mask[:, :1]).expand(-1, shared), rest_mask], 1)
-    positions = positions_of(mask)[:, shared:]
-    output = model(
-        input_ids=rest.masked_fill(rest_mask == 0, 0), attention_mask=mask, position_ids=positions,
-        past_key_values=cache, use_cache=True, **settings,
-    )  # fmt: skip
-    return Computed(output, cache, mask, positions)
+    return model(input_ids=input_ids[:, shared:], attention_mask=attention_mask, past_key_values=cache, use_cache=True)
 
 
-def _repeatable(cache: Cache) -> bool:
-    """Whether all layers cache plain keys and values: no sliding window, no recurrent state."""
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+def prefill(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    cache: DynamicCache,
+    position_ids: torch.Tensor | None = None,
+    **settings: Any,
+) -> ModelOutput:
+    """Fill an empty cache with rows padded on the left, and with their common prefix only once.
+
+    The columns that hold nothing but padding and prefix are copied from the prefix's keys and values; the other columns
+    run as in the plain forward pass. So the cache is laid out as the plain forward pass would lay it out.
+
+    Args:
+        input_ids, attention_mask, position_ids: (B, P).
+        settings: passed to the model.
+
+    Returns:
+        the output for the last columns, one at least.
+    """
+    starts = (attention_mask == 0).sum(1)
+    shared = shared_length(input_ids, starts, input_ids.shape[1] - starts - 1)
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    settings = {**settings, "past_key_values": cache, "use_cache": True}
+    if shared * (len(input_ids) - 1) < WORTH_IT or not _plain(cache):
+        return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
+    start = int(starts[0])
+    prefix = input_ids[:1, start : start + shared]
+    model(input_ids=prefix, attention_mask=torch.ones_like(prefix), **settings)
+    columns = int(starts.min()) + shared
+    source = (torch.arange(columns, device=starts.device) - starts[:, None]).clamp(min=0)
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys = layer.keys[0][:, source].transpose(0, 1).contiguous()
+            layer.values = layer.values[0][:, source].transpose(0, 1).contiguous()
+    placed = {name: positions[:, columns:] for name, positions in placed.items()}
+    return model(input_ids=input_ids[:, columns:], attention_mask=attention_mask, **placed, **settings)
+
+
+@contextmanager
+def before_head(model: Any, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside the block the language model's head gets `choose(hidden states (B, L, d))`."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (choose(inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+_CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def can_continue(model: nn.Module, config: PreTrainedConfig, tokens: torch.Tensor) -> bool:
+    """Whether rows that go on from the repeated cache of a prefix give the plain forward's outputs.
+
+    All layers must cache plain keys and values: no sliding window, no recurrent state. Whether the model then continues
+    rightly is tried once, on `tokens`.
+    """
+    if not _plain(DynamicCache(config=config)):
+        return False
+    if model not in _CONTINUES:
+        ids = tokens.repeat(12)[:12].repeat(2, 1)
+        ids[1, -3:] = ids[0, :3]
+        mask = torch.ones_like(ids)
+        mask[1, -1:] = 0
+        try:
+            plain = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            found = _continued(model, config, ids, mask, ids.shape[1] - 3)[0]
+            _CONTINUES[model] = same(found[mask[:, -3:].bool()], plain[:, -3:][mask[:, -3:].bool()])
+        except CANNOT as error:
+            reraise_out_of_memory(error)
+            _CONTINUES[model] = False
+    return _CONTINUES[model]
+
+
+def _plain(cache: Cache) -> bool:
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two ways to compute the outputs (N, d) of N tokens differ by no more than rounding.
+
+    In float32 every number counts. In half precision it is the middle token's mean error, compared with the spread of
+    its outputs, as rounding may send single tokens to other experts.
+    """
+    half = torch.is_autocast_enabled(found.device.type) or torch.finfo(expected.dtype).eps > 1e-6
+    found, expected = found.float(), expected.float()
+    spread = expected.std(-1).clamp(min=1e-6)
+    if half:
+        return bool(((found - expected).abs().mean(-1) / spread).median() < 0.1)
+    return bool(((found - expected).abs().amax(-1) / spread).max() < 1e-3)
+
+
+def reraise_out_of_memory(error: BaseException) -> None:
+    """A lack of memory says nothing about what a model can do."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error

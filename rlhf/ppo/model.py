@@ -7,10 +7,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from rlhf.models.adapters import active_adapter, trunk
-from rlhf.models.prefix import Rows, forward_sharing_prefix
+from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
 
 Entropy = Literal["none", "value", "graph"]
 
@@ -70,10 +69,24 @@ class PolicyAndValue(nn.Module):
         self.warming_up = False  # True: the value function learns from the trunk without changing it
         if value_model is None:
             embeddings = policy.get_output_embeddings() or policy.get_input_embeddings()
-            width = policy.config.get_text_config().hidden_size
+            width = embeddings.weight.shape[1]
             self.value_head = nn.Linear(width, 1, device=embeddings.weight.device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    def train(self, mode: bool = True) -> "PolicyAndValue":
+        """Whether to prepare for an update. The models themselves stay in evaluation mode.
+
+        So nothing random happens in them (dropout, dropped layers, noise on routers), however a family writes it, and
+        the ratio of new to old probabilities starts at 1. Activation checkpointing and torch's recurrent layers on a
+        GPU do look at the mode.
+        """
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", False) or isinstance(module, nn.RNNBase):
+                module.training = mode
+        return self
 
     def forward(
         self,
@@ -91,7 +104,7 @@ class PolicyAndValue(nn.Module):
         """
         entropy: Entropy = "graph" if entropy_gradient else "value" if self.training else "none"
         found, hidden = _policy_outputs(self.policy, rows, temperature, entropy)
-        values = left_align(self._values(hidden, rows), rows.lengths) if with_values else torch.zeros_like(found[0])
+        values = self._values(hidden, rows) if with_values else torch.zeros_like(found[0])
         return TokenOutputs(*found, values)
 
     def _values(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -120,10 +133,12 @@ class PolicyAndValue(nn.Module):
         }
 
 
-def left_align(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Move the last `lengths` entries of each row of (B, T) to its beginning."""
-    columns = torch.arange(values.shape[1], device=values.device) + (values.shape[1] - lengths)[:, None]
-    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
+def _before_completions(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T) before each completion token, and which of them exist (B, T) bool."""
+    columns = torch.arange(int(rows.lengths.max()), device=rows.lengths.device)
+    first = rows.attention_mask.sum(1) - rows.lengths - 1
+    exists = columns < rows.lengths[:, None]
+    return torch.where(exists, first[:, None] + columns, first[:, None]), exists
 
 
 def _policy_outputs(
@@ -134,38 +149,33 @@ def _policy_outputs(
     A hook catches the hidden states in front of the language model's head (`output_hidden_states` would keep those of
     every layer). Only states before a completion token go through the head, so prompts and padding get no logits.
     """
-    length = int(rows.lengths.max())
-    columns = torch.arange(length, device=rows.lengths.device)
-    is_token = columns >= (length - rows.lengths)[:, None]  # (B, T), right-aligned
-    before = torch.cat([is_token, torch.zeros_like(is_token[:, :1])], 1)
+    positions, exists = _before_completions(rows)
     caught = []
 
-    def select(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        caught.append(inputs[0][:, -length - 1 :])
-        shares_prefix = len(inputs[0]) < len(before)  # the pass over the shared prefix; its logits are not needed
-        return (inputs[0][:, -1:] if shares_prefix else caught[-1][before][None],)
+    def select(hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) < len(exists):  # the pass over the shared prefix; its logits are not needed
+            return hidden[:, -1:]
+        caught.append(take(hidden, positions - (rows.input_ids.shape[1] - hidden.shape[1])))
+        return caught[-1][exists][None]
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits = _run(model, trunk(model), rows, logits_to_keep=length + 1).logits
-    finally:
-        hook.remove()
-    found = token_logprobs(logits[0], rows.input_ids[:, -length:][is_token], temperature, entropy)
-    mask = columns < rows.lengths[:, None]  # the same tokens in the same order, left-aligned
-    spread = tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values) for values in found)
-    return (spread[0], spread[1]), caught[-1][:, :-1]
+    tokens = rows.input_ids.gather(1, (positions + 1).clamp(max=rows.input_ids.shape[1] - 1))
+    with before_head(model, select):
+        logits = _run(model, trunk(model), rows).output.logits
+    found = token_logprobs(logits[0], tokens[exists], temperature, entropy)
+    spread = tuple(torch.zeros(exists.shape, device=exists.device).masked_scatter(exists, values) for values in found)
+    return (spread[0], spread[1]), caught[-1]
 
 
 def _trunk_hidden(model: PreTrainedModel | PeftModel, rows: Rows) -> torch.Tensor:
-    """Last hidden states (B, T, d) at the positions before the last T tokens."""
-    hidden = _run(trunk(model), trunk(model), rows)[0]
-    return hidden[:, -int(rows.lengths.max()) - 1 : -1]
+    """Last hidden states (B, T, d) at the positions before the completion tokens."""
+    computed = _run(trunk(model), trunk(model), rows)
+    return computed.at(computed.output[0], _before_completions(rows)[0])
 
 
-def _run(model: nn.Module, body: PreTrainedModel, rows: Rows, **settings: int) -> ModelOutput:
+def _run(model: nn.Module, body: PreTrainedModel, rows: Rows) -> Computed:
     """The model's output. The common prefix of the rows is shared, unless activations are checkpointed."""
-    checkpointed = body.training and body.is_gradient_checkpointing
-    return forward_sharing_prefix(model, body.config, rows, share=not checkpointed, **settings).output
+    checkpointed = body.is_activation_checkpointing and torch.is_grad_enabled()
+    return forward_sharing_prefix(model, body.config.get_text_config(decoder=True), rows, share=not checkpointed)
 
 
 @torch.no_grad()

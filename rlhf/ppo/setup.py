@@ -121,8 +121,9 @@ def disable_dropout(module: nn.Module) -> None:
     """Disable all dropout, so that the ratio of new to old probabilities starts at 1."""
     disable_dropout_in_model(module)
     for part in module.modules():
-        if isinstance(getattr(part, "attention_dropout", None), float):  # attention reads it on every forward
-            part.attention_dropout = 0.0
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):  # functional dropout reads it on every forward
+                setattr(part, name, 0.0)
 
 
 def checkpoint_activations(model: Model | None, args: PPOConfig) -> None:

@@ -103,12 +103,12 @@ class LossSums:
 
 
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
-    """Rows of a rollout with each completion right after its prompt, padded on the left to the longest row."""
+    """Rows of a rollout with each completion right after its prompt, padded on the right to the longest row."""
     mask = rollout.attention_mask[rows].bool()
     totals = mask.sum(1)
     width = int(totals.max())
     packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
-    kept = torch.arange(width, device=mask.device) >= (width - totals)[:, None]
+    kept = torch.arange(width, device=mask.device) < totals[:, None]
     # 0 stands for padding: a pad token may lie outside of the embeddings, and no masked token matters
     packed[kept] = rollout.input_ids[rows][mask]
     return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))

@@ -104,11 +104,11 @@ def minibatches(
 
 
 class PtxBatch(NamedTuple):
-    """Rows of the PPO-ptx dataset. (B, L) int64, left-padded."""
+    """Rows of the PPO-ptx dataset. (B, L) int64, padded on the right."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # (B, L - 1) bool, left-aligned: which tokens count, without a row's first token
+    loss_mask: torch.Tensor  # (B, L - 1) bool: which tokens count, without a row's first token
 
 
 def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
@@ -123,9 +123,8 @@ def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: tor
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row.get("labels") or row["input_ids"]) for row in rows]
         ones = [torch.ones_like(tokens) for tokens in ids]
-        left = {"batch_first": True, "padding_value": 0, "padding_side": "left"}
-        counted = pad_sequence([kept[1:] != -100 for kept in labels], batch_first=True, padding_value=False)
-        yield PtxBatch(pad_sequence(ids, **left).to(device), pad_sequence(ones, **left).to(device), counted.to(device))
+        counted = [kept[1:] != -100 for kept in labels]
+        yield PtxBatch(*(pad_sequence(part, batch_first=True).to(device) for part in (ids, ones, counted)))
 
 
 def update(

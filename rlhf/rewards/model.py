@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.comparisons import Prompt, as_message
 from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.models.adapters import active_adapter, trunk
-from rlhf.models.prefix import forward_sharing_prefix, rows_of_prompts
+from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import usable_context
 from rlhf.rewards.calling import Completion, completion_text
 
@@ -65,11 +65,10 @@ class RewardModel:
         rows = [self.encode(*pair) for pair in zip(prompts, texts, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         scores = [0.0] * len(rows)
-        side = "left" if self._reads_the_last_token() else "right"
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = self.tokenizer.pad(
-                {"input_ids": [rows[number] for number in numbers]}, padding_side=side, return_tensors="pt"
+                {"input_ids": [rows[number] for number in numbers]}, padding_side="right", return_tensors="pt"
             ).to(self.model.device)
             for number, score in zip(numbers, self._scores(**batch).tolist(), strict=True):
                 scores[number] = score
@@ -89,8 +88,9 @@ class RewardModel:
         # the id of a pad token may lie outside of the embeddings; masked positions can have any id
         ids = input_ids.masked_fill(attention_mask == 0, 0)
         with nullcontext() if self.adapter is None else active_adapter(self.model, self.adapter):
-            output = forward_sharing_prefix(body, body.config, rows_of_prompts(ids, attention_mask)).output
-        hidden = output[0][:, -1]
+            nothing = torch.zeros_like(attention_mask[:, 0])
+            computed = forward_sharing_prefix(body, body.config, Rows(ids, attention_mask, nothing))
+        hidden = computed.at(computed.output[0], attention_mask.sum(1, keepdim=True) - 1)[:, 0]
         if self.head is None:
             classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             return classifier.score(hidden).float()[:, 0]
