@@ -12,7 +12,8 @@ from rlhf.models.attention import LARGEST, NAME, group_attention, grouped_attent
 def test_same_as_torchs_attention(queries, kind):
     torch.manual_seed(0)
     query = torch.randn(3, 6, queries, 8, requires_grad=True)
-    key, value = (torch.randn(3, 2, 9, 8, requires_grad=True) for _ in range(2))
+    key = torch.randn(3, 2, 9, 8, requires_grad=True)
+    value = torch.randn(3, 2, 9, 5, requires_grad=True)  # of another width, as in DeepSeek-V3
     causal = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
     mask = causal.expand(3, 1, -1, -1).clone()
     mask[1, :, :, :3] = False  # padding on the left

@@ -31,11 +31,12 @@ def grouped_attention(
 
     Args:
         query: (B, H, Q, d).
-        key, value: (B, G, K, d), H a multiple of G.
-        attention_mask: (B, 1, Q, K) bool, True where a query may attend, or float, added to the scores; None: causal.
+        key: (B, G, K, d), H a multiple of G.
+        value: (B, G, K, v).
+        attention_mask: (B, 1 or H, Q, K) bool, True where a query may attend, or float, added to scores; None: causal.
 
     Returns:
-        (B, Q, H, d), and None for the attention weights.
+        (B, Q, H, v), and None for the attention weights.
     """
     rows, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -56,7 +57,7 @@ def grouped_attention(
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     output = weights.view(rows, groups, heads // groups * queries, keys) @ value
-    return output.view(rows, heads, queries, width).transpose(1, 2).contiguous(), None
+    return output.view(rows, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, grouped_attention)
