@@ -33,6 +33,8 @@ from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
+MEASURED = ("objective/raw_scores", "objective/kl", "completions/mean_length")
+
 
 def main() -> None:
     # Arguments
@@ -46,8 +48,10 @@ def main() -> None:
     name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
     source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
     start = resolve_start(name, source, revision) if sft else source
-    reward_sources = resolve_rewards(training_args, base=source.base)
-    eval_sources = resolve_reward_functions(training_args.eval_reward_funcs, "--eval_reward_funcs")
+    reward_sources = resolve_rewards(training_args, source.base, train.column_names)
+    eval_sources = resolve_reward_functions(
+        training_args.eval_reward_funcs, "--eval_reward_funcs", columns=test.column_names
+    )
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
@@ -74,8 +78,7 @@ def main() -> None:
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
-    last = next(entry for entry in reversed(trainer.state.log_history) if "objective/raw_scores" in entry)
-    metrics = {key: last[key] for key in ("objective/raw_scores", "objective/kl", "completions/mean_length")}
+    metrics = {key: trainer.last_metrics[key] for key in MEASURED}
 
     # Save, report, card, push
     trainer.save_model()

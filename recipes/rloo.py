@@ -48,7 +48,7 @@ def main() -> None:
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    reward_sources = resolve_rewards(training_args, base=source.base)
+    reward_sources = resolve_rewards(training_args, source.base, train.column_names)
     tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
     sizes = (training_args.max_completion_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """The user's input cannot work. The message names the flag or column, what was found and what to do."""
 
+    of_one_process = False  # True: other processes may not meet it, so the one that does prints it
+
 
 def need_at_least(arguments: object, **least: float) -> None:
     """Refuse numbers below their minimum. None, which stands for "no limit", passes.
@@ -45,7 +47,7 @@ def report_errors() -> Iterator[None]:
         with _undone_at_failure():
             yield
     except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if error.of_one_process or int(os.environ.get("RANK", "0")) == 0:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 

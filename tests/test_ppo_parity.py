@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logged, ppo_config
+from conftest import logged, ppo_config, present
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.ppo import PPOTrainer
@@ -78,7 +78,7 @@ def test_one_update_agrees_with_trl(models, tokenizer, prompts, tmp_path, monkey
                 "objective/scores", "loss/value_avg", "val/ratio", "policy/entropy_avg", "lr", "episode"):  # fmt: skip
         assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
     start = dict(models[0].named_parameters())
-    for pair in ((ours.model.policy, theirs.model.policy), (ours.model.value_model, theirs.model.value_model)):
+    for pair in ((ours.model.policy, theirs.model.policy), (present(ours.model.value_model), theirs.model.value_model)):
         for (name, one), (_, two) in zip(*(model.named_parameters() for model in pair), strict=True):
             assert torch.allclose(one, two, atol=0.05 * SETTINGS["learning_rate"]), name
     moved = [(one - start[name]).abs().max() for name, one in ours.model.policy.named_parameters()]

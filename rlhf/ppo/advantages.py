@@ -90,10 +90,15 @@ def estimate_advantages(
 ) -> Advantages:
     """Advantages and returns from scores (B,) and the models' outputs per token (B, T).
 
+    Nothing is learned from a completion whose score is NaN: its advantages are 0 and its returns are the values. TRL's
+    GRPO and RLOO set the advantage of such completions to 0 too.
+
     Args:
         per_token: (B, T) the part of the scores that belongs to single tokens; the last token gets the rest.
     """
     kl_rewards = kl_penalty(logprobs, reference_logprobs, mask, kl_coef)
+    without_score = scores.isnan()
+    scores, mask = scores.masked_fill(without_score, 0.0), mask & ~without_score[:, None]
     if per_token is None:
         rewards = add_scores(kl_rewards, scores, mask)
     else:
@@ -101,4 +106,5 @@ def estimate_advantages(
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, processes=processes)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
+    returns = torch.where(without_score[:, None], values, returns)
     return Advantages(rewards, kl_rewards, whiten(advantages, mask, processes=processes), returns)

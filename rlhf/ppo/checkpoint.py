@@ -37,6 +37,9 @@ class Progress(TypedDict):
     kl_coef: float
     remarked: dict[str, int]  # the update of the monitor's last remark, by rule
     best: tuple[float | None, int | None, str | None]  # metric, step and folder of the best checkpoint
+    metrics: dict[str, float]  # of the last update
+    reward_metrics: dict[str, list[float]]  # what reward functions logged since the last log
+    callbacks: dict[str, Any]  # the state of each callback that has one
 
 
 def checkpoint_folder(args: TrainingArguments, step: int) -> Path:

@@ -1,7 +1,7 @@
 """PPOConfig: TRL's fields, new fields, and errors for settings that can't work."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.errors import InputError, need_at_least
 from rlhf.ppo.upstream import TRLPPOConfig
@@ -18,6 +18,8 @@ class PPOConfig(TRLPPOConfig):
         sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If the latter
             is another adapter of the same base, the policy continues from it, and only the reference is the SFT model.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
+        model_init_kwargs: how PPOTrainer loads models that are given by name; GRPOConfig's field. Possible are `dtype`,
+            `revision` (of the policy), `attn_implementation` and `trust_remote_code`.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
@@ -106,6 +108,9 @@ class PPOConfig(TRLPPOConfig):
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as for SFT."}
     )
+    model_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "From Python: how models that are given by name are loaded."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
 
@@ -115,6 +120,11 @@ class PPOConfig(TRLPPOConfig):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
         if self.stop_token_id is not None:
             self.stop_token = None  # a given id replaces the default
+        if getattr(self, "metric_for_best_model", None) in (
+            "loss",
+            "eval_loss",
+        ):  # transformers' default; PPO has no evaluation loss
+            self.metric_for_best_model, self.greater_is_better = "score", True
         self._check_ranges()
         local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.num_mini_batches < 1 or local_batch_size % self.num_mini_batches:

@@ -20,6 +20,21 @@ def evaluation_rows(count: int, processes: int, rank: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
+def best_metric(args: PPOConfig, metrics: dict[str, float]) -> str | None:
+    """The name of the metric that `args.metric_for_best_model` means, or None.
+
+    Raises:
+        InputError: if there is no such metric.
+    """
+    name = args.metric_for_best_model
+    if name is None:
+        return None
+    key = name if name.startswith("eval_") else f"eval_{name}"
+    if key not in metrics:
+        raise InputError(f"--metric_for_best_model {name}: not among {sorted(metrics)}.")
+    return key
+
+
 def note_best(args: PPOConfig, state: OnlineTrainerState, metrics: dict[str, float]) -> bool:
     """Remember this step in `state` if its `args.metric_for_best_model` is the best so far; returns whether it is.
 
@@ -28,16 +43,11 @@ def note_best(args: PPOConfig, state: OnlineTrainerState, metrics: dict[str, flo
     Raises:
         InputError: if there is no such metric.
     """
-    name = args.metric_for_best_model
-    if name is None:
+    key = best_metric(args, metrics)
+    if key is None or state.global_step == 0:
         return False
-    key = name if name.startswith("eval_") else f"eval_{name}"
-    if key == "eval_loss" and key not in metrics:
-        key = "eval_score"  # eval_loss is the default of transformers; PPO has no evaluation loss
-    if key not in metrics:
-        raise InputError(f"--metric_for_best_model {name}: not among {sorted(metrics)}.")
-    sign = -1.0 if args.greater_is_better is False and key != "eval_score" else 1.0
-    if state.global_step == 0 or (state.best_metric is not None and sign * metrics[key] <= sign * state.best_metric):
+    sign = -1.0 if args.greater_is_better is False else 1.0
+    if state.best_metric is not None and sign * metrics[key] <= sign * state.best_metric:
         return False
     state.best_metric, state.best_global_step = metrics[key], state.global_step
     state.best_model_checkpoint = str(checkpoint_folder(args, state.global_step))

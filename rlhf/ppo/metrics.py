@@ -13,8 +13,9 @@ from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 def batch_metrics(
     rollout: Rollout, scored: Scored, advantages: Advantages, processes: Processes = ONE_PROCESS
 ) -> dict[str, float]:
-    """Means over the completions of all processes."""
+    """Means over the completions of all processes. Completions without a score don't count in means of scores."""
     mask = rollout.completion_mask
+    learned = mask & ~scored.scores.isnan()[:, None]
     lengths = mask.sum(1).float()
     kl = ((scored.logprobs - scored.reference_logprobs) * mask).sum(1)
     non_score = advantages.kl_rewards.sum(1)
@@ -28,12 +29,13 @@ def batch_metrics(
         "completions/mean_length": lengths,
         "completions/ended": rollout.ended.float(),
     }
-    means = moments(torch.stack(list(per_row.values())), processes=processes).mean
+    values = torch.stack(list(per_row.values()))
+    means = moments(values, ~values.isnan(), processes).mean
     return {
         **dict(zip(per_row, means.tolist(), strict=True)),
-        **reward_metrics(scored.by_function or {}, processes),
+        **reward_metrics(scored.rewards.by_function if scored.rewards else {}, processes),
         "val/num_eos_tokens": float(processes.sum(rollout.ended.sum().float())),
-        "val/explained_variance": explained_variance(advantages.returns, scored.values, mask, processes),
+        "val/explained_variance": explained_variance(advantages.returns, scored.values, learned, processes),
     }
 
 
@@ -63,14 +65,15 @@ def evaluation_metrics(
         "length": rollout.completion_mask.sum(1),
         "ended": rollout.ended,
     }
-    metrics = {name: float(processes.sum(row.float().mean()) / processes.number) for name, row in per_row.items()}
+    values = torch.stack([row.float() for row in per_row.values()])
+    metrics = dict(zip(per_row, moments(values, ~values.isnan(), processes).mean.tolist(), strict=True))
     for name, value in reward_metrics(rewards.by_function, processes).items():
         if name.endswith("/mean"):
             metrics[name] = value
     for name, value in reward_metrics(held_out.by_function, processes).items():
         if name.endswith("/mean"):
             metrics[f"held_out/{name.split('/')[1]}"] = value
-    return metrics
+    return {**(held_out.metrics or {}), **(rewards.metrics or {}), **metrics}
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
@@ -104,7 +107,9 @@ def explained_variance(
     return 1 - float(of_errors) / float(of_returns) if of_returns > 1e-12 else 0.0
 
 
-def sample_table(rollout: Rollout, scores: torch.Tensor, rows: int) -> list[Row]:
-    """The first rows as `prompt`, `completion` and `score`."""
-    triples = zip(rollout.prompts, rollout.completions, scores.tolist(), strict=True)
-    return [{"prompt": prompt, "completion": text, "score": score} for prompt, text, score in list(triples)[:rows]]
+def sample_table(rollout: Rollout, rewards: Rewards, rows: int) -> list[Row]:
+    """The first rows as `prompt`, `completion`, `score` (None without one), and what the reward functions logged."""
+    scores = [None if math.isnan(score) else score for score in rewards.scores.tolist()]
+    columns = {"prompt": rollout.prompts, "completion": rollout.completions, "score": scores}
+    columns |= {name: values for name, values in (rewards.extra or {}).items() if name not in columns}
+    return [dict(zip(columns, row, strict=True)) for row in list(zip(*columns.values(), strict=True))[:rows]]

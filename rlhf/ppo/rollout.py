@@ -1,7 +1,10 @@
 """Prompts → Rollout: completions sampled by the policy."""
 
+from collections.abc import Iterator
+
 import torch
 from peft import PeftModel
+from torch.utils.data import Sampler
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
@@ -22,6 +25,32 @@ def prompt_order(rows: int, episode: int, count: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed + round_number)
         numbers += torch.randperm(rows, generator=generator).tolist()[offset : offset + count - len(numbers)]
     return numbers
+
+
+class PromptSampler(Sampler[list[int]]):
+    """The row numbers of one process's batches, in `prompt_order`.
+
+    Args:
+        rows: number of rows of the dataset.
+        own_rows: which rows of a batch belong to the process.
+        batch_size: episodes of an update, on all processes.
+        first_episode: the episode at which the run stands.
+        total_episodes: where it ends.
+    """
+
+    def __init__(
+        self, rows: int, own_rows: range, batch_size: int, first_episode: int, total_episodes: int, seed: int
+    ) -> None:
+        self.rows, self.own_rows, self.batch_size, self.seed = rows, own_rows, batch_size, seed
+        self.episodes = range(first_episode, total_episodes, batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for episode in self.episodes:
+            order = prompt_order(self.rows, episode, self.batch_size, self.seed)
+            yield [order[number] for number in self.own_rows]
+
+    def __len__(self) -> int:
+        return len(self.episodes)
 
 
 def draw_uniforms(first_episode: int, rows: range, length: int, seed: int, device: torch.device) -> torch.Tensor:

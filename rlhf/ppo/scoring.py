@@ -1,56 +1,59 @@
 """Rollout → Scored: rewards, their scale, and the log-probabilities and values before the update."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from rlhf.comparisons import as_message
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Rewards, Rollout, pack
-from rlhf.rewards import RewardFunction, RewardModel, call_rewards, reward_name
-
-
-def reward_names(functions: list[RewardFunction]) -> list[str]:
-    """A name for each function; functions of the same name are numbered."""
-    names = [reward_name(function) for function in functions]
-    return [name if names.count(name) == 1 else f"{name}_{names[:number].count(name) + 1}"
-            for number, name in enumerate(names)]  # fmt: skip
+from rlhf.rewards import RewardError, RewardFunction, RewardLog, RewardModel, call_rewards, reward_names
 
 
 def collect_rewards(
-    rollout: Rollout, functions: list[RewardFunction], weights: list[float], **columns: list[Any]
+    rollout: Rollout, functions: list[RewardFunction], weights: list[float], trainer_state: TrainerState | None = None
 ) -> Rewards:
     """Call every reward function on the rollout and add up the weighted rewards.
 
     A function that returns None for a completion adds nothing to its score.
 
-    Args:
-        columns: passed to the functions in addition to the dataset's columns.
-
     Raises:
-        RewardError: see rlhf.rewards.call_rewards.
+        RewardError: see rlhf.rewards.call_rewards; or if a weighted sum is beyond float32.
     """
     shape, device = rollout.completion_mask.shape, rollout.input_ids.device
     tokens = rollout.input_ids[:, -shape[1] :]
     ids = [row[mask].tolist() for row, mask in zip(tokens, rollout.completion_mask, strict=True)]
     completions = [as_message(*pair) for pair in zip(rollout.prompts, rollout.completions, strict=True)]
-    answers = call_rewards(functions, rollout.prompts, completions, ids, **{**rollout.columns, **columns})
+    log, names = RewardLog(), reward_names(functions)
+    given = {"trainer_state": trainer_state or TrainerState(), "log_metric": log.log_metric, "log_extra": log.log_extra}
+    answers = call_rewards(functions, rollout.prompts, completions, ids, **{**rollout.columns, **given})
+    log.check(len(completions))
     by_function, total = {}, torch.zeros(shape[0], device=device)
+    scored = torch.zeros(shape[0], dtype=torch.bool, device=device)
     per_token: torch.Tensor | None = None
-    for name, weight, scores in zip(reward_names(functions), weights, answers, strict=True):
-        sums = [sum(score) if isinstance(score, list) else score for score in scores]
+    for name, weight, scores in zip(names, weights, answers, strict=True):
+        sums = [math.fsum(score) if isinstance(score, list) else score for score in scores]
         by_function[name] = torch.tensor([math.nan if s is None else s for s in sums], device=device)
-        total += weight * by_function[name].nan_to_num(0.0)
+        given_one = ~by_function[name].isnan()
+        total, scored = torch.where(given_one, total + weight * by_function[name], total), scored | given_one
         for row, score in enumerate(scores):
             if isinstance(score, list):
                 per_token = torch.zeros(shape, device=device) if per_token is None else per_token
                 per_token[row, : len(score)] += weight * torch.tensor(score, device=device)
-    return Rewards(by_function, total, per_token)
+    if not total.isfinite().all():
+        raise RewardError(f"The weighted sum of {', '.join(names)} is beyond float32. Scale the rewards down.")
+    return Rewards(
+        by_function,
+        total.masked_fill(~scored, math.nan),
+        per_token,
+        log.gathered_means() if functions else {},
+        log.extra,
+    )
 
 
 class RewardScale(NamedTuple):
@@ -61,12 +64,12 @@ class RewardScale(NamedTuple):
 
 
 def measure_scale(scores: torch.Tensor, processes: Processes = ONE_PROCESS) -> RewardScale:
-    """The scale of raw scores (B,) over all processes. The standard deviation of a constant reward counts as 1.
+    """The scale of raw scores (B,) over all processes, without NaN. The standard deviation of a constant counts as 1.
 
     lm-human-preferences normalizes likewise, on samples of the policy before training:
     https://github.com/openai/lm-human-preferences/blob/cbfd210bb8b08f6bc5c26878c10984b90f516c66/lm_human_preferences/train_reward.py#L207
     """
-    _, mean, variance = moments(scores, processes=processes)
+    _, mean, variance = moments(scores, ~scores.isnan(), processes)
     std = math.sqrt(variance)
     return RewardScale(float(mean), std if std > 1e-6 else 1.0)
 
@@ -85,7 +88,7 @@ def shape_scores(
     """The scores to learn from (B,), and the part of them that belongs to single tokens (B, T) or None.
 
     The steps in order: shift and scale, clip, length penalty, then the penalty or the fixed score of completions that
-    never ended.
+    never ended. NaN (no score) stays NaN, unless `missing_eos_score` replaces it.
     """
     scores = (rewards.scores - scale.mean) / scale.std
     per_token = None if rewards.per_token is None else rewards.per_token / scale.std

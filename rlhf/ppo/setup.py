@@ -6,24 +6,27 @@ from typing import TypeAlias
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import VALUE, add_value_adapter, recompute_with_same_adapter
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.inputs import Model
 from rlhf.ppo.model import PolicyAndValue
-from rlhf.rewards import RewardFunction, RewardModel
+from rlhf.rewards import RewardFunction
 
-Model: TypeAlias = PreTrainedModel | PeftModel
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
-def check_models(model: Model, ref_model: Model | None, reward_model: Model | None, value_model: Model | None) -> None:
-    """Raise InputError for models that can't play their roles together."""
-    if ref_model is model:
+def check_models(
+    model: str | Model, ref_model: str | Model | None, reward_model: str | Model | None, value_model: str | Model | None
+) -> None:
+    """Raise InputError for models that can't play their roles together. Names stand for models of their own."""
+    if ref_model is model and not isinstance(model, str):
         raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-    if reward_model is not None and value_model is reward_model:
+    if reward_model is not None and value_model is reward_model and not isinstance(value_model, str):
         raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
     for name, classifier in (("reward_model", reward_model), ("value_model", value_model)):
         labels = getattr(getattr(classifier, "config", None), "num_labels", 1)
@@ -31,37 +34,18 @@ def check_models(model: Model, ref_model: Model | None, reward_model: Model | No
             raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
 
 
-def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError if the pad token is missing or is the eos token."""
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise InputError("The tokenizer's pad token must be set and differ from eos, or no reply would end.")
-
-
-def check_datasets(
-    args: PPOConfig, model: Model, train: Dataset | None, held_out: EvalDataset, ptx: Dataset | None
-) -> None:
-    """Raise InputError for a dataset that is missing, has no prompts, or has prompts that are too long."""
+def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | None) -> None:
+    """Raise InputError if the datasets beside the prompts are missing where a setting needs them."""
     if args.eval_strategy != "no" and held_out is None:
         raise InputError("--eval_strategy: needs an eval_dataset; this one has none. Give one, or use 'no'.")
-    by_name = held_out if isinstance(held_out, dict) else {"eval_dataset": held_out}
-    check_prompts(train, "train_dataset", args.response_length, model)
-    for name, rows in by_name.items():
-        if rows is not None:
-            check_prompts(rows, name, args.response_length, model)
     if args.ptx_coef > 0 and not ptx:
         raise InputError("--ptx_coef: needs texts to mix in. Give --ptx_dataset_name, or ptx_dataset in Python.")
+    if ptx and "input_ids" not in ptx.column_names:
+        raise InputError(f"ptx_dataset: needs a column input_ids, and perhaps labels; found {ptx.column_names}.")
 
 
-def check_prompts(dataset: Dataset | None, name: str, response_length: int, model: Model) -> None:
-    """Raise InputError for a dataset without prompts, or with prompts that leave no room for a response."""
-    if dataset is None or len(dataset) == 0:
-        raise InputError(f"{name}: PPO needs at least one prompt.")
-    if "input_ids" not in dataset.column_names:
-        raise InputError(
-            f"{name}: needs a column input_ids with the prompts' tokens; found {sorted(dataset.column_names)}. "
-            "rlhf.data.rows.prompt_rows makes it from text or messages."
-        )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_prompts(dataset: Dataset, name: str, response_length: int, context: int | None) -> None:
+    """Raise InputError for prompts without tokens, or prompts that leave no room for a response."""
     longest = max(len(ids) for ids in dataset["input_ids"])
     if longest == 0 or min(len(ids) for ids in dataset["input_ids"]) == 0:
         raise InputError(f"{name}: has a prompt without tokens.")
@@ -70,6 +54,27 @@ def check_prompts(dataset: Dataset | None, name: str, response_length: int, mode
             f"--response_length {response_length}: the longest prompt of {name} has {longest} tokens, together more "
             f"than the model's context of {context}. Shorten one of them."
         )
+
+
+def check_optimizers(optimizers: tuple[Optimizer | None, LRScheduler | None], model: PolicyAndValue) -> None:
+    """Add the value function's parameters to the user's optimizer if it lacks them: the trainer has just made them.
+
+    Raises:
+        InputError: if a scheduler comes without its optimizer, or the optimizer holds nothing of the policy.
+    """
+    optimizer, scheduler = optimizers
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise InputError("optimizers: the scheduler belongs to another optimizer. Pass both as a pair.")
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = model.value_parameters()
+    if not any(id(parameter) in held for name, parameter in trained.items() if name not in own):
+        raise InputError("optimizers: the optimizer holds no trained parameter of the policy. Make it from the policy.")
+    missing = [parameter for name, parameter in trained.items() if name in own and id(parameter) not in held]
+    if missing:
+        optimizer.add_param_group({"params": missing})
 
 
 def policy_and_value(model: Model, value_model: Model | None, adapter_name: str, args: PPOConfig) -> PolicyAndValue:
@@ -93,20 +98,12 @@ def policy_and_value(model: Model, value_model: Model | None, adapter_name: str,
     return PolicyAndValue(model, value_model, value_adapter)
 
 
-def weighted_rewards(
-    reward_model: Model | None,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_funcs: list[RewardFunction] | None,
-    args: PPOConfig,
-) -> tuple[list[RewardFunction], list[float]]:
-    """The reward model, if there is one, then the reward functions; and their weights.
+def reward_weights(functions: list[RewardFunction], args: PPOConfig) -> list[float]:
+    """The weight of each reward function.
 
     Raises:
         InputError: if there is no reward, or the number of `reward_weights` differs.
     """
-    functions = list(reward_funcs or [])
-    if reward_model is not None:
-        functions.insert(0, RewardModel(reward_model, tokenizer, args.per_device_eval_batch_size))
     if not functions:
         raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
     weights = args.reward_weights or [1.0] * len(functions)
@@ -114,7 +111,7 @@ def weighted_rewards(
         raise InputError(
             f"--reward_weights: {len(weights)} weights for {len(functions)} rewards. Give one weight for each."
         )
-    return functions, weights
+    return weights
 
 
 def disable_dropout(module: nn.Module) -> None:

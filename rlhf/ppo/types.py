@@ -25,20 +25,22 @@ class Rewards(NamedTuple):
     """The rewards of a rollout. Float32."""
 
     by_function: dict[str, torch.Tensor]  # (B,) each, by name of the reward function; NaN where it gave no score
-    scores: torch.Tensor  # (B,) their weighted sum
+    scores: torch.Tensor  # (B,) their weighted sum; NaN where none of them gave a score
     per_token: torch.Tensor | None  # (B, T) the part of the sum that functions gave per token
+    metrics: dict[str, float] | None = None  # what the functions logged, means over all processes
+    extra: dict[str, list[Any]] | None = None  # the columns that the functions logged, B values each
 
 
 class Scored(NamedTuple):
     """A rollout's scores, and the log-probabilities and values of its tokens before the update. All float32."""
 
-    raw_scores: torch.Tensor  # (B,) weighted sum of the rewards
+    raw_scores: torch.Tensor  # (B,) weighted sum of the rewards; NaN where no reward function gave a score
     scores: torch.Tensor  # (B,) the same after normalization, clipping and penalties; the update learns from these
     logprobs: torch.Tensor  # (B, T) policy
     reference_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T) value of the state before each token
     per_token: torch.Tensor | None = None  # (B, T) the part of `scores` that belongs to single tokens
-    by_function: dict[str, torch.Tensor] | None = None  # (B,) each, raw, by the name of the reward function
+    rewards: Rewards | None = None  # what the reward functions gave
 
 
 class Advantages(NamedTuple):

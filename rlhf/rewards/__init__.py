@@ -1,41 +1,51 @@
 """Rewards: functions and reward models behind one call, found by name."""
 
+from rlhf.rewards.answers import Completion, RewardError, Score, check_scores, completion_text
 from rlhf.rewards.calling import (
-    Completion,
-    RewardError,
+    ARGUMENTS,
     RewardFunction,
-    Score,
     call_rewards,
-    check_scores,
-    completion_text,
+    check_reward_function,
+    need_scores,
     reward_name,
+    reward_names,
 )
+from rlhf.rewards.log import RewardLog
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.sources import (
+    RewardArgument,
     RewardFlags,
     RewardSource,
     load_reward,
     resolve_reward,
     resolve_reward_functions,
     resolve_rewards,
+    reward_functions,
     starter_reward,
 )
 
 __all__ = [
+    "ARGUMENTS",
     "Completion",
+    "RewardArgument",
     "RewardError",
     "RewardFlags",
     "RewardFunction",
+    "RewardLog",
     "RewardModel",
     "RewardSource",
     "Score",
     "call_rewards",
+    "check_reward_function",
     "check_scores",
     "completion_text",
     "load_reward",
+    "need_scores",
     "resolve_reward",
     "resolve_reward_functions",
     "resolve_rewards",
+    "reward_functions",
     "reward_name",
+    "reward_names",
     "starter_reward",
 ]

@@ -12,7 +12,7 @@ from rlhf.data.encoding import encode_messages, encode_text_with_end
 from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import usable_context
-from rlhf.rewards.calling import Completion, completion_text
+from rlhf.rewards.answers import Completion, completion_text
 
 
 class RewardModel:

@@ -3,12 +3,16 @@
 import importlib
 import re
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
+from trl.trainer.utils import get_config_model_id
 
 from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
@@ -16,7 +20,8 @@ from rlhf.models.adapters import REWARD, add_frozen_adapter, fits_beside
 from rlhf.models.loading import load_reward_model, place
 from rlhf.models.sources import Source, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards.calling import Completion, RewardFunction, completion_text
+from rlhf.rewards.answers import Completion, completion_text
+from rlhf.rewards.calling import ARGUMENTS, RewardFunction, check_reward_function, reward_name
 from rlhf.rewards.model import RewardModel
 from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
@@ -36,7 +41,12 @@ class RewardSource(NamedTuple):
 
 
 def resolve_reward(
-    name: str, flag: str = "--reward_model_path", *, allow_functions: bool = False, base: str | None = None
+    name: str,
+    flag: str = "--reward_model_path",
+    *,
+    allow_functions: bool = False,
+    base: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> RewardSource:
     """Find a reward by name, before any model is loaded.
 
@@ -45,15 +55,17 @@ def resolve_reward(
         flag: the flag that gave the name, for error messages.
         allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
         base: the policy's base model, which a reward adapter has to share.
+        columns: the dataset's columns, which a function may need.
 
     Raises:
-        InputError: if there is no such function, or the model is a language model or an adapter of another base.
+        InputError: if there is no such function, its module can't be imported, it takes other arguments than a reward
+            function, or the model is a language model or an adapter of another base.
     """
     if name == STARTER:
         return RewardSource(name, None, starter_reward)
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
     if allow_functions and is_import_path:
-        return RewardSource(name, None, _imported(name, flag))
+        return RewardSource(name, None, _imported(name, flag, columns))
     return RewardSource(name, _resolve_reward_model(name, flag, base), None)
 
 
@@ -65,14 +77,16 @@ class RewardFlags(Protocol):
     reward_weights: list[float] | None
 
 
-def resolve_rewards(args: RewardFlags, base: str | None = None) -> list[RewardSource]:
+def resolve_rewards(
+    args: RewardFlags, base: str | None = None, columns: Sequence[str] | None = None
+) -> list[RewardSource]:
     """The rewards that the flags name; the starter's scorer if they name none.
 
     Raises:
         InputError: see `resolve_reward`; or if the numbers of `reward_weights` and rewards differ.
     """
     rewards = [resolve_reward(args.reward_model_path, base=base)] if args.reward_model_path else []
-    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base)
+    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns)
     rewards = rewards or [resolve_reward(STARTER)]
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         names = [reward.name for reward in rewards]
@@ -80,22 +94,33 @@ def resolve_rewards(args: RewardFlags, base: str | None = None) -> list[RewardSo
     return rewards
 
 
-def resolve_reward_functions(names: list[str] | None, flag: str, base: str | None = None) -> list[RewardSource]:
+def resolve_reward_functions(
+    names: list[str] | None, flag: str, base: str | None = None, columns: Sequence[str] | None = None
+) -> list[RewardSource]:
     """The rewards of a flag that takes functions as well as models; see `resolve_reward`."""
-    return [resolve_reward(name, flag, allow_functions=True, base=base) for name in names or []]
+    return [resolve_reward(name, flag, allow_functions=True, base=base, columns=columns) for name in names or []]
 
 
-def _imported(name: str, flag: str) -> RewardFunction:
+def _imported(name: str, flag: str, columns: Sequence[str] | None) -> RewardFunction:
     module_name, _, function_name = name.rpartition(".")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # find the user's own file in the current folder, as `python -m` does
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"{flag} {name}: can't import {module_name} ({error}).") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does, exit() included
+        what = f"it calls exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if Path(frame.filename).stem == module_name.rpartition(".")[2]]  # fmt: skip
+        place = f", line {lines[-1]}" if lines else ""
+        raise InputError(
+            f"{flag} {name}: can't import {module_name}{place} ({type(error).__name__}: {what})."
+        ) from error
+    if not hasattr(module, function_name):
         raise InputError(f"{flag} {name}: {module_name} has no function {function_name!r}.")
+    function = getattr(module, function_name)
+    check_reward_function(function, f"{flag} {name}", columns)
     return function
 
 
@@ -146,3 +171,67 @@ def load_reward(
         return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
     model = load_reward_model(source.model, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code)
     return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
+
+
+RewardArgument: TypeAlias = RewardFunction | PreTrainedModel | PeftModel | str
+
+
+def reward_functions(
+    given: RewardArgument | Sequence[RewardArgument] | None,
+    where: str,
+    model_args: ModelConfig,
+    *,
+    tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
+    policy: PreTrainedModel | PeftModel | None = None,
+    columns: Sequence[str] | None = None,
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
+) -> list[RewardFunction]:
+    """The `reward_funcs` of a trainer as functions. As in GRPO, each is a function, a reward model, or a name.
+
+    Args:
+        where: the argument, for errors.
+        model_args: how to load a reward model by its name.
+        tokenizers: one for each of `given`, None for functions and names. A model without one gets that of its name.
+        policy: see `load_reward`.
+        columns: the dataset's columns, which a function may need.
+
+    Raises:
+        InputError: see `resolve_reward` and `check_reward_function`; or if the numbers of `tokenizers` and rewards
+            differ, or a model has several outputs.
+    """
+    rewards: list[Any] = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    tokens = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] if tokenizers else []
+    if tokens and len(tokens) != len(rewards):
+        raise InputError(f"reward_processing_classes: {len(tokens)} for {len(rewards)} rewards. Give one for each.")
+    hidden = sorted({*(columns or ())} & {*ARGUMENTS})
+    if rewards and hidden:
+        warnings.warn(
+            f"Columns {', '.join(hidden)} don't reach reward functions: arguments of these have those names.",
+            stacklevel=2,
+        )
+    functions: list[RewardFunction] = []
+    for reward, tokenizer in zip(rewards, tokens or [None] * len(rewards), strict=True):
+        if isinstance(reward, str):
+            source = resolve_reward(reward, where, allow_functions=True, columns=columns)
+            functions.append(load_reward(source, model_args, policy=policy, batch_size=batch_size,
+                                         trust_remote_code=trust_remote_code))  # fmt: skip
+        elif isinstance(reward, PreTrainedModel | PeftModel):
+            functions.append(_reward_model(reward, where, tokenizer, batch_size))
+        else:
+            check_reward_function(reward, f"{where}: {reward_name(reward)}", columns)
+            functions.append(reward)
+    return functions
+
+
+def _reward_model(
+    model: PreTrainedModel | PeftModel, where: str, tokenizer: PreTrainedTokenizerBase | None, batch_size: int
+) -> RewardModel:
+    name = get_config_model_id(model.config)
+    if model.config.num_labels != 1:
+        raise InputError(f"{where}: a reward model has one output; found num_labels={model.config.num_labels}.")
+    if tokenizer is None and not name:
+        raise InputError(f"{where}: the reward model has no name to load a tokenizer by. Give "
+                         "reward_processing_classes.")  # fmt: skip
+    tokenizer = tokenizer or load_tokenizer(resolve(name, where))
+    return RewardModel(place(model), tokenizer, batch_size, Path(name).name or "reward_model")
