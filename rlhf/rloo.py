@@ -7,16 +7,19 @@ function is trained. The KL to the reference is subtracted from the reward of th
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
+from trl import ModelConfig
 from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from rlhf.comparisons import Prompt
 from rlhf.data.datasets import Row
@@ -25,7 +28,15 @@ from rlhf.errors import InputError, need_at_least
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import positions_of
-from rlhf.rewards import Completion, call_rewards
+from rlhf.rewards import (
+    Completion,
+    RewardArgument,
+    RewardLog,
+    call_rewards,
+    need_scores,
+    reward_functions,
+    reward_names,
+)
 
 
 @dataclass
@@ -96,12 +107,43 @@ class RLOOTrainer(TRLRLOOTrainer):
     accelerator: Accelerator
     generation_config: GenerationConfig
 
-    def __init__(self, model: PreTrainedModel | PeftModel, args: RLOOConfig, **arguments: object) -> None:
-        if args.beta and not isinstance(model, PeftModel):
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardArgument | list[RewardArgument],
+        args: RLOOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        **arguments: object,
+    ) -> None:
+        """TRL's parameters in TRL's order; `reward_funcs` may also be names of functions. Later ones go by name.
+
+        Raises:
+            InputError: if `args` is of another class, or a reward can't be used.
+        """
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = RLOOConfig(f"{Path(name).name}-RLOO")
+        if not isinstance(args, RLOOConfig):
+            raise InputError(
+                f"args: give an rlhf.rloo.RLOOConfig; found {type(args).__module__}.{type(args).__name__}."
+            )
+        functions = reward_functions(
+            reward_funcs, "reward_funcs", ModelConfig(dtype="float32"), tokenizers=reward_processing_classes,
+            policy=None if isinstance(model, str) else model, columns=getattr(train_dataset, "column_names", None),
+            batch_size=args.per_device_eval_batch_size, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+        if args.beta and not isinstance(model, PeftModel | str):
             # TRL then loads the reference from the policy's name: in the same precision and revision
             commit = getattr(model.config, "_commit_hash", None)  # of a model from the Hub
             args.model_init_kwargs = {"dtype": model.dtype, **({"revision": commit} if commit else {})}
-        super().__init__(model=model, args=args, **arguments)
+        super().__init__(
+            model=model, reward_funcs=functions, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, **arguments,
+        )  # fmt: skip
+        self.reward_func_names = reward_names(functions)
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
         """As in the other recipes: a control token inside a message stays text."""
@@ -144,22 +186,38 @@ class RLOOTrainer(TRLRLOOTrainer):
     ) -> torch.Tensor:
         """Rewards (B over all processes, functions) from `call_rewards`, which refuses NaN.
 
-        Rewards per token are summed. None (no opinion) becomes NaN.
+        Rewards per token are summed. None (no opinion) becomes NaN. A completion with NaN only has no advantage.
         """
-        training = self.model.training
-        taken = ("prompt", "completion", "completion_ids")
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in taken}
-        logging = {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
-        answers = call_rewards(
-            self.reward_funcs, prompts, completions, completion_ids_list,
-            **columns, trainer_state=self.state, **logging,
-        )  # fmt: skip
+        training, log = self.model.training, RewardLog()
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        given = {"trainer_state": self.state, "log_extra": log.log_extra, "log_metric": log.log_metric}
+        answers = call_rewards(self.reward_funcs, prompts, completions, completion_ids_list, **{**columns, **given})
+        log.check(len(completions))
         self.model.train(training)  # a reward model that shares the policy's base has put it into evaluation mode
         totals = [
-            [math.nan if score is None else sum(score) if isinstance(score, list) else score for score in scores]
+            [math.nan if score is None else math.fsum(score) if isinstance(score, list) else score for score in scores]
             for scores in answers
         ]
-        return self.accelerator.gather(torch.tensor(totals, device=self.accelerator.device).T.contiguous())
+        rewards = self.accelerator.gather(torch.tensor(totals, device=self.accelerator.device).T.contiguous())
+        need_scores(self.reward_funcs, int((~rewards.isnan()).any(1).sum()), len(rewards))
+        self._note(log, len(completions))
+        return rewards
+
+    def _note(self, log: RewardLog, count: int) -> None:
+        """Hand what the reward functions logged to TRL's log and table of completions.
+
+        TRL's own hand-over waits for ever if a process logs a name that another one doesn't.
+
+        Args:
+            count: completions of this process.
+        """
+        for name, value in log.gathered_means().items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        table, extra = self._logs["extra"], log.gathered_extra(count)
+        before, rows = len(self._logs["prompt"]), count * self.accelerator.num_processes
+        for column in {*table, *extra}:
+            table[column].extend([None] * (before - len(table[column])))  # of batches that didn't log it
+            table[column].extend(extra.get(column, [None] * rows))
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, object]:
         """With the two additional log entries."""

@@ -96,7 +96,7 @@ def test_rewards_see_prompts_completions_and_columns(trained):
     assert all(isinstance(one, list) and one[0]["role"] == "assistant" for one in completions)
     eos = rloo.processing_class.eos_token_id
     assert all(1 <= len(row) <= 6 and eos not in row[:-1] for row in ids)
-    assert columns["trainer_state"] is rloo.state and len({str(p) for p in prompts}) == 2
+    assert columns["trainer_state"].max_steps == rloo.state.max_steps == 2 and len({str(p) for p in prompts}) == 2
 
 
 def test_a_control_token_that_a_user_typed_stays_text(trained):
@@ -162,6 +162,9 @@ def test_per_token_rewards_add_up_and_nan_is_refused(sft, tmp_path):
     texts = [[{"role": "assistant", "content": "x"}]] * 2
     rewards = rloo._calculate_rewards([{"prompt": user("a")}] * 2, [user("a")] * 2, texts, [[5, 6], [7]])
     assert rewards[:, 0].tolist() == [2.0, 1.0] and rewards[:, 1].isnan().all()
+    rloo.reward_funcs = [silent]
+    with pytest.raises(RewardError, match="'silent': returned None for all 2 completions"):
+        rloo._calculate_rewards([{"prompt": user("a")}] * 2, [user("a")] * 2, texts, [[5, 6], [7]])
     rloo.reward_funcs = [lambda prompts, completions, **columns: [math.nan] * len(completions)]
     with pytest.raises(RewardError, match="nan"):
         rloo._calculate_rewards([{"prompt": user("a")}] * 2, [user("a")] * 2, texts, [[5, 6], [7]])
@@ -172,7 +175,7 @@ def test_full_fine_tuning_has_a_reference_of_the_same_precision(tiny, tmp_path):
     tokenizer = load_tokenizer(source)
     policy = load_causal_lm(source, dataclasses.replace(LORA, use_peft=False), tokenizer)
     rows = Dataset.from_list([{"prompt": user("Hi")}, {"prompt": user("Ho")}])
-    rloo = RLOOTrainer(policy, config(tmp_path), reward_funcs=[count_a], train_dataset=rows, processing_class=tokenizer)
+    rloo = RLOOTrainer(policy, args=config(tmp_path), reward_funcs=[count_a], train_dataset=rows, processing_class=tokenizer)
     rloo.train()
     assert rloo.ref_model.dtype == policy.dtype
     assert logged(rloo)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
