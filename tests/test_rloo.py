@@ -175,7 +175,9 @@ def test_full_fine_tuning_has_a_reference_of_the_same_precision(tiny, tmp_path):
     tokenizer = load_tokenizer(source)
     policy = load_causal_lm(source, dataclasses.replace(LORA, use_peft=False), tokenizer)
     rows = Dataset.from_list([{"prompt": user("Hi")}, {"prompt": user("Ho")}])
-    rloo = RLOOTrainer(policy, args=config(tmp_path), reward_funcs=[count_a], train_dataset=rows, processing_class=tokenizer)
+    rloo = RLOOTrainer(
+        policy, args=config(tmp_path), reward_funcs=[count_a], train_dataset=rows, processing_class=tokenizer
+    )
     rloo.train()
     assert rloo.ref_model.dtype == policy.dtype
     assert logged(rloo)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
