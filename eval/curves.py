@@ -19,7 +19,7 @@ from eval.report import read_log, write_report
 from eval.stats.intervals import JsonObject
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
-from rlhf.run.files import write_json
+from rlhf.run.files import content_of, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 
@@ -59,8 +59,10 @@ def read_curves(models: list[str]) -> list[JsonObject]:
                 "from the same model and have the same data and reward."
             )
         reward = REWARDS[run["recipe"]]
-        points = [{"episode": entry["episode"], "reward": entry[reward], "kl": entry["objective/kl"]}
-                  for entry in read_log(Path(path)) if {"episode", "objective/kl", reward} <= set(entry)]  # fmt: skip
+        keys = {"episode": "episode", "reward": reward, "kl": "objective/kl"}
+        with content_of(Path(path)):
+            points = [{name: float(entry[key]) for name, key in keys.items()}
+                      for entry in read_log(Path(path)) if set(keys.values()) <= set(entry)]  # fmt: skip
         if not points:
             raise InputError(
                 f"--models {name}={path}: no reward and KL in its log. RLOO logs a KL with --beta above 0."

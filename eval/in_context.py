@@ -25,7 +25,7 @@ choice of examples, which ten consecutive test rows share. After an interruption
 from rlhf.run.arguments import answer_early, parse
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_early(__file__)
+    answer_early(__file__, baseline_dir="no such folder. Give that of a finished run.")
 
 import dataclasses
 import functools
@@ -115,7 +115,7 @@ def verdict(gain: Interval) -> str:
 
 
 def check_in_context(args: InContextArguments) -> None:
-    """Refuse impossible numbers, and say how to install lm-eval if it is missing.
+    """Refuse impossible numbers and a missing baseline, and say how to install lm-eval if it is missing.
 
     Args:
         args: its `num_fewshot` is in order.
@@ -123,6 +123,13 @@ def check_in_context(args: InContextArguments) -> None:
     if not args.num_fewshot or args.num_fewshot[0] < 0 or args.num_fewshot[-1] > POOL:
         raise InputError(f"--num_fewshot {args.num_fewshot}: give numbers from 0 to {POOL}.")
     need_at_least(args, limit=1, num_templates=1, per_device_eval_batch_size=1)
+    for number in args.num_fewshot if args.baseline_dir else []:
+        file = Path(args.baseline_dir or "") / f"answers-{number}.jsonl"
+        if not file.exists():
+            raise InputError(
+                f"--baseline_dir {args.baseline_dir}: has no {file.name}. Give a finished run with --num_fewshot "
+                f"{number} among others."
+            )
     try:
         import lm_eval  # noqa: F401
     except ImportError:

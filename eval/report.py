@@ -27,8 +27,8 @@ from eval.stats.intervals import JsonObject
 from rlhf.data.paths import behind_name
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
-from rlhf.run.files import read_json, read_jsonl
-from rlhf.run.folders import RUN_FILE, checkpoints, read_run
+from rlhf.run.files import content_of, read_json, read_jsonl
+from rlhf.run.folders import RUN_FILE, Run, checkpoints, read_run
 from rlhf.run.processes import main_process
 
 REPORT = "report.html"
@@ -94,13 +94,22 @@ def find_runs(folder: Path) -> list[Path]:
     return list(found.values())
 
 
+def run_of(folder: Path) -> Run:
+    """The run of a folder that `find_runs` found."""
+    run = read_run(folder)
+    assert run is not None
+    return run
+
+
 def read_log(folder: Path) -> list[JsonObject]:
     """The log of a training run: the final one, or that of its newest checkpoint."""
     for place in (folder, *reversed(checkpoints(str(folder)))):
         for name in LOG_FILES:
             state = read_json(place / name)
             if state is not None:
-                return state.get("log_history") or state.get("log") or []
+                log = state.get("log_history") or state.get("log") or []
+                with content_of(place / name):
+                    return [dict(entry) for entry in log]
     return []
 
 
@@ -110,7 +119,7 @@ def draw_run(folder: Path) -> list[tuple[Path, str]]:
     Returns:
         file and caption of each.
     """
-    training = training_figure(read_json(folder / RUN_FILE)["recipe"], read_log(folder))
+    training = training_figure(run_of(folder)["recipe"], read_log(folder))
     if training is None:
         return draw_pictures(folder)
     save_figure(training, folder / "training.png")
@@ -131,7 +140,7 @@ def describe(folder: Path, names: dict[Path, str], metrics: dict[str, float] | N
         names: what the page calls each run, by folder.
         metrics: its results, if run.json doesn't have them yet.
     """
-    run = read_json(folder / RUN_FILE)
+    run = run_of(folder)
     settings = {key: value for key, value in run["settings"].items() if not key.endswith("hub_token")}
     results = metrics or run.get("metrics") or {}
     pictures = draw_run(folder)
@@ -155,13 +164,13 @@ def samples_of(folders: list[Path]) -> JsonObject | None:
     newest_first = folders[::-1]
     for folder in sorted(newest_first, key=lambda path: not (path / "results.json").exists()):
         if (folder / "samples.jsonl").exists():
-            lines = read_jsonl(folder / "samples.jsonl")
-            rows = [
-                {"prompt": row["prompt"] if isinstance(row["prompt"], str) else
-                 "\n".join(message["content"] for message in row["prompt"]),
-                 "replies": {name: text for name, text in row.items() if name != "prompt"}}
-                for row in lines
-            ]  # fmt: skip
+            with content_of(folder / "samples.jsonl"):
+                rows = [
+                    {"prompt": row["prompt"] if isinstance(row["prompt"], str) else
+                     "\n".join(message["content"] for message in row["prompt"]),
+                     "replies": {name: text for name, text in row.items() if name != "prompt"}}
+                    for row in read_jsonl(folder / "samples.jsonl")
+                ]  # fmt: skip
             return {"models": list(rows[0]["replies"]), "rows": rows} if rows else None
     return None
 
@@ -208,7 +217,7 @@ def write_report(output_dir: str, metrics: dict[str, float] | None = None) -> Pa
         chained=len(runs) <= MANY_RUNS,
         tables=tables,
         samples=samples,
-        commands=[read_json(path / RUN_FILE)["command"] for path in folders],
+        commands=[run_of(path)["command"] for path in folders],
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")

@@ -67,7 +67,10 @@ def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Pa
                 f"--models {name}={folder}: {name} has a run with --seed {seed} already. Train with another seed."
             )
         runs[name][seed] = path
-        kinds[folder] = read_json(path / "evaluation.json")["task"]
+        evaluation = read_json(path / "evaluation.json", task=str)
+        if evaluation is None:
+            raise InputError(f"--models {name}={folder}: its evaluation.json is missing. Train again, or restore it.")
+        kinds[folder] = evaluation["task"]
     if reference not in runs:
         raise InputError(f"--reference {reference}: not among --models; found {', '.join(runs)}.")
     for name, by_seed in runs.items():
@@ -92,7 +95,7 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
     for name, by_seed in runs.items():
         scores[name] = []
         for _, path in sorted(by_seed.items()):
-            rows = read_jsonl(path / "predictions.jsonl")
+            rows = read_jsonl(path / "predictions.jsonl", score=float | int)
             inputs = [{key: value for key, value in row.items() if key not in ("prediction", "score")} for row in rows]
             first = inputs if first is None else first
             if inputs != first:

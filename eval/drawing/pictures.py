@@ -21,7 +21,7 @@ from eval.drawing.figures import (
 )
 from eval.stats.intervals import JsonObject
 from eval.stats.scaling_laws import SCALING_FILE
-from rlhf.run.files import read_json
+from rlhf.run.files import content_of, read_json
 
 
 class Picture(NamedTuple):
@@ -70,10 +70,11 @@ def draw_pictures(folder: Path) -> list[tuple[Path, str]]:
     drawn = []
     for picture in PICTURES:
         source = read_json(folder / picture.source)
-        content = picture.content(source) if source else None
-        figure = picture.figure(content) if content else None
+        with content_of(folder / picture.source):
+            content = picture.content(source) if source else None
+            figure = picture.figure(content) if content else None
+            caption = picture.caption.format(**content) if isinstance(content, dict) else picture.caption
         if figure is not None:
             save_figure(figure, folder / picture.name)
-            caption = picture.caption.format(**content) if isinstance(content, dict) else picture.caption
             drawn.append((folder / picture.name, caption))
     return drawn

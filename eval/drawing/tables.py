@@ -1,5 +1,6 @@
 """Which tables a report has: the results of the runs, with intervals."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from eval.metrics import table_rows
 from eval.stats.fits import KEEP_RULE
 from eval.stats.intervals import Interval, JsonObject
 from eval.stats.scaling_laws import SCALING_FILE, scaling_tables
-from rlhf.run.files import read_json
+from rlhf.run.files import content_of, read_json
 
 
 class ReportTable(NamedTuple):
@@ -26,27 +27,14 @@ def tables_of(folders: list[Path]) -> list[ReportTable]:
     newest = newest_results(folders)
     tables: list[ReportTable] = []
     for folder in folders:
-        results = read_json(folder / "results.json") or {}
-        # the newest comparison of several rounds includes the others' models
-        if "models" in results and (not in_rounds or results == newest):
-            tables.append(_comparison(results))
-        if "bits_per_byte" in results:
-            tables.append(_compression(results))
-        if "num_fewshot" in results:
-            tables.append(_in_context(results, folder.name))
-        if over := read_json(folder / "overoptimization.json"):
-            tables.append(_overoptimization(over))
-        if transfer := read_json(folder / "transfer.json"):
-            note = "Bootstrapped over held-out rows and seeds together; differences are paired by both."
-            tables.append(ReportTable("Ways of fine-tuning", note, *transfer_rows(transfer)))
-        if (rounds := read_json(folder / "rounds.json")) and "baselines" in rounds:
-            note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
-            tables.append(ReportTable(f"Solved problems of {folder.name}", note, *solving_rows(rounds)))
-        if scaling := read_json(folder / SCALING_FILE):
-            tables += [ReportTable(*table) for table in scaling_tables(scaling)]
-        if agreement := read_json(folder / "agreement.json"):
-            rows = [[name, "-" if value is None else number(value)] for name, value in agreement.items()]
-            tables.append(ReportTable(f"Agreement of the labelers of {folder.name}", "", ["", ""], rows))
+        for name, tables_in in TABLES.items():
+            content = read_json(folder / name)
+            # the newest comparison of several rounds includes the others' models
+            if content is not None and not (
+                in_rounds and "models" in content and name == "results.json" and content != newest
+            ):
+                with content_of(folder / name):
+                    tables += tables_in(content, folder.name)
     return tables
 
 
@@ -55,6 +43,31 @@ def newest_results(folders: list[Path]) -> JsonObject | None:
     files = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
     found = [(file.stat().st_mtime, read_json(file)) for file in files]
     return max(((when, r) for when, r in found if "models" in r), key=lambda pair: pair[0], default=(0, None))[1]
+
+
+def _results(results: JsonObject, folder: str) -> list[ReportTable]:
+    kinds = {"models": _comparison, "bits_per_byte": _compression, "num_fewshot": _in_context}
+    tables = [table_of(results, folder) for key, table_of in kinds.items() if key in results]
+    if not tables:
+        raise KeyError(" and ".join(kinds))
+    return tables
+
+
+def _rounds(rounds: JsonObject, folder: str) -> list[ReportTable]:
+    if "baselines" not in rounds:  # rounds of PPO are drawn, not tabled
+        return []
+    note = "Means with 95% bootstrap intervals over held-out problems; rounds are solved greedily."
+    return [ReportTable(f"Solved problems of {folder}", note, *solving_rows(rounds))]
+
+
+def _transfer(transfer: JsonObject, _: str) -> list[ReportTable]:
+    note = "Bootstrapped over held-out rows and seeds together; differences are paired by both."
+    return [ReportTable("Ways of fine-tuning", note, *transfer_rows(transfer))]
+
+
+def _agreement(agreement: JsonObject, folder: str) -> list[ReportTable]:
+    rows = [[name, "-" if value is None else number(value)] for name, value in agreement.items()]
+    return [ReportTable(f"Agreement of the labelers of {folder}", "", ["", ""], rows)]
 
 
 def number(value: object) -> str:
@@ -71,13 +84,13 @@ def _write(cell: JsonObject | None, style: str) -> str:
     return f"{Interval.from_json(cell):{style}}" if cell else ""
 
 
-def _comparison(results: JsonObject) -> ReportTable:
+def _comparison(results: JsonObject, _: str) -> ReportTable:
     names, rows = table_rows(results)
     note = f"Means with 95% bootstrap intervals; win rates and KL against {results.get('reference', 'sft')!r}."
     return ReportTable("Evaluation on held-out prompts", note, ["", *names], rows)
 
 
-def _compression(results: JsonObject) -> ReportTable:
+def _compression(results: JsonObject, _: str) -> ReportTable:
     rows = [[name, _write(cell, ".3f")] for name, cell in results["bits_per_byte"].items()]
     note = f"{results['texts']} held-out texts of {results['bytes']:,} bytes; 95% bootstrap intervals."
     return ReportTable("Compression", note, ["", "bits per byte"], rows)
@@ -98,13 +111,13 @@ def _in_context(results: JsonObject, name: str) -> ReportTable:
     return ReportTable(f"Accuracy in context: {name}", note, heading, rows)
 
 
-def _overoptimization(over: JsonObject) -> ReportTable:
+def _overoptimization(over: JsonObject, _: str) -> list[ReportTable]:
     rows = [
         [point["name"], f"{point['sqrt_kl']:.2f}", _write(point["gold"], ".3f"), _write(point["proxy"], ".3f")]
         for point in (*over["ppo"], *over["best_of_n"])
     ]
     note = f"Best by the truth: {over['best']}. Keep {over['keep']}: {KEEP_RULE}."
-    return ReportTable("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows)
+    return [ReportTable("Over-optimization", note, ["model", "√KL", over["gold"], over["proxy"]], rows)]
 
 
 def transfer_rows(transfer: JsonObject) -> tuple[list[str], list[list[str]]]:
@@ -115,3 +128,14 @@ def transfer_rows(transfer: JsonObject) -> tuple[list[str], list[list[str]]]:
         seeds = ", ".join(f"{value:.1%}" for value in cell["seeds"])
         rows.append([name, _write(cell, ".1%"), seeds, _write(transfer["differences"].get(name), "+.1%")])
     return heading, rows
+
+
+# the tables in each file of a run's folder, in the order of the page
+TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
+    "results.json": _results,
+    "overoptimization.json": _overoptimization,
+    "transfer.json": _transfer,
+    "rounds.json": _rounds,
+    SCALING_FILE: lambda scaling, _: [ReportTable(*table) for table in scaling_tables(scaling)],
+    "agreement.json": _agreement,
+}

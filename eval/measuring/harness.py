@@ -332,7 +332,7 @@ def _score(task: str, sample: JsonObject) -> float:
 
 def _read(file: Path) -> dict[str, Rows]:
     tasks: dict[str, Rows] = {}
-    for row in read_jsonl(file):
+    for row in read_jsonl(file, task=str, score=float | int, doc=dict):
         tasks.setdefault(row["task"], []).append(row)
     return tasks
 
@@ -345,12 +345,9 @@ def read_answers(folder: str, num_fewshot: list[int], tasks: dict[str, dict[str,
     """
     answers = {}
     for number in num_fewshot:
-        file = Path(folder) / f"answers-{number}.jsonl"
-        if not file.exists():
-            raise InputError(f"--baseline_dir {folder}: has no {file.name}. Run it with --num_fewshot {number} too.")
-        answers[number] = _read(file)
+        answers[number] = _read(Path(folder) / f"answers-{number}.jsonl")
         for task, rows in tasks.items():
-            asked = [row["doc"]["prompt"] for row in answers[number].get(task, [])]
+            asked = [row["doc"].get("prompt") for row in answers[number].get(task, [])]
             if asked != [row["prompt"] for row in rows["test"]]:
                 raise InputError(
                     f"--baseline_dir {folder}: has other questions in task {task!r}. Run both with the same "

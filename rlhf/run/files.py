@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
+
+from rlhf.errors import InputError
 
 Row = dict[str, Any]  # of a file of JSON lines
 
@@ -46,11 +50,68 @@ def write_json(path: Path, content: object) -> None:
     working.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file, or None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_json(path: Path, **needed: type | UnionType) -> Any:
+    """Content of a JSON file that holds an object, or None if there is no file.
+
+    Args:
+        needed: keys that the object must have, and the type of each one's value.
+
+    Raises:
+        InputError: naming the file, if it is unreadable or holds something else.
+    """
+    if not path.exists():
+        return None
+    return _parse_object(_read_text(path), str(path), needed)
 
 
-def read_jsonl(file: Path) -> list[Row]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+def read_jsonl(file: Path, **needed: type | UnionType) -> list[Row]:
+    """The rows of a file of JSON lines.
+
+    Args:
+        needed: keys that every row must have, and the type of each one's value.
+
+    Raises:
+        InputError: naming the file and the line, if the file is missing or unreadable or a line holds something else.
+    """
+    lines = enumerate(_read_text(file).split("\n"), 1)
+    return [_parse_object(line, f"{file}, line {number}", needed) for number, line in lines if line.strip()]
+
+
+@contextmanager
+def content_of(file: Path) -> Iterator[None]:
+    """Say in one line that a file lacks what is read from it here.
+
+    Raises:
+        InputError: naming the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, LookupError) else str(error)
+        raise InputError(f"{file}: not as this project writes it ({what}). Restore it, or run again.") from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Restore it.") from error
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror}).") from error
+
+
+def _parse_object(text: str, where: str, needed: Mapping[str, type | UnionType]) -> Any:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}). Restore it, or run again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: holds a {type(content).__name__}, not an object. Restore it, or run again.")
+    for key, kind in needed.items():
+        if not isinstance(content.get(key), kind):
+            found = type(content[key]).__name__ if key in content else "no such key"
+            name = getattr(kind, "__name__", kind)
+            raise InputError(f"{where}: needs {key!r} of type {name}; found {found}. Restore it, or run again.")
+    return content

@@ -158,8 +158,13 @@ def finish_run(output_dir: str, metrics: Mapping[str, object]) -> None:
 
 
 def read_run(folder: Path) -> Run | None:
-    """Content of a folder's run.json, or None if there is none."""
-    return read_json(folder / RUN_FILE)
+    """Content of a folder's run.json, or None if there is none.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    run = read_json(folder / RUN_FILE, recipe=str, settings=dict, finished=bool)
+    return run and {"command": f"accelerate launch recipes/{run['recipe']}.py", **run}
 
 
 def is_finished(folder: Path) -> bool:
