@@ -164,7 +164,9 @@ def read_run(folder: Path) -> Run | None:
         InputError: if it is damaged.
     """
     run = read_json(folder / RUN_FILE, recipe=str, settings=dict, finished=bool)
-    return run and {"command": f"accelerate launch recipes/{run['recipe']}.py", **run}
+    if run is not None:
+        run.setdefault("command", f"accelerate launch recipes/{run['recipe']}.py")
+    return run
 
 
 def is_finished(folder: Path) -> bool:
