@@ -41,6 +41,7 @@ def vote(url: str, name: str, temperature: float) -> int:
         browser = launch(playwright)
         page = browser.new_page()
         page.goto(f"{url}?labeler={name}")
+        page.get_by_text("Start", exact=True).click()
         page.wait_for_selector("[data-part=work]:not([hidden]), [data-part=done]:not([hidden])")
         count, done = 0, page.locator("[data-part=done]:not([hidden])")
         while not done.count():

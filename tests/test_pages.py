@@ -103,6 +103,7 @@ def open_page(browser, server, labeler="ada", **context):
     page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(f"{server.url}?labeler={labeler}")
+    page.get_by_text("Start", exact=True).click()
     page.wait_for_selector("[data-part=work]:not([hidden]), [data-part=done]:not([hidden])")
     return page
 

@@ -41,6 +41,7 @@ def vote_for_all(browser, url, labeler, better):  # noqa: F811
     """
     page = browser.new_context().new_page()
     page.goto(f"{url}?labeler={labeler}")
+    page.get_by_text("Start", exact=True).click()
     count, done = 0, page.locator("[data-part=done]:not([hidden])")
     page.wait_for_selector("[data-part=work]:not([hidden]), [data-part=done]:not([hidden])")
     while not done.count():

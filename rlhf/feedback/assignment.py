@@ -10,6 +10,10 @@ from rlhf.comparisons import Task
 from rlhf.errors import InputError
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name
 
+VoteKey = tuple[str, str, bool]  # of Vote.key
+NEWCOMERS = 0.25  # share of the tasks
+MOST_SHOWN = 100_000  # questions that are remembered as asked; older ones are asked again
+
 
 @dataclass
 class VotingSettings:
@@ -22,6 +26,10 @@ class VotingSettings:
     ratings: bool = field(default=False, metadata={"help": "For 'human': also rate each reply from 1 to 7."})
 
 
+class NotAsked(InputError):
+    """The answer is to a question that this session was not asked."""
+
+
 class TaskView(NamedTuple):
     """A task as one labeler sees it."""
 
@@ -31,11 +39,23 @@ class TaskView(NamedTuple):
     earlier: Vote | None  # the vote that was just taken back
 
 
+class Hold(NamedTuple):
+    """Who looks at a task."""
+
+    labeler: str
+    session: str
+    until: float  # of time.monotonic
+
+
 class Assignment:
     """Distributes tasks among labelers and takes their answers.
 
     A share `overlap` of the tasks goes to every labeler, so that agreement can be measured. Each other task goes to
     whoever comes first. A share `repeats` of a labeler's tasks are repeats of earlier ones, in another order.
+
+    A session is a browser, as its server knows it. It answers what it was shown, and takes back what it answered. A
+    task that somebody looks at is kept from others: one for each session, and `NEWCOMERS` of the tasks for all who have
+    not answered anything yet.
 
     Args:
         lease: seconds for which a task shown to one labeler is kept from the others.
@@ -55,65 +75,90 @@ class Assignment:
         self.file, self.repeats, self.seed, self.lease = file, repeats, seed, lease
         shuffled = random.Random(seed).sample(sorted(self.tasks), len(self.tasks))
         self.shared = set(shuffled[: math.ceil(overlap * len(shuffled))])
-        self._held: dict[str, tuple[str, float]] = {}  # task -> labeler, until when
+        self._held: dict[str, Hold] = {}
+        self._shown: dict[tuple[str, VoteKey], None] = {}  # session and what it was shown, oldest first
+        self._cast: dict[VoteKey, str] = {}  # the session that cast a vote
 
-    def next(self, labeler: str, hold: bool = True) -> TaskView | None:
+    def next(self, labeler: str, session: str = "", hold: bool = True) -> TaskView | None:
         """This labeler's task now, the same one until it is answered; None if none is left.
 
         Args:
-            hold: keep the task from other labelers for the lease.
+            hold: note that the task is shown, and keep it from other labelers for the lease.
         """
         with self.file:
             mine = self._votes_of(labeler)
             repeat = self._next_repeat(mine)
             if repeat is not None:
-                return self._view(repeat, labeler, repeat=True)
+                return self._view(repeat, labeler, True, session if hold else None)
             answered = {vote.task for vote in mine}
             taken = {vote.task for vote in self.file.votes if not vote.skipped} - self.shared
-            moment = time.monotonic()
-            taken |= {task for task, (who, until) in self._held.items() if who != labeler and until > moment}
+            taken |= self._kept_from(labeler)
             order = random.Random(f"{self.seed} {labeler}").sample(sorted(self.tasks), len(self.tasks))
-            order.sort(key=lambda task: self._held.get(task, ("", 0.0))[0] != labeler)  # first what they last saw
-            for task in order:
-                if task not in answered and task not in taken:
-                    if hold and task not in self.shared:
-                        self._held[task] = (labeler, moment + self.lease)
-                    return self._view(task, labeler, repeat=False)
-            return None
+            free = [task for task in order if task not in answered and task not in taken]
+            if not free:
+                return None
+            # first what they last saw, last what others look at
+            task = min(
+                free, key=lambda task: 1 if task not in self._held else 2 * (self._held[task].labeler != labeler)
+            )
+            if hold and task not in self.shared:
+                self._held = {
+                    other: held for other, held in self._held.items() if held.session != session or not session
+                }
+                self._held[task] = Hold(labeler, session, time.monotonic() + self.lease)
+            return self._view(task, labeler, False, session if hold else None)
 
-    def answer(self, vote: Vote) -> bool:
+    def _kept_from(self, labeler: str) -> set[str]:
+        """The tasks that others look at. Those who have not answered anything yet keep the few latest of theirs."""
+        voters = {vote.labeler for vote in self.file.votes}
+        moment = time.monotonic()
+        self._held = {task: held for task, held in self._held.items() if held.until > moment}
+        others = {task: held for task, held in self._held.items() if held.labeler != labeler}
+        newcomers = sorted((held.until, task) for task, held in others.items() if held.labeler not in voters)
+        most = max(1, int(NEWCOMERS * len(self.tasks)))
+        return set(others) - {task for _, task in newcomers[:-most]}
+
+    def answer(self, vote: Vote, session: str = "") -> bool:
         """Write a vote to the disk. Returns False if this labeler had answered already.
 
         Raises:
-            InputError: if the vote doesn't fit its task.
+            InputError: if the vote doesn't fit its task, its task was not shown to this session, or it can't be
+                written.
         """
-        check_labeler_name(vote.labeler)
-        task = self.tasks.get(vote.task)
-        if task is None:
+        if vote.task not in self.tasks:
             raise InputError("This vote is for a reply that no longer exists. Reload the page.")
-        count = len(task.completions)
-        ranks_fit = len(vote.ranks) == count and all(isinstance(rank, int) and rank >= 1 for rank in vote.ranks)
-        ratings = vote.ratings or []
-        ratings_fit = len(ratings) in (0, count) and all(
-            value is None or (isinstance(value, int) and 1 <= value <= 7) for value in ratings
-        )
-        if not (vote.skipped or ranks_fit) or not ratings_fit:
+        count = len(self.tasks[vote.task].completions)
+        fits = vote.is_well_formed() and len(vote.ratings or []) in (0, count)
+        # places 1, 2, ... without a gap
+        if not fits or not (
+            vote.skipped or (len(vote.ranks) == count and {*vote.ranks} == {*range(1, max(vote.ranks) + 1)})
+        ):
             raise InputError(f"This vote doesn't fit its {count} replies. Reload the page.")
-        new = self.file.append(vote)
-        self._held.pop(vote.task, None)
+        check_labeler_name(vote.labeler)
+        with self.file:
+            if (session, vote.key) not in self._shown:
+                raise NotAsked("This question was not asked here since the server was started. Answer the one below.")
+            new = self.file.append(vote)
+            if new:
+                self._cast[vote.key] = session
+            self._held.pop(vote.task, None)
         return new
 
-    def undo(self, labeler: str) -> TaskView | None:
-        """Take back the labeler's last vote. Returns its task, or None if there is no vote."""
+    def undo(self, labeler: str, session: str = "") -> TaskView | None:
+        """Take back the last vote of this labeler and session. Returns its task, or None if there is no vote.
+
+        Raises:
+            InputError: if that can't be written.
+        """
         with self.file:
-            mine = self._votes_of(labeler)
+            mine = [vote for vote in self._votes_of(labeler) if self._cast.get(vote.key) == session]
             if not mine:
                 return None
             last = mine[-1]
             self.file.undo(last)
             if last.task not in self.shared:
-                self._held[last.task] = (labeler, time.monotonic() + self.lease)
-            return self._view(last.task, labeler, last.repeat)._replace(earlier=last)
+                self._held[last.task] = Hold(labeler, session, time.monotonic() + self.lease)
+            return self._view(last.task, labeler, last.repeat, session)._replace(earlier=last)
 
     def progress(self, labeler: str) -> dict[str, int]:
         """`mine`: votes of this labeler; `done`: tasks with at least one vote; `tasks`: all tasks."""
@@ -140,7 +185,7 @@ class Assignment:
     def everybody_is_done(self) -> bool:
         """Whether somebody has voted, every voter has no task left, and nobody is looking at a task."""
         labelers = {vote.labeler for vote in self.file.votes if vote.task in self.tasks}
-        if any(until > time.monotonic() for _, until in self._held.values()):
+        if any(held.until > time.monotonic() for held in self._held.values()):
             return False
         return not self.tasks or (
             bool(labelers) and all(self.next(labeler, hold=False) is None for labeler in labelers)
@@ -152,5 +197,10 @@ class Assignment:
         random.Random(f"{self.seed} {labeler} {task} {repeat}").shuffle(order)
         return order
 
-    def _view(self, task: str, labeler: str, repeat: bool) -> TaskView:
+    def _view(self, task: str, labeler: str, repeat: bool, session: str | None) -> TaskView:
+        """Args: session: the one that it is shown to, or None."""
+        if session is not None:
+            self._shown[session, (labeler, task, repeat)] = None
+            if len(self._shown) > MOST_SHOWN:
+                del self._shown[next(iter(self._shown))]
         return TaskView(self.tasks[task], self.order(task, labeler, repeat), repeat, None)

@@ -1,16 +1,15 @@
 """Votes on a chat's replies, and the preference pairs they give."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from rlhf.comparisons import PreferencePair, Task, preference_pairs
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
-from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
-from rlhf.run.files import read_json, write_jsonl
-from rlhf.run.folders import RUN_FILE
+from rlhf.feedback.votes import Vote, VoteFile, append_line, check_labeler_name, now
+from rlhf.run.files import write_jsonl
+from rlhf.run.folders import RUN_FILE, read_run
 
 VOTES_FILE = "votes.jsonl"
 Pairs = dict[str, list[PreferencePair]]  # by split
@@ -26,7 +25,10 @@ class ChatVotes:
     """
 
     def __init__(self, folder: str, labeler: str) -> None:
-        self.folder, self.labeler = Path(folder), check_labeler_name(labeler)
+        try:
+            self.folder, self.labeler = Path(folder), check_labeler_name(labeler)
+        except InputError as error:
+            raise InputError(f"--labeler_name: {error}") from error
         check_folder(self.folder)
         self.file = VoteFile(self.folder / VOTES_FILE)
         self._stale = False
@@ -48,29 +50,33 @@ class ChatVotes:
         try:
             with self.file:
                 if task.id not in {known.id for known in self.tasks()}:
-                    self._append(task)
+                    # as ASCII: some readers of JSON lines end a line at U+2028
+                    append_line(self.folder / TASKS_FILE, json.dumps(task._asdict()))
                 self._stale = True
                 return self.file.append(vote)
         except OSError as error:
             raise InputError(f"{self.folder}: not saved, can't be written ({error.strerror}).") from error
 
-    def _append(self, task: Task) -> None:
-        with (self.folder / TASKS_FILE).open("ab") as file:
-            # as ASCII: some readers of JSON lines end a line at U+2028
-            file.write(json.dumps(task._asdict()).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
     def write_pairs(self) -> None:
-        """Rewrite train.jsonl, and test.jsonl if there are test tasks, from all tasks and votes."""
+        """Rewrite train.jsonl, and test.jsonl if there are test tasks, from all tasks and votes.
+
+        Raises:
+            InputError: if they can't be written.
+        """
         if not self._stale:
             return
-        with self.file:
-            pairs = pairs_of(self.tasks(), self.file.votes)
-            for split, rows in pairs.items():
-                file = self.folder / f"{split}.jsonl"
-                if rows or split == "train" or file.exists():  # an empty test split could not be loaded
-                    write_jsonl(file, rows)
+        try:
+            with self.file:
+                pairs = pairs_of(self.tasks(), self.file.votes)
+                for split, rows in pairs.items():
+                    file = self.folder / f"{split}.jsonl"
+                    if rows or split == "train" or file.exists():  # an empty test split could not be loaded
+                        write_jsonl(file, rows)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: all votes are saved, but their pairs can't be written ({error.strerror}). Make room; "
+                "the next vote writes them."
+            ) from error
         self._stale = False
 
 
@@ -87,7 +93,8 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{where}: is a file. Give a folder.")
     found = {path.name for path in folder.iterdir()}
     if RUN_FILE in found:
-        run = read_json(folder / RUN_FILE)
+        run = read_run(folder)
+        assert run is not None
         if run["recipe"] != "collect" or run["settings"].get("labeler") != "human":
             raise InputError(
                 f"{where}: holds another run (recipes/{run['recipe']}.py). Give a new folder, or that of "
@@ -110,9 +117,7 @@ def close_last_line(file: Path) -> None:
         end = content.rfind(b"\n") + 1
         last = content[end:]
         try:
-            if last:
-                json.loads(last)
-                opened.write(b"\n")
+            json.loads(last or b"{}")
         except ValueError:
             if last.startswith(b'{"id"') or b'{"id"'.startswith(last):  # read_tasks refuses any other line
                 opened.truncate(end)

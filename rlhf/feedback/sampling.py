@@ -1,6 +1,5 @@
 """Replies to compare: sampled from a model and kept in tasks.jsonl."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.comparisons import Task, make_task
 from rlhf.errors import InputError
 from rlhf.models.generation import Sampling, sample_completions
-from rlhf.run.files import write_jsonl
+from rlhf.run.files import read_jsonl, write_jsonl
 
 TASKS_FILE = "tasks.jsonl"
 
@@ -29,14 +28,16 @@ def read_tasks(folder: str) -> list[Task] | None:
     file = Path(folder) / TASKS_FILE
     if not file.exists():
         return None
+    needed = {"id": str, "split": str, "prompt": str | list, "completions": list, "models": list}
     tasks = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
-            continue
-        try:
-            tasks.append(Task(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{file}, line {number}: not a task ({error}).") from error
+    for number, row in enumerate(read_jsonl(file, **needed), 1):
+        texts = [*row["completions"], *row["models"]]
+        messages = [] if isinstance(row["prompt"], str) else row["prompt"]
+        fits = len(row["completions"]) == len(row["models"]) and all(isinstance(text, str) for text in texts)
+        known = row["split"] in ("train", "test") and all(isinstance(m, dict) and "role" in m for m in messages)
+        if set(row) != set(needed) or not fits or not known:
+            raise InputError(f"{file}, task {number}: not a task of this project. Restore the file.")
+        tasks.append(Task(**row))
     return tasks
 
 

@@ -1,34 +1,61 @@
 """Serving a page from this machine until people are done."""
 
+import errno
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from rlhf.errors import InputError
+from rlhf.feedback.guard import Guard
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported: nothing leaves the machine
 
+import fastapi
 import gradio as gr
+import uvicorn
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
+class _Server(uvicorn.Server):
+    """A server in a thread of its own."""
+
+    def start(self, listener: socket.socket) -> None:
+        self.thread = threading.Thread(target=self.run, kwargs={"sockets": [listener]}, daemon=True)
+        self.thread.start()
+        while not self.started and self.thread.is_alive():
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.should_exit = True
+        self.thread.join(5)
+
+
 def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
-    """Start serving a page in background threads. Returns its address.
+    """Start serving a page in background threads, behind a Guard. Returns its address. `blocks.close` ends it.
 
     Raises:
-        InputError: if the port is in use.
+        InputError: if the address is not free.
     """
-    try:
-        _, url, _ = blocks.launch(
-            server_name=server_name, server_port=server_port, prevent_thread_lock=True, quiet=True, share=False,
-            theme=THEME, footer_links=[], ssr_mode=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise InputError(f"--server_port {server_port}: in use. Give another one.") from error
-    return url
+    listener = _listen(server_name, server_port)
+    port = listener.getsockname()[1]
+    app = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None), blocks, "/", server_name=server_name, server_port=port,
+        theme=THEME, footer_links=[], run_history=False, ssr_mode=False, show_error=False,
+    )  # fmt: skip
+    config = uvicorn.Config(
+        Guard(app, server_name, port), log_level="critical", access_log=False, server_header=False,
+        proxy_headers=False, ws="none", timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    # what `launch` sets and `close` reads; `launch` would leave no place for a guard before its own middleware
+    blocks.app = blocks.server_app = app.routes[-1].app
+    blocks.server = server = _Server(config)  # type: ignore[assignment]
+    server.start(listener)
+    host = "localhost" if server_name in ("0.0.0.0", "::") else server_name.strip("[]")
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def wait(done: Callable[[], bool], seconds: float = 2.0) -> None:
@@ -49,11 +76,23 @@ def need_free_port(server_name: str, server_port: int) -> None:
     Raises:
         InputError: naming the flag.
     """
+    _listen(server_name, server_port).close()
+
+
+def _listen(server_name: str, server_port: int) -> socket.socket:
+    name = server_name.strip("[]")
     try:
-        socket.create_server(
-            (server_name, server_port), family=socket.AF_INET6 if ":" in server_name else socket.AF_INET
-        ).close()
-    except socket.gaierror as error:
-        raise InputError(f"--server_name {server_name}: no such address ({error.strerror}).") from error
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--server_port {server_port}: in use. Give another one.") from error
+        if not name:
+            raise UnicodeError("an empty name")
+        return socket.create_server((name, server_port), family=socket.AF_INET6 if ":" in name else socket.AF_INET)
+    except (socket.gaierror, UnicodeError, ValueError) as error:
+        raise InputError(f"--server_name {server_name}: no such address ({error}). Give 127.0.0.1.") from error
+    except OverflowError as error:
+        raise InputError(f"--server_port {server_port}: must be from 0 to 65535.") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(
+                f"--server_name {server_name}: no address of this machine. Give 127.0.0.1, or 0.0.0.0 for all of them."
+            ) from error
+        why = "in use" if error.errno == errno.EADDRINUSE else error.strerror
+        raise InputError(f"--server_port {server_port}: {why}. Give another one.") from error

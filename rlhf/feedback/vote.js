@@ -191,8 +191,9 @@ part("rename").onclick = () => {
   part("name").focus();
 };
 document.addEventListener("keydown", key);
-let known = new URLSearchParams(location.search).get("labeler");
-try { known = known || localStorage.getItem("labeler"); } catch (error) { /* private window */ }
+const linked = new URLSearchParams(location.search).get("labeler");
+let known = null;
+try { known = localStorage.getItem("labeler"); } catch (error) { /* private window */ }
 draw();
-if (known) start(known);
-else part("name").focus();
+if (known && (!linked || linked === known)) start(known);
+else { part("name").value = linked || ""; part("name").focus(); } // a link proposes a name; a person accepts it

@@ -1,5 +1,6 @@
 """The page on which people compare replies, and the labeler behind it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,64 +8,73 @@ from typing import Any
 from rlhf.comparisons import Comparison, Prompt, Task
 from rlhf.errors import InputError
 from rlhf.feedback.agreement import measure_agreement
-from rlhf.feedback.assignment import Assignment, TaskView, VotingSettings
-from rlhf.feedback.serving import gr, serve, wait
+from rlhf.feedback.assignment import Assignment, NotAsked, TaskView, VotingSettings
+from rlhf.feedback.serving import gr, need_free_port, serve, wait
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
 from rlhf.run.files import write_json
+from rlhf.run.folders import is_finished
 
 HERE = Path(__file__).parent
 PlainData = dict[str, Any]  # what the page and its server exchange as JSON
 
 
 class VotePage:
-    """The requests of the page. Every answer is plain data; an error is {"error": sentence}."""
+    """The requests of the page. Every answer is plain data; an error is {"error": sentence}.
+
+    `session` is the browser that asks, as the server knows it.
+    """
 
     def __init__(self, assignment: Assignment, ratings: bool = False) -> None:
         self.assignment, self.ratings = assignment, ratings
 
-    def open_task(self, labeler: str) -> PlainData:
+    def open_task(self, labeler: object, session: str = "") -> PlainData:
         """This labeler's task now."""
-        return self._answer(labeler, lambda name: (self.assignment.next(name), f"Welcome, {name}."))
+        return self._answer(labeler, lambda name: (self.assignment.next(name, session), f"Welcome, {name}."))
 
-    def vote(self, labeler: str, answer: PlainData) -> PlainData:
+    def vote(self, labeler: object, answer: object, session: str = "") -> PlainData:
         """Save an answer (by place on the page) and show the next task."""
 
         def save(name: str) -> tuple[TaskView | None, str]:
-            new = self.assignment.answer(self._vote_of(name, answer))
-            thanks = "Skipped." if answer.get("skipped") else "Saved. Thank you!"
-            return self.assignment.next(name), thanks if new else "That one was answered already."
+            vote = self._vote_of(name, answer)
+            try:
+                new = self.assignment.answer(vote, session)
+            except NotAsked as error:
+                return self.assignment.next(name, session), str(error)
+            thanks = "Skipped." if vote.skipped else "Saved. Thank you!"
+            return self.assignment.next(name, session), thanks if new else "That one was answered already."
 
         return self._answer(labeler, save)
 
-    def undo(self, labeler: str) -> PlainData:
-        """Take back the labeler's last answer and show its task again."""
+    def undo(self, labeler: object, session: str = "") -> PlainData:
+        """Take back the labeler's last answer of this session and show its task again."""
 
         def undo(name: str) -> tuple[TaskView | None, str]:
-            view = self.assignment.undo(name)
+            view = self.assignment.undo(name, session)
             if view is None:
-                raise InputError("There is nothing to undo.")
+                raise InputError("There is nothing to undo here.")
             return view, "Taken back. Answer again."
 
         return self._answer(labeler, undo)
 
-    def _answer(self, labeler: str, act: Callable[[str], tuple[TaskView | None, str]]) -> PlainData:
+    def _answer(self, labeler: object, act: Callable[[str], tuple[TaskView | None, str]]) -> PlainData:
         try:
             name = check_labeler_name(labeler)
             view, message = act(name)
+            progress = self.assignment.progress(name)
         except InputError as error:
             return {"error": str(error)}
-        progress = self.assignment.progress(name)
         return {"labeler": name, "task": view and self._public(view), "progress": progress, "message": message}
 
-    def _vote_of(self, labeler: str, answer: PlainData) -> Vote:
+    def _vote_of(self, labeler: str, answer: object) -> Vote:
         """Turn an answer (by place on the page) into a vote (by completion)."""
-        try:
-            task, repeat, skipped = str(answer["task"]), bool(answer["turn"]), bool(answer["skipped"])
-            by_place = [answer["ranks"], answer["ratings"]]
-            if not all(isinstance(values, list) for values in by_place):
-                raise TypeError("ranks and ratings must be lists")
-        except (TypeError, KeyError) as error:
-            raise InputError("The page sent no valid answer. Reload it.") from error
+        kinds = {"task": str, "turn": int, "ranks": list, "ratings": list, "skipped": bool}
+        # type, because a bool is an int
+        if not isinstance(answer, dict) or any(type(answer.get(key)) is not kind for key, kind in kinds.items()):
+            raise InputError("The page sent no valid answer. Reload it.")
+        task, repeat, skipped = answer["task"], answer["turn"] == 1, answer["skipped"]
+        if answer["turn"] not in (0, 1):
+            raise InputError("The page sent no valid answer. Reload it.")
+        by_place = [answer["ranks"], answer["ratings"]]
         if task in self.assignment.tasks and not skipped:
             order = self.assignment.order(task, labeler, repeat)
             by_place = [
@@ -99,14 +109,16 @@ class VotePage:
     def blocks(self) -> gr.Blocks:
         """The page itself."""
 
-        def open_task(labeler: str) -> PlainData:  # Gradio sets attributes on these functions; methods take none
-            return self.open_task(labeler)
+        # Gradio sets attributes on these functions, which methods don't take, and fills in the request
+        def open_task(labeler: object, request: gr.Request) -> PlainData:
+            return self.open_task(labeler, request.state.session)
 
-        def vote(sent: PlainData) -> PlainData:
-            return self.vote(sent["labeler"], sent["answer"])
+        def vote(sent: object, request: gr.Request) -> PlainData:
+            given = sent if isinstance(sent, dict) else {}
+            return self.vote(given.get("labeler"), given.get("answer"), request.state.session)
 
-        def undo(labeler: str) -> PlainData:
-            return self.undo(labeler)
+        def undo(labeler: object, request: gr.Request) -> PlainData:
+            return self.undo(labeler, request.state.session)
 
         with gr.Blocks(title="Compare replies", analytics_enabled=False) as blocks:
             gr.HTML(
@@ -127,7 +139,13 @@ def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     """
     if isinstance(prompt, str):
         return [{"role": "text", "content": prompt}]
-    return [{"role": str(message["role"]), "content": str(message["content"])} for message in prompt]
+    # a message that is only a tool call has no content
+    return [{"role": str(message["role"]), "content": _text_of(message)} for message in prompt]
+
+
+def _text_of(message: PlainData) -> str:
+    content = message.get("content") or message.get("tool_calls") or ""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 class People:
@@ -144,6 +162,8 @@ class People:
         for flag, share in (("overlap", settings.overlap), ("repeats", settings.repeats)):
             if not 0 <= share <= 1:
                 raise InputError(f"--{flag} {share}: must be a share from 0 to 1.")
+        if not is_finished(votes.parent):
+            need_free_port(settings.server_name, settings.server_port)
         self.settings, self.path, self.seed = settings, votes, seed
         self.finished = False
 
