@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from conftest import present
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
 from rlhf.feedback.agreement import measure_agreement
-from rlhf.feedback.assignment import Assignment
+from rlhf.feedback.assignment import Assignment, NotAsked
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name
 
 
@@ -25,6 +26,9 @@ def tasks(count, replies=2):
 
 def vote(task, labeler="ada", ranks=(1, 2), repeat=False, skipped=False):
     return Vote(task, labeler, repeat, list(ranks), None, skipped, "2026-01-01T00:00:00+00:00")
+
+
+LINE = vote("b")._asdict()
 
 
 def test_a_ranking_of_four_gives_all_six_pairs():
@@ -56,6 +60,72 @@ def test_a_line_cut_off_by_a_crash_is_passed_over_and_the_next_vote_is_whole(tmp
     assert [v.task for v in file.votes] == ["a"]
     file.append(vote("c"))
     assert [v.task for v in VoteFile(path).votes] == ["a", "c"]
+
+
+def test_a_line_cut_anywhere_is_passed_over_and_said_and_all_others_count(tmp_path, capsys):
+    path = tmp_path / "votes.jsonl"
+    file = VoteFile(path)
+    for task in "abc":
+        file.append(vote(task, "Zoë"))
+    first, middle, last = path.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(middle) - 1):
+        path.write_bytes(first + middle[:cut] + b"\n" + last)
+        assert [v.task for v in VoteFile(path).votes] == ["a", "c"], middle[:cut]
+        assert "1 damaged line(s) passed over (line 2)" in capsys.readouterr().out
+        path.write_bytes(first + last + middle[:cut])  # and the next vote begins a line of its own
+        again = VoteFile(path)
+        assert again.append(vote("d"))
+        assert [v.task for v in VoteFile(path).votes] == [v.task for v in again.votes] == ["a", "c", "d"], middle[:cut]
+    path.write_bytes(middle[:30])  # the very first one
+    assert VoteFile(path).append(vote("d"))
+    path.write_bytes(b"\xef\xbb\xbf" + first + middle.rstrip())  # an editor's mark; a last line that only lacks its end
+    assert len(VoteFile(path).votes) == 2
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [{**LINE, "task": {"a": 1}}, {**LINE, "task": None}, {**LINE, "labeler": 3}, {**LINE, "ranks": ["1", "2"]},
+     {**LINE, "ranks": [True, True]}, {**LINE, "ranks": [0, 1]}, {**LINE, "ranks": [1.0, 2.0]}, {**LINE, "ranks": []},
+     {**LINE, "ranks": {"1": 2}}, {**LINE, "ratings": [8, 1]}, {**LINE, "ratings": "7"}, {**LINE, "skipped": 1},
+     {**LINE, "repeat": None}, {"undo": ["a"], "labeler": "ada"}, {"undo": "a", "labeler": ["ada"]},
+     {"undo": "a", "labeler": "ada", "repeat": 0}, {"task": "b"}, [1], 3, None, "\\",
+     b'{"task": "b", "labeler": "\xff"', b'"\xff"', b"\0" * 40, b"[" * 5000],
+    ids=str,
+)  # fmt: skip
+def test_a_line_of_wrong_types_is_passed_over_beside_votes_and_refused_alone(tmp_path, damaged, capsys):
+    line = damaged if isinstance(damaged, bytes) else json.dumps(damaged).encode()
+    path = tmp_path / "votes.jsonl"
+    VoteFile(path).append(vote("a"))
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    file = VoteFile(path)
+    assert "1 damaged line(s) passed over (line 2)" in capsys.readouterr().out
+    file.append(vote("c"))
+    assert [v.task for v in VoteFile(path).votes] == ["a", "c"]
+    if not (line.startswith(b'{"task"') and line.endswith(b'"')) and line.strip(b"\0"):  # those may be our own, cut off
+        path.write_bytes(line + b"\n")
+        with pytest.raises(InputError, match=r"votes.jsonl, line 1: not a vote"):
+            VoteFile(path)
+        assert path.read_bytes() == line + b"\n"
+
+
+def test_a_full_disk_refuses_a_vote_and_the_next_one_is_whole(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    file = VoteFile(path)
+    file.append(vote("a"))
+    size, limits = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1, 30):  # the system takes a part of the line and refuses the rest
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+        try:
+            with pytest.raises(InputError, match="not saved, can't be written"):
+                file.append(vote("b"))
+            with pytest.raises(InputError, match="not saved, can't be written"):
+                file.undo(vote("a"))
+            assert [v.task for v in file.votes] == ["a"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.stat().st_size == size
+    assert file.append(vote("b"))
+    assert [v.task for v in VoteFile(path).votes] == ["a", "b"]
 
 
 @pytest.mark.parametrize("content", ["hello\n", '{"prompt": "x"}\n', "[1, 2]\n"])
@@ -164,6 +234,60 @@ def test_wrong_votes_are_refused(tmp_path):
         with pytest.raises(InputError, match="name of 1 to 40"):
             check_labeler_name(name)
     assert assignment.file.votes == []
+
+
+def test_a_vote_counts_only_for_what_was_shown_to_its_session(tmp_path):
+    assignment = Assignment(tasks(2), VoteFile(tmp_path / "v.jsonl"), overlap=1.0)
+    shown = present(assignment.next("ada", "phone"))
+    other = next(task for task in assignment.tasks if task != shown.task.id)
+    for forged, session in (
+        (vote(shown.task.id), "stranger"), (vote(shown.task.id, repeat=True), "phone"), (vote(other), "phone"),
+        (vote(shown.task.id, "eve"), "phone"),
+    ):  # fmt: skip
+        with pytest.raises(NotAsked):
+            assignment.answer(forged, session)
+    for ranks in ((True, True), (5, 900), (1, 3), (2, 2), (1.0, 2.0), (float("nan"), 1), (1,), (), (-1, 1), (None, 1)):
+        with pytest.raises(InputError, match="doesn't fit"):
+            assignment.answer(vote(shown.task.id, ranks=ranks), "phone")
+    assert assignment.file.votes == []
+    assert assignment.answer(vote(shown.task.id), "phone")
+    assert not assignment.answer(vote(shown.task.id, ranks=(2, 1)), "phone")  # a double click, a retry
+    assert assignment.undo("ada", "stranger") is None
+    assert [v.ranks for v in assignment.file.votes] == [[1, 2]]
+    assert present(assignment.undo("ada", "phone")).task == shown.task
+
+
+def test_names_that_never_vote_starve_nobody(tmp_path):
+    assignment = Assignment(tasks(24), VoteFile(tmp_path / "v.jsonl"), overlap=0.0, repeats=0.0)
+    for number in range(24):
+        assignment.next(f"nobody {number}", f"session {number}")
+    seen = label_all(assignment, ["ada"])
+    assert len(seen["ada"]) == 24 - 6  # the rest when their lease ends
+    alone = Assignment(tasks(24), VoteFile(tmp_path / "w.jsonl"), overlap=0.0, repeats=0.0)
+    for number in range(24):
+        alone.next(f"nobody {number}", "one session")
+    assert len(label_all(alone, ["ada"])["ada"]) == 23
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("  Ada  Lovelace ", "Ada Lovelace"), ("Zoe\u0308", "Zoë"), ("می\u200cخواهم", "می\u200cخواهم"),
+     ("क\u094d\u200dष", "क\u094d\u200dष"), ("क्\u200cष", "क्\u200cष"), ("র\u200d\u09cdয",) * 2,
+     ("王小明", "王小明"), ("👩🏽\u200d🚀", "👩🏽\u200d🚀"), ("👨\u200d👩\u200d👧" * 40, "👨\u200d👩\u200d👧" * 40),
+     ("🏴\U000e0067\U000e0062\U000e007f",) * 2, ("a\u200dd\u200ba\u200d", "ada"), ("\u200eעדה\u200f", "עדה"),
+     ("ada\u3000b", "ada b"), ("ᠠᠢ\u180eᠠ", "ᠠᠢ\u180eᠠ"), ("é" * 40, "é" * 40)],
+)  # fmt: skip
+def test_names_of_every_script_have_one_spelling(given, kept):
+    assert check_labeler_name(given) == kept == check_labeler_name(kept)
+
+
+@pytest.mark.parametrize(
+    "name", ["\u200b\u200d", "\u3164", "\u2800 \u2800", "\ufe0f", "a\u202eb", "\u2066a", "a\0", "a\u2028b", "\ud800",
+             "\uffff", "a" + "\u0301" * 500, "é" * 41, ["ada"], 3],
+)  # fmt: skip
+def test_names_that_nobody_could_see_or_that_turn_the_page_are_refused(name):
+    with pytest.raises(InputError, match="name of 1 to 40 characters"):
+        check_labeler_name(name)
 
 
 def test_agreement_is_krippendorffs_alpha():

@@ -244,9 +244,8 @@ def check_labeler_name(name: object) -> str:
         raise InputError(f"{need}; U+{ord(unfit[0]):04X} can't be in one. Leave it out.")
     if not any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in name):
         raise InputError(f"{need}, at least one of them visible.")
-    length = len(regex.findall(r"\X", name))
-    if length > LONGEST_NAME or len(name) > 10 * LONGEST_NAME:
-        raise InputError(f"{need}; this one has {length}. Shorten it.")
+    if len(regex.findall(r"\X", name)) > LONGEST_NAME or len(name) > 10 * LONGEST_NAME:
+        raise InputError(f"{need}, each of a few code points. Shorten this one.")
     return name
 
 
