@@ -41,7 +41,7 @@ from eval.stats.intervals import Interval, JsonObject
 from rlhf.comparisons import Labeler
 from rlhf.data.datasets import DatasetArguments, load_test_split
 from rlhf.data.rows import prompt_rows
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, named_models, refuse_single_model, resolve
@@ -50,6 +50,7 @@ from rlhf.rewards import resolve_reward
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import NonNegativeInt, PositiveInt, Seed, Temperature
 from rlhf.starter.model import STARTER
 
 
@@ -68,13 +69,15 @@ class CompareArguments:
         default=None,
         metadata={"help": "Who judges: gold, reward, judge, human. Default: gold for the starter, else reward."},
     )
-    best_of_n: int = field(default=4, metadata={"help": "Replies per prompt to choose from; below 2: no best-of-n."})
+    best_of_n: NonNegativeInt = field(
+        default=4, metadata={"help": "Replies per prompt to choose from; below 2: no best-of-n."}
+    )
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder for results.json, samples.jsonl."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling, and of the bootstrap of differences."})
-    max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
+    max_new_tokens: PositiveInt = field(default=32, metadata={"help": "Longest reply, in tokens."})
+    temperature: Temperature = field(default=1.0, metadata={"help": "Sampling temperature."})
+    per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of sampling, and of the bootstrap of differences."})
+    max_prompts: PositiveInt = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
 
 
 def compared_models(arguments: CompareArguments) -> dict[str, str]:
@@ -180,7 +183,6 @@ def main() -> None:
         __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
     )
     need_one_process(__file__)
-    need_at_least(arguments, max_new_tokens=1, temperature=1e-3, max_prompts=1)
     refuse_single_model(model_args)
     models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
     reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None

@@ -33,12 +33,13 @@ from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import AtLeastTwo, PositiveInt
 
 GROUPS = 50  # groups of texts over which xz is bootstrapped: its output's size is known only after each group
 
@@ -49,10 +50,12 @@ class CompressionArguments:
 
     models: list[str] = field(default_factory=list, metadata={"help": "name=model pairs; the first one's tokenizer is "
                                                                       "the n-gram model's."})  # fmt: skip
-    ngram_order: int = field(default=3, metadata={"help": "Order of the n-gram model."})
-    max_texts: int = field(default=200, metadata={"help": "Use at most this many held-out texts."})
-    max_length: int = field(default=1024, metadata={"help": "Longest window in tokens; a model's context if shorter."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Windows to score at once."})
+    ngram_order: PositiveInt = field(default=3, metadata={"help": "Order of the n-gram model."})
+    max_texts: AtLeastTwo = field(default=200, metadata={"help": "Use at most this many held-out texts."})
+    max_length: AtLeastTwo = field(
+        default=1024, metadata={"help": "Longest window in tokens; a model's context if shorter."}
+    )
+    per_device_eval_batch_size: PositiveInt = field(default=4, metadata={"help": "Windows to score at once."})
     output_dir: str = field(default="outputs/compression", metadata={"help": "Folder for results.json."})
 
 
@@ -121,7 +124,6 @@ def print_table(results: JsonObject) -> None:
 def main() -> None:
     script_args, args, model_args = parse(__file__, DatasetArguments, CompressionArguments, ModelConfig)
     need_one_process(__file__)
-    need_at_least(args, ngram_order=1, max_texts=2, max_length=2, per_device_eval_batch_size=1)
     refuse_single_model(model_args)
     sources = {name: resolve(path, "--models") for name, path in named_models(args.models)}
     for name, source in sources.items():

@@ -33,6 +33,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,7 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
-from rlhf.errors import InputError, need_at_least, report_errors
+from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import resolve
@@ -48,6 +49,7 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import PositiveInt, Range, Seed
 from rlhf.starter.model import STARTER
 from rlhf.starter.tasks import TASKS
 from rlhf.tasks.instructions import TaskArguments, load_tasks, word_instructions
@@ -60,15 +62,19 @@ class InContextArguments:
     """What is asked, and with how many examples. rlhf.tasks.instructions.TaskArguments says which tasks."""
 
     output_dir: str = field(default="outputs/in-context", metadata={"help": "Folder for results.json and answers."})
-    num_fewshot: list[int] = field(default_factory=lambda: [0, 1, 4, 8], metadata={"help": "Numbers of examples."})
-    limit: int = field(default=100, metadata={"help": "Largest number of test rows per task."})
-    num_templates: int = field(default=1, metadata={"help": "How many of a task's templates are used, in turn."})
+    num_fewshot: list[Annotated[int, Range(low=0, high=POOL)]] = field(
+        default_factory=lambda: [0, 1, 4, 8], metadata={"help": "Numbers of examples."}
+    )
+    limit: PositiveInt = field(default=100, metadata={"help": "Largest number of test rows per task."})
+    num_templates: PositiveInt = field(
+        default=1, metadata={"help": "How many of a task's templates are used, in turn."}
+    )
     apply_chat_template: bool = field(default=False, metadata={"help": "Write prompts as turns of a chat."})
     baseline_dir: str | None = field(
         default=None, metadata={"help": "Finished run of another model on the same rows: adds paired differences."}
     )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Answers to score at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of the rows, the examples and the bootstrap."})
+    per_device_eval_batch_size: PositiveInt = field(default=16, metadata={"help": "Answers to score at once."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of the rows, the examples and the bootstrap."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
@@ -120,9 +126,8 @@ def check_in_context(args: InContextArguments) -> None:
     Args:
         args: its `num_fewshot` is in order.
     """
-    if not args.num_fewshot or args.num_fewshot[0] < 0 or args.num_fewshot[-1] > POOL:
-        raise InputError(f"--num_fewshot {args.num_fewshot}: give numbers from 0 to {POOL}.")
-    need_at_least(args, limit=1, num_templates=1, per_device_eval_batch_size=1)
+    if not args.num_fewshot:
+        raise InputError(f"--num_fewshot: give numbers from 0 to {POOL}.")
     for number in args.num_fewshot if args.baseline_dir else []:
         file = Path(args.baseline_dir or "") / f"answers-{number}.jsonl"
         if not file.exists():

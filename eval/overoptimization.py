@@ -44,6 +44,7 @@ from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import FiniteFloat, NonNegativeInt, PositiveInt, Seed, Temperature
 from rlhf.starter.model import STARTER
 
 
@@ -56,16 +57,16 @@ class OverOptimizationArguments:
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Further rewards of the proxy, as in ppo.py."}
     )
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward."})
+    reward_weights: list[FiniteFloat] | None = field(default=None, metadata={"help": "Weight of each reward."})
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "The truth: a reward that was not trained on. Default: the starter's gold."}
     )
-    best_of_n: int = field(default=16, metadata={"help": "Largest n of best-of-n; below 2: none."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest reply, in tokens."})
-    temperature: float | None = field(default=None, metadata={"help": "Sampling temperature."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
-    max_prompts: int = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling."})
+    best_of_n: NonNegativeInt = field(default=16, metadata={"help": "Largest n of best-of-n; below 2: none."})
+    max_new_tokens: PositiveInt | None = field(default=None, metadata={"help": "Longest reply, in tokens."})
+    temperature: Temperature | None = field(default=None, metadata={"help": "Sampling temperature."})
+    per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})
+    max_prompts: PositiveInt = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of sampling."})
 
 
 def read_ppo_run(folder: str | None) -> JsonObject:

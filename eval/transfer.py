@@ -30,6 +30,7 @@ from rlhf.models.sources import named_models
 from rlhf.run.files import read_json, read_jsonl, write_json
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import Seed
 
 TRANSFER_FILE = "transfer.json"
 SCORES = {"spans": "F1", "tags": "accuracy per word"}
@@ -44,7 +45,7 @@ class TransferArguments:
     )
     reference: str = field(default="scratch", metadata={"help": "Name that others are compared with."})
     output_dir: str = field(default="outputs/transfer", metadata={"help": "Folder for transfer.json and the picture."})
-    seed: int = field(default=42, metadata={"help": "Seed of the bootstrap."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of the bootstrap."})
 
 
 def read_runs(models: list[str], reference: str) -> tuple[dict[str, dict[int, Path]], str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from rlhf.errors import need_at_least, report_errors
+from rlhf.errors import report_errors
 from rlhf.feedback.chat import Chat
 from rlhf.feedback.chat_terminal import chat_in_terminal
 from rlhf.feedback.chat_votes import ChatVotes
@@ -32,6 +32,7 @@ from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.models.sources import refuse_single_model
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import Port, PositiveInt, Seed, Temperature
 
 
 @dataclass
@@ -44,10 +45,10 @@ class ChatArguments:
     )
     page: bool = field(default=False, metadata={"help": "Chat on a page instead of in the terminal."})
     server_name: str = field(default="127.0.0.1", metadata={"help": "Address of the page."})
-    server_port: int = field(default=7860, metadata={"help": "Port of the page."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; training samples at 1."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the order of A and B."})
+    server_port: Port = field(default=7860, metadata={"help": "Port of the page."})
+    max_new_tokens: PositiveInt = field(default=128, metadata={"help": "Longest reply, in tokens."})
+    temperature: Temperature = field(default=0.7, metadata={"help": "Sampling temperature; training samples at 1."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of sampling and of the order of A and B."})
     labeler_name: str = field(default="me", metadata={"help": "Your name, kept with your answers."})
     output_dir: str = field(default="outputs/chat", metadata={"help": "Folder for the answers about two models."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
@@ -57,7 +58,6 @@ def main() -> None:
     # Arguments
     args, model_args = parse(__file__, ChatArguments, ModelConfig)
     need_one_process(__file__)
-    need_at_least(args, max_new_tokens=1, temperature=1e-3)
     refuse_single_model(model_args)
     sources = resolve_speakers(args.models)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None

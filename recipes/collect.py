@@ -27,7 +27,7 @@ from eval.report import write_report
 from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
-from rlhf.errors import need_at_least, report_errors
+from rlhf.errors import report_errors
 from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, take_push_request
@@ -38,6 +38,7 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import AtLeastTwo, PositiveInt, Seed, Temperature
 
 
 @dataclass
@@ -45,12 +46,12 @@ class CollectArguments:
     """How replies are sampled. rlhf.feedback.labelers.LabelerArguments says who compares them."""
 
     output_dir: str = field(default="outputs/preferences", metadata={"help": "Folder for train.jsonl and test.jsonl."})
-    num_generations: int = field(default=4, metadata={"help": "Replies to sample per prompt; at least 2."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Use at most this many prompts of each split."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Replies to sample at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the simulated labeler."})
+    num_generations: AtLeastTwo = field(default=4, metadata={"help": "Replies to sample per prompt."})
+    max_prompts: PositiveInt | None = field(default=None, metadata={"help": "Most prompts of each split; None: all."})
+    max_new_tokens: PositiveInt = field(default=32, metadata={"help": "Longest reply, in tokens."})
+    temperature: Temperature = field(default=1.0, metadata={"help": "Sampling temperature."})
+    per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of sampling and of the simulated labeler."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push the pairs to the Hub as a dataset."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Name of the Hub dataset, for example you/pairs."})
@@ -66,7 +67,6 @@ def main() -> None:
     need_one_process(__file__)
     push = take_push_request(args)
     check_labeler_kind(labeler_args.labeler)
-    need_at_least(args, num_generations=2, max_prompts=1, max_new_tokens=1, temperature=1e-3)
 
     # Data
     train, test = load_splits(script_args, "preference")

@@ -28,10 +28,11 @@ from pathlib import Path
 from trl import ScriptArguments
 
 from eval.report import write_report
-from rlhf.errors import need_at_least, report_errors
+from rlhf.errors import report_errors
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import PositiveInt, Seed
 from rlhf.tasks.instructions import TaskArguments, as_conversation, hold_out, load_tasks, word_instructions
 
 
@@ -41,17 +42,20 @@ class InstructionArguments:
 
     output_dir: str = field(default="outputs/instructions", metadata={"help": "Folder for train.jsonl and test.jsonl."})
     held_out_clusters: list[str] = field(default_factory=list, metadata={"help": "Clusters to exclude from training."})
-    max_examples_per_task: int = field(default=400, metadata={"help": "Largest number of training rows per task."})
-    max_test_examples_per_task: int = field(default=20, metadata={"help": "Largest number of test rows per task."})
-    num_templates: int | None = field(default=None, metadata={"help": "Templates per task; default: all."})
-    seed: int = field(default=42, metadata={"help": "Seed of the tasks' rows and of their order."})
+    max_examples_per_task: PositiveInt = field(
+        default=400, metadata={"help": "Largest number of training rows per task."}
+    )
+    max_test_examples_per_task: PositiveInt = field(
+        default=20, metadata={"help": "Largest number of test rows per task."}
+    )
+    num_templates: PositiveInt | None = field(default=None, metadata={"help": "Templates per task; default: all."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of the tasks' rows and of their order."})
 
 
 def main() -> None:
     # Arguments
     script_args, task_args, args = parse(__file__, ScriptArguments, TaskArguments, InstructionArguments)
     need_one_process(__file__)
-    need_at_least(args, max_examples_per_task=1, max_test_examples_per_task=1, num_templates=1)
 
     # Data
     tasks = load_tasks(

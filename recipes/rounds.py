@@ -21,11 +21,12 @@ from pathlib import Path
 
 from eval.report import write_report
 from rlhf.data.paths import need_file
-from rlhf.errors import need_at_least, report_errors
+from rlhf.errors import report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import PositiveInt, Seed
 from rlhf.run.stages import run_stage
 
 HERE = Path(__file__).resolve().parent
@@ -36,10 +37,10 @@ class RoundsArguments:
     """The loop's start, its length, and the configurations of its stages."""
 
     model_name_or_path: str = field(default="outputs/sft", metadata={"help": "SFT model, from which round 1 starts."})
-    rounds: int = field(default=2, metadata={"help": "Number of rounds; may be raised after a run."})
+    rounds: PositiveInt = field(default=2, metadata={"help": "Number of rounds; may be raised after a run."})
     dataset_name: str = field(default="starter", metadata={"help": "Prompts of all stages."})
     output_dir: str = field(default="outputs/rounds", metadata={"help": "Folder for the rounds."})
-    seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
     collect_config: str = field(default="recipes/configs/collect.yaml", metadata={"help": "YAML of collect.py."})
     reward_config: str = field(default="recipes/configs/reward.yaml", metadata={"help": "YAML of reward.py."})
     ppo_config: str = field(default="recipes/configs/ppo.yaml", metadata={"help": "YAML of ppo.py."})
@@ -72,7 +73,6 @@ def main() -> None:
     # Arguments
     (args,) = parse(__file__, RoundsArguments)
     need_one_process(__file__)
-    need_at_least(args, rounds=1)
     for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
         need_file(getattr(args, flag), f"--{flag}")
 

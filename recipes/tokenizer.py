@@ -25,6 +25,7 @@ from rlhf.errors import report_errors
 from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, train_tokenizer
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
+from rlhf.run.ranges import NonNegativeInt, PositiveInt
 from rlhf.starter.model import STARTER
 
 
@@ -32,10 +33,12 @@ from rlhf.starter.model import STARTER
 class TokenizerArguments:
     """Size and content of the vocabulary."""
 
-    vocab_size: int = field(default=4096, metadata={"help": "Size: 256 bytes, special tokens and merges."})
-    min_frequency: int = field(default=2, metadata={"help": "Least number of occurrences of a merged pair."})
-    extra_ids: int = field(default=100, metadata={"help": "Sentinel tokens <extra_id_0>, ... for span corruption."})
-    model_max_length: int = field(default=1024, metadata={"help": "Longest input of models, in tokens."})
+    vocab_size: PositiveInt = field(default=4096, metadata={"help": "Size: 256 bytes, special tokens and merges."})
+    min_frequency: PositiveInt = field(default=2, metadata={"help": "Least number of occurrences of a merged pair."})
+    extra_ids: NonNegativeInt = field(
+        default=100, metadata={"help": "Sentinel tokens <extra_id_0>, ... for span corruption."}
+    )
+    model_max_length: PositiveInt = field(default=1024, metadata={"help": "Longest input of models, in tokens."})
     output_dir: str = field(default="outputs/tokenizer", metadata={"help": "Folder for the tokenizer."})
 
 

@@ -16,22 +16,6 @@ class InputError(ValueError):
     of_one_process = False  # True: other processes may not meet it, so the one that does prints it
 
 
-def need_at_least(arguments: object, **least: float) -> None:
-    """Refuse numbers below their minimum. None, which stands for "no limit", passes.
-
-    Args:
-        arguments: a dataclass of flags.
-        least: the smallest value allowed, by flag.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    for flag, smallest in least.items():
-        value = getattr(arguments, flag)
-        if value is not None and not value >= smallest:  # NaN fails too
-            raise InputError(f"--{flag} {value}: must be at least {smallest:g}.")
-
-
 _at_failure: list[Callable[[], None]] = []
 
 

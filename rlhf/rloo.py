@@ -24,7 +24,7 @@ from trl.trainer.utils import get_config_model_id
 from rlhf.comparisons import Prompt
 from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_prompt
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import positions_of
@@ -37,6 +37,7 @@ from rlhf.rewards import (
     reward_functions,
     reward_names,
 )
+from rlhf.run.ranges import check_ranges
 
 
 @dataclass
@@ -61,8 +62,8 @@ class RLOOConfig(TRLRLOOConfig):
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the policy and the reference."})
 
     def __post_init__(self) -> None:
+        check_ranges(self)  # first: TRL divides by some of them
         super().__post_init__()
-        need_at_least(self, max_completion_length=1, temperature=1e-6, beta=0, num_iterations=1)
         accumulated = self.gradient_accumulation_steps
         apart = math.lcm(self.passes_per_batch, accumulated) // accumulated
         if self.save_strategy == "steps" and self.save_steps % apart:

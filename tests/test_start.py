@@ -15,11 +15,11 @@ SLOW = {"torch", "transformers", "peft", "datasets", "accelerate", "scipy", "skl
 # what every command reads, in a process that has imported nothing else, beside what it reads once all is imported
 SAME_PARSERS = """
 import ast, runpy, sys
-from rlhf.run.arguments import _Parser
+from rlhf.run.parser import Parser
 from rlhf.run.declarations import argument_types
 
 commands, sys.argv = sys.argv[1:], ["command"]
-early = {command: _Parser(argument_types(command)) for command in commands}
+early = {command: Parser(*argument_types(command)) for command in commands}
 helps = {command: parser.format_help() for command, parser in early.items()}
 assert not {"torch", "transformers"} & set(sys.modules), "slow imports"
 
@@ -32,7 +32,7 @@ for command in commands:
     names = runpy.run_path(command)
     [call] = [node for node in ast.walk(ast.parse(open(command).read()))
               if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"]
-    complete = _Parser([names[argument.id] for argument in call.args[1:]])
+    complete = Parser(*[names[argument.id] for argument in call.args[1:]])
     assert flags(early[command]) == flags(complete), command
     assert helps[command] == complete.format_help(), command
     print(command, len(flags(complete)))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rlhf.comparisons import Task
 from rlhf.errors import InputError
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name
+from rlhf.run.ranges import Port, Share
 
 VoteKey = tuple[str, str, bool]  # of Vote.key
 NEWCOMERS = 0.25  # share of the tasks
@@ -20,9 +21,9 @@ class VotingSettings:
     """How people vote: the page's address, and which tasks they get."""
 
     server_name: str = field(default="127.0.0.1", metadata={"help": "For 'human': address of the page."})
-    server_port: int = field(default=7860, metadata={"help": "For 'human': port of the page."})
-    overlap: float = field(default=0.2, metadata={"help": "For 'human': share of tasks that every labeler gets."})
-    repeats: float = field(default=0.05, metadata={"help": "For 'human': share of tasks asked twice, unannounced."})
+    server_port: Port = field(default=7860, metadata={"help": "For 'human': port of the page."})
+    overlap: Share = field(default=0.2, metadata={"help": "For 'human': share of tasks that every labeler gets."})
+    repeats: Share = field(default=0.05, metadata={"help": "For 'human': share of tasks asked twice, unannounced."})
     ratings: bool = field(default=False, metadata={"help": "For 'human': also rate each reply from 1 to 7."})
 
 

@@ -19,6 +19,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward_functions
+from rlhf.run.ranges import NonNegativeFloat
 from rlhf.starter.labeler import SimulatedLabeler
 from rlhf.starter.model import STARTER
 
@@ -45,7 +46,9 @@ class LabelerArguments(LabelerSettings):
     """Which labeler compares the replies."""
 
     labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
-    labeler_temperature: float = field(default=0.15, metadata={"help": "Noise of the simulated labeler; 0: none."})
+    labeler_temperature: NonNegativeFloat = field(
+        default=0.15, metadata={"help": "Noise of the simulated labeler; 0: none."}
+    )
 
 
 def check_labeler_kind(name: str) -> None:

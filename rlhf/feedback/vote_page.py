@@ -13,6 +13,7 @@ from rlhf.feedback.serving import gr, need_free_port, serve, wait
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name, now
 from rlhf.run.files import write_json
 from rlhf.run.folders import is_finished
+from rlhf.run.ranges import check_ranges
 
 HERE = Path(__file__).parent
 PlainData = dict[str, Any]  # what the page and its server exchange as JSON
@@ -159,9 +160,7 @@ class People:
     name = "human"
 
     def __init__(self, settings: VotingSettings, votes: Path, seed: int) -> None:
-        for flag, share in (("overlap", settings.overlap), ("repeats", settings.repeats)):
-            if not 0 <= share <= 1:
-                raise InputError(f"--{flag} {share}: must be a share from 0 to 1.")
+        check_ranges(settings)
         if not is_finished(votes.parent):
             need_free_port(settings.server_name, settings.server_port)
         self.settings, self.path, self.seed = settings, votes, seed

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
+from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 
 @dataclass
@@ -54,7 +55,7 @@ class PPOConfig(TRLPPOConfig):
     stop_token: Literal["eos"] | None = field(
         default="eos", metadata={"help": "'eos' ends replies at the tokenizer's eos token; see also stop_token_id."}
     )
-    stop_token_id: list[int] | None = field(
+    stop_token_id: list[NonNegativeInt] | None = field(
         default=None, metadata={"help": "Token ids that end a reply; they replace stop_token."}
     )
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply."})
@@ -70,7 +71,7 @@ class PPOConfig(TRLPPOConfig):
         default=None,
         metadata={"help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter'."},
     )
-    reward_weights: list[float] | None = field(
+    reward_weights: list[FiniteFloat] | None = field(
         default=None,
         metadata={"help": "Weight of each reward: reward_model_path first, then reward_funcs. Default: 1."},
     )
@@ -81,30 +82,34 @@ class PPOConfig(TRLPPOConfig):
         default=True,
         metadata={"help": "Scale rewards to mean 0 and standard deviation 1 on the first batch (the SFT model's)."},
     )
-    score_clip: float | None = field(
+    score_clip: PositiveFloat | None = field(
         default=None, metadata={"help": "Clip scores to plus or minus this, after normalization."}
     )
-    length_penalty: float = field(default=0.0, metadata={"help": "Subtracted from the score per completion token."})
-    missing_eos_score: float | None = field(
+    length_penalty: NonNegativeFloat = field(
+        default=0.0, metadata={"help": "Subtracted from the score per completion token."}
+    )
+    missing_eos_score: FiniteFloat | None = field(
         default=None, metadata={"help": "Replaces the score of a completion that never ended."}
     )
-    adaptive_kl_target: float | None = field(
+    adaptive_kl_target: PositiveFloat | None = field(
         default=None, metadata={"help": "Adjust kl_coef to keep the KL per completion near this. Default: fixed."}
     )
-    adaptive_kl_horizon: int = field(
+    adaptive_kl_horizon: PositiveInt = field(
         default=10_000, metadata={"help": "Episodes in which the adaptive kl_coef can change by about a fifth."}
     )
-    target_kl: float | None = field(
+    target_kl: PositiveFloat | None = field(
         default=None, metadata={"help": "End an update early when its approxkl exceeds this."}
     )
     value_function: Literal["head", "adapter"] = field(
         default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
     )
-    value_warmup_steps: int = field(
+    value_warmup_steps: NonNegativeInt = field(
         default=0, metadata={"help": "Number of initial updates that train only the value function."}
     )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
-    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on ptx_dataset_name."})
+    entropy_coef: NonNegativeFloat = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    ptx_coef: NonNegativeFloat = field(
+        default=0.0, metadata={"help": "Weight of the language model loss on ptx_dataset_name."}
+    )
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as for SFT."}
     )
@@ -112,9 +117,10 @@ class PPOConfig(TRLPPOConfig):
         default=None, metadata={"help": "From Python: how models that are given by name are loaded."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that are not model inputs."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
+    adam_epsilon: NonNegativeFloat = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         super().__post_init__()
         if isinstance(self.stop_token_id, int):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
@@ -125,9 +131,8 @@ class PPOConfig(TRLPPOConfig):
             "eval_loss",
         ):  # transformers' default; PPO has no evaluation loss
             self.metric_for_best_model, self.greater_is_better = "score", True
-        self._check_ranges()
         local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.num_mini_batches < 1 or local_batch_size % self.num_mini_batches:
+        if local_batch_size % self.num_mini_batches:
             raise InputError(
                 f"--num_mini_batches {self.num_mini_batches}: must divide per_device_train_batch_size × "
                 f"gradient_accumulation_steps = {local_batch_size}."
@@ -141,16 +146,3 @@ class PPOConfig(TRLPPOConfig):
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("--missing_eos_penalty and --missing_eos_score: give one of them.")
-
-    def _check_ranges(self) -> None:
-        """Raise InputError for the first number outside its range."""
-        above_zero = ("temperature", "score_clip", "adaptive_kl_target", "adaptive_kl_horizon", "target_kl")
-        not_below_zero = (
-            "kl_coef", "missing_eos_penalty", "length_penalty", "value_warmup_steps", "entropy_coef", "ptx_coef",
-            "vf_coef", "max_grad_norm",
-        )  # fmt: skip
-        for name in above_zero + not_below_zero:
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name in above_zero)):
-                raise InputError(f"--{name} {value}: must be {'above 0' if name in above_zero else '0 or more'}.")
-        need_at_least(self, response_length=1, num_ppo_epochs=1)

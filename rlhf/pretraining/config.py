@@ -11,6 +11,7 @@
 import difflib
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from transformers import (
     CONFIG_MAPPING,
@@ -25,11 +26,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes --model_type lstm known)
 from rlhf.pretraining.collators import count_spans
 from rlhf.pretraining.electra import DETECTORS
 from rlhf.pretraining.tokenization import sentinel
+from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
 
 OBJECTIVES = ("causal", "masked", "replaced", "span")
 # causal heads whose bodies attend to later tokens: they were trained by permutation or translation
@@ -46,17 +48,19 @@ class NewModelConfig:
     tokenizer_name: str = field(
         default="starter", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
     )
-    hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
-    num_hidden_layers: int = field(default=6, metadata={"help": "Layers (of encoder and decoder each)."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; must divide hidden_size."})
-    intermediate_size: int | None = field(
+    hidden_size: PositiveInt = field(default=256, metadata={"help": "Width of the hidden states."})
+    num_hidden_layers: PositiveInt = field(default=6, metadata={"help": "Layers (of encoder and decoder each)."})
+    num_attention_heads: PositiveInt = field(default=4, metadata={"help": "Attention heads; must divide hidden_size."})
+    intermediate_size: PositiveInt | None = field(
         default=None, metadata={"help": "Width of the feed-forward layers. Default: 4 times hidden_size."}
     )
-    max_position_embeddings: int | None = field(
+    max_position_embeddings: PositiveInt | None = field(
         default=None, metadata={"help": "Longest context in tokens. Default: block_size."}
     )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the input and output embeddings."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of every dropout of the architecture."})
+    dropout: Annotated[float, Range(low=0, below=1)] = field(
+        default=0.0, metadata={"help": "Probability of every dropout of the architecture."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, ...; eager is faster on a CPU. Default: transformers' choice."}
     )
@@ -70,16 +74,22 @@ class PretrainingConfig(TrainingArguments):
     """TrainingArguments and the objective."""
 
     objective: str = field(default="causal", metadata={"help": "causal, masked, replaced or span."})
-    block_size: int = field(default=256, metadata={"help": "Tokens in a row of packed text."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are masked or removed."})
+    block_size: Annotated[int, Range(low=8)] = field(default=256, metadata={"help": "Tokens in a row of packed text."})
+    mlm_probability: Annotated[float, Range(above=0, below=1)] = field(
+        default=0.15, metadata={"help": "Share of tokens that are masked or removed."}
+    )
     next_sentence_prediction: bool = field(
         default=False, metadata={"help": "masked: also learn whether the second of two texts follows the first."}
     )
-    mean_noise_span_length: float = field(default=3.0, metadata={"help": "span: mean length of a missing span."})
-    generator_hidden_size: float = field(
+    mean_noise_span_length: Annotated[float, Range(low=1)] = field(
+        default=3.0, metadata={"help": "span: mean length of a missing span."}
+    )
+    generator_hidden_size: Annotated[float, Range(above=0, high=1)] = field(
         default=0.25, metadata={"help": "replaced: width of the generator, as a share of the discriminator's."}
     )
-    disc_weight: float = field(default=50.0, metadata={"help": "replaced: weight of the discriminator's loss."})
+    disc_weight: NonNegativeFloat = field(
+        default=50.0, metadata={"help": "replaced: weight of the discriminator's loss."}
+    )
     use_muon: bool = field(
         default=False, metadata={"help": "Train the layers' matrices with Muon, the rest with AdamW."}
     )
@@ -124,9 +134,8 @@ def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> No
     Raises:
         InputError: naming the flag.
     """
+    check_ranges(args, model_args)
     check_objective(args, model_args)
-    need_at_least(model_args, hidden_size=1, num_hidden_layers=1, num_attention_heads=1)
-    need_at_least(args, block_size=8, mean_noise_span_length=1)
     if model_args.hidden_size % model_args.num_attention_heads:
         raise InputError(
             f"--num_attention_heads {model_args.num_attention_heads}: must divide --hidden_size "
@@ -135,13 +144,6 @@ def check_pretraining(args: PretrainingConfig, model_args: NewModelConfig) -> No
     positions = model_args.max_position_embeddings
     if positions is not None and positions < args.block_size:
         raise InputError(f"--max_position_embeddings {positions}: less than --block_size {args.block_size}.")
-    for name, value, low, high in (
-        ("mlm_probability", args.mlm_probability, 0.0, 1.0),
-        ("generator_hidden_size", args.generator_hidden_size, 0.0, 1.0 + 1e-9),
-        ("dropout", model_args.dropout, -1e-9, 1.0),
-    ):
-        if not low < value < high:
-            raise InputError(f"--{name} {value}: must be a share between 0 and 1.")
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     if args.use_muon and (args.fsdp or args.deepspeed or sharded):
         raise InputError("--use_muon: needs whole matrices, which FSDP and DeepSpeed shard. Give --use_muon false.")

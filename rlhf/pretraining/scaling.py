@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf.data.paths import need_file
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
 from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
+from rlhf.run.ranges import LearningRate, NonNegativeInt, PositiveInt, Seed, check_ranges
 from rlhf.run.stages import run_all
 
 LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
@@ -24,33 +25,35 @@ LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
 class ScalingArguments:
     """Which models are trained on how much text, and which model's loss is forecast."""
 
-    hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "Widths of the fitted models."})
-    num_hidden_layers: list[int] = field(
+    hidden_sizes: list[PositiveInt] = field(default_factory=list, metadata={"help": "Widths of the fitted models."})
+    num_hidden_layers: list[PositiveInt] = field(
         default_factory=list, metadata={"help": "Layers of the fitted models, one number for each width."}
     )
-    token_budgets: list[int] = field(
+    token_budgets: list[PositiveInt] = field(
         default_factory=list, metadata={"help": "Training tokens; every fitted model is trained on every budget."}
     )
-    forecast_hidden_size: int = field(default=128, metadata={"help": "Width of the model whose loss is forecast."})
-    forecast_num_hidden_layers: int = field(default=4, metadata={"help": "Layers of that model."})
-    head_dim: int = field(default=16, metadata={"help": "Width of an attention head; divides every width."})
-    learning_rate: float = field(
+    forecast_hidden_size: PositiveInt = field(
+        default=128, metadata={"help": "Width of the model whose loss is forecast."}
+    )
+    forecast_num_hidden_layers: PositiveInt = field(default=4, metadata={"help": "Layers of that model."})
+    head_dim: PositiveInt = field(default=16, metadata={"help": "Width of an attention head; divides every width."})
+    learning_rate: LearningRate = field(
         default=8e-3, metadata={"help": "Learning rate of the narrowest model; it falls as 1/width."}
     )
-    lstm_num_hidden_layers: int = field(
+    lstm_num_hidden_layers: NonNegativeInt = field(
         default=2, metadata={"help": "Layers of the LSTM beside the largest fitted Transformer; 0 for none."}
     )
-    lstm_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the LSTM."})
+    lstm_learning_rate: LearningRate = field(default=1e-2, metadata={"help": "Learning rate of the LSTM."})
     base_config: str = field(
         default="recipes/configs/scaling_point.yaml", metadata={"help": "YAML of pretrain.py with all other settings."}
     )
     tokenizer_name: str = field(
         default="outputs/tokenizer", metadata={"help": "Folder of recipes/tokenizer.py, a Hub id, or 'starter'."}
     )
-    max_eval_tokens: int = field(default=100_000, metadata={"help": "Held-out tokens for the loss."})
-    max_workers: int = field(default=1, metadata={"help": "Models trained at once; they share the cores."})
+    max_eval_tokens: PositiveInt = field(default=100_000, metadata={"help": "Held-out tokens for the loss."})
+    max_workers: PositiveInt = field(default=1, metadata={"help": "Models trained at once; they share the cores."})
     output_dir: str = field(default="outputs/scaling", metadata={"help": "Folder for the sweep."})
-    seed: int = field(default=42, metadata={"help": "Seed of every model."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of every model."})
 
 
 class Point(NamedTuple):
@@ -76,6 +79,7 @@ def check_sweep(args: ScalingArguments) -> None:
     Raises:
         InputError: naming the flag.
     """
+    check_ranges(args)
     sizes, layers, budgets = args.hidden_sizes, args.num_hidden_layers, args.token_budgets
     if len(sizes) != len(layers):
         raise InputError(
@@ -89,12 +93,8 @@ def check_sweep(args: ScalingArguments) -> None:
                 f"--{flag}: {count} different {what}, fewer than the {LAW_PARAMETERS} parameters of the fit "
                 f"L = E + (x_c / x)^alpha. Give at least {LAW_PARAMETERS}, better 5."
             )
-    for flag, values in (("hidden_sizes", sizes), ("num_hidden_layers", layers), ("token_budgets", budgets)):
-        if min(values) < 1:
-            raise InputError(f"--{flag} {min(values)}: must be at least 1.")
-    need_at_least(args, max_workers=1, max_eval_tokens=1, lstm_num_hidden_layers=0)
     for width in (*sizes, args.forecast_hidden_size):
-        if args.head_dim < 1 or width % args.head_dim:
+        if width % args.head_dim:
             raise InputError(f"--head_dim {args.head_dim}: must divide every width; found {width}.")
     if args.forecast_num_hidden_layers * args.forecast_hidden_size**2 <= max(models):
         raise InputError(

@@ -54,8 +54,6 @@ def check_vocab_size(vocab_size: int, extra_ids: int) -> None:
     Raises:
         InputError: naming the smallest size that works.
     """
-    if extra_ids < 0:
-        raise InputError(f"--extra_ids {extra_ids}: must be at least 0.")
     least = BYTES + len(special_tokens(extra_ids))
     if vocab_size < least:
         raise InputError(

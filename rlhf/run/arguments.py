@@ -1,34 +1,20 @@
-"""The command line of a recipe: YAML and flags through TRL's `TrlParser`.
+"""The command line of a recipe: YAML and flags through TRL's `TrlParser` (rlhf/run/parser.py).
 
 Without `--config`, a recipe reads `recipes/configs/<recipe>.yaml`. Functions import what training needs, so that this
 module is imported in half a second.
 """
 
-import difflib
-import itertools
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
-
-from trl import TrlParser
+from typing import Any
 
 from rlhf.data.paths import check_paths
 from rlhf.errors import InputError, report_errors
 from rlhf.run.declarations import argument_types
+from rlhf.run.parser import LibraryError, Parser
 from rlhf.run.processes import cpu_has_bfloat16, main_process, use_all_cores
 from rlhf.starter.model import STARTER
-
-
-class _Parser(TrlParser):
-    """TrlParser whose errors are one line with the flag, what was found and the nearest existing flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-    @property
-    def flags(self) -> set[str]:
-        return {option for action in self._actions for option in action.option_strings}
 
 
 def answer_early(command: str, **runs: str) -> None:
@@ -44,16 +30,13 @@ def answer_early(command: str, **runs: str) -> None:
         return
     with report_errors():
         try:
-            parser = _Parser(argument_types(command))
+            parser = Parser(*argument_types(command))
         except Exception:  # another version of TRL or transformers can't be read this way; `parse` checks then
             return
-        given, _ = _words(command, sys.argv[1:])
-        file = _check_flags(given, parser.flags)
+        words, file, _ = _words_and_file(command, sys.argv[1:])
         try:
-            parsed = _parse_words(parser, given, file)
-        except InputError as error:
-            if isinstance(error.__cause__, InputError):  # the parser's own error
-                raise
+            parsed = parser.read(words, file)
+        except LibraryError:  # of a dataclass that was read without its checks
             return
         check_paths({flag: value for part in parsed for flag, value in vars(part).items()}, runs)
 
@@ -73,17 +56,16 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     # TRL and PEFT still use the old name of activation checkpointing; a user can't change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     use_all_cores()
-    words = list(sys.argv[1:] if args is None else args)
-    given, ours = _words(recipe, words)
-    parser = _Parser(types)
-    if not {"-h", "--help"} & {*given}:  # --help says the same on every machine
+    given = list(sys.argv[1:] if args is None else args)
+    words, file, ours = _words_and_file(recipe, given)
+    parser = Parser(*types)
+    if not {"-h", "--help"} & {*words}:  # --help says the same on every machine
         if "--use_cpu" in parser.flags and not torch.accelerator.is_available():
             parser.set_defaults(use_cpu=True)  # else the trainers refuse bf16 on a machine without an accelerator
         if ours:  # a configuration of the user's own is taken as it is
-            given += _float32_without_bfloat16(given, parser.flags)
-    parsed = _parse_words(parser, given, _check_flags(given, parser.flags))
-    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words}
-    own_data = ours and "dataset_name" in typed and "dataset_config" not in typed
+            words = [*words, *_float32_without_bfloat16(words, parser.flags)]
+    parsed = parser.read(words, file)
+    own_data = ours and "dataset_name" in parser.typed() and "dataset_config" not in parser.typed()
     for arguments in parsed:
         _check_packages(arguments)
         if own_data and getattr(arguments, "dataset_name", STARTER) != STARTER:
@@ -93,32 +75,27 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     return parsed
 
 
-def _words(recipe: str, words: list[str]) -> tuple[list[str], bool]:
-    """The command line with the recipe's own --config where none is given, and whether it is one of recipes/configs."""
-    default = Path(recipe).resolve().parents[1] / "recipes" / "configs" / f"{Path(recipe).stem}.yaml"
-    given = list(words)
-    if not any(word == "--config" or word.startswith("--config=") for word in given) and default.exists():
-        given = ["--config", str(default), *given]
-    given = [part for word in given for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    ours = Path(dict(itertools.pairwise(given)).get("--config", "")).resolve().parent == default.parent
-    return given, ours
+def _words_and_file(recipe: str, words: list[str]) -> tuple[list[str], Path | None, bool]:
+    """The command line without --config, the YAML file, and whether it is one of recipes/configs.
 
+    Without --config it is the recipe's own.
 
-def _check_flags(given: list[str], known: set[str]) -> Path | None:
-    """Refuse unknown flags and YAML keys; the configuration file."""
-    for word in given:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in known | {"--config"}:
-            near = difflib.get_close_matches(flag, known, n=1)
-            raise InputError(f"unknown flag {flag}." + (f" Did you mean {near[0]}?" if near else " See --help."))
-    return _config_file(given, known)
-
-
-def _parse_words(parser: _Parser, given: list[str], file: Path | None) -> tuple[Any, ...]:
-    try:
-        return parser.parse_args_and_config(args=given)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file.name if file else 'the command line'}: {error}") from error
+    Raises:
+        InputError: if --config names no file, or stands twice.
+    """
+    folder = Path(recipe).resolve().parents[1] / "recipes" / "configs"
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in parts:
+        default = folder / f"{Path(recipe).stem}.yaml"
+        return parts, default if default.exists() else None, True
+    position = parts.index("--config")
+    file = parts.pop(position + 1) if position + 1 < len(parts) else ""
+    parts.pop(position)
+    if not file or file.startswith("--"):
+        raise InputError("--config needs a YAML file behind it.")
+    if "--config" in parts:
+        raise InputError("--config: is given twice. Give one file.")
+    return parts, Path(file), Path(file).resolve().parent == folder
 
 
 def _check_packages(arguments: Any) -> None:
@@ -158,29 +135,3 @@ def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
     if added and main_process():
         print("This CPU has no bfloat16 arithmetic: computing in float32. Choose yourself with --dtype and --bf16.")
     return added
-
-
-def _config_file(given: list[str], known: set[str]) -> Path | None:
-    import yaml
-
-    if "--config" not in given:
-        return None
-    position = given.index("--config") + 1
-    if position == len(given):
-        raise InputError("--config needs a YAML file behind it.")
-    path = Path(given[position])
-    if not path.is_file():
-        raise InputError(f"--config {path}: no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not readable as YAML ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: needs lines of the form 'flag: value'.")
-    for key in content:
-        if f"--{key}" not in known and key != "env":
-            near = difflib.get_close_matches(f"--{key}", known, n=1)
-            raise InputError(
-                f"--config {path}: unknown key '{key}'." + (f" Did you mean '{near[0][2:]}'?" if near else "")
-            )
-    return path

@@ -1,7 +1,7 @@
 """Discriminative fine-tuning: a pretrained body with a new head, and GPT-1's loss."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
 from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
+from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
 from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
 
 
@@ -35,14 +36,14 @@ class FinetuneArguments:
     freeze_body: bool = field(
         default=False, metadata={"help": "Train the head only, on the features of the pretrained body."}
     )
-    lm_coef: float = field(
+    lm_coef: NonNegativeFloat = field(
         default=0.0,
         metadata={"help": "λ of GPT-1's auxiliary objective: loss + λ · language model loss on the same texts."},
     )
-    max_length: int = field(
+    max_length: Annotated[int, Range(low=8)] = field(
         default=256, metadata={"help": "Longest text in tokens; longer texts are cut, contexts read in windows."}
     )
-    max_train_samples: int | None = field(
+    max_train_samples: PositiveInt | None = field(
         default=None, metadata={"help": "Train on this many rows, drawn with --seed; None: all."}
     )
     pad_token: str | None = field(default=None, metadata={"help": "Pad token, if the tokenizer's can't be used."})
@@ -85,7 +86,7 @@ def check_arguments(
         InputError: naming the flag.
     """
     text = config.get_text_config()
-    need_at_least(args, lm_coef=0)
+    check_ranges(args)
     if args.lm_coef and not is_decoder(config):
         raise InputError(
             f"--lm_coef {args.lm_coef}: {config.model_type} is an encoder, which predicts no next token. Leave it 0, "
@@ -108,9 +109,9 @@ def check_arguments(
             f"{source.name} does not. Leave --lm_coef 0."
         )
     rows, context = len(task.train), usable_context(text)
-    if args.max_train_samples is not None and not 1 <= args.max_train_samples <= rows:
+    if args.max_train_samples is not None and args.max_train_samples > rows:
         raise InputError(f"--max_train_samples {args.max_train_samples}: there are {rows} rows. Give 1 to {rows}.")
-    if not 8 <= args.max_length <= (context or args.max_length):
+    if context is not None and args.max_length > context:
         raise InputError(f"--max_length {args.max_length}: must be from 8 to the model's context of {context} tokens.")
 
 

@@ -15,12 +15,13 @@ from trl import ModelConfig
 from rlhf.comparisons import Messages
 from rlhf.data.datasets import check_messages, need_columns
 from rlhf.data.encoding import encode_messages
-from rlhf.errors import InputError, need_at_least
+from rlhf.errors import InputError
 from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
+from rlhf.run.ranges import NonNegativeInt, PositiveInt, Seed, Temperature, check_ranges
 from rlhf.tasks.problems import Row, few_shot, final_answer, known_answer, majority, question
 
 # flags of recipes/star.py that recipes/sft.py gets
@@ -31,31 +32,34 @@ PASSED_ON = {"model_name_or_path", "model_revision", "dtype", "attn_implementati
 class StarArguments:
     """How solutions are sampled, and which are kept."""
 
-    rounds: int = field(default=3, metadata={"help": "Number of rounds; may be raised after a run."})
-    num_generations: int = field(default=4, metadata={"help": "Solutions sampled for each problem."})
-    num_fewshot: int = field(default=4, metadata={"help": "Worked examples in the base's prompt; later models: none."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Longest solution, in tokens."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."})
+    rounds: PositiveInt = field(default=3, metadata={"help": "Number of rounds; may be raised after a run."})
+    num_generations: PositiveInt = field(default=4, metadata={"help": "Solutions sampled for each problem."})
+    num_fewshot: NonNegativeInt = field(
+        default=4, metadata={"help": "Worked examples in the base's prompt; later models: none."}
+    )
+    max_new_tokens: PositiveInt = field(default=48, metadata={"help": "Longest solution, in tokens."})
+    temperature: Temperature = field(
+        default=0.7, metadata={"help": "Sampling temperature; held-out solutions are greedy."}
+    )
     rationalize: bool = field(default=False, metadata={"help": "Reveal the answer to problems that were not solved."})
     majority_vote: bool = field(
         default=False, metadata={"help": "Take the majority's answer instead of the dataset's."}
     )
-    max_train_samples: int = field(default=384, metadata={"help": "Use at most this many training problems."})
-    max_eval_samples: int = field(default=200, metadata={"help": "Use at most this many held-out problems."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Solutions to sample at once."})
+    max_train_samples: PositiveInt = field(default=384, metadata={"help": "Use at most this many training problems."})
+    max_eval_samples: PositiveInt = field(default=200, metadata={"help": "Use at most this many held-out problems."})
+    per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Solutions to sample at once."})
     sft_config: str = field(default="recipes/configs/star_sft.yaml", metadata={"help": "YAML of sft.py."})
     output_dir: str = field(default="outputs/star", metadata={"help": "Folder for the rounds."})
-    seed: int = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+    seed: Seed = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
 
 
 def check_star(args: StarArguments, model_args: ModelConfig) -> None:
-    """Refuse numbers that are too small, a missing YAML file, and flags that would be ignored.
+    """Refuse numbers outside their range, a missing YAML file, and flags that would be ignored.
 
     Raises:
         InputError: naming the flag.
     """
-    need_at_least(args, rounds=1, num_generations=1, num_fewshot=0, max_new_tokens=1, temperature=1e-3)
-    need_at_least(args, max_train_samples=1, max_eval_samples=1)
+    check_ranges(args)
     if not Path(args.sft_config).is_file():
         raise InputError(f"--sft_config {args.sft_config}: no such file.")
     if args.majority_vote and args.rationalize:
