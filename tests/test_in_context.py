@@ -235,7 +235,7 @@ def test_an_interrupted_run_asks_only_what_is_left(evaluated, sharp, monkeypatch
     [
         (["--tasks", "sentimen"], "--tasks sentimen: neither a starter task"),
         (["--tasks", "gone.yaml"], "--tasks gone.yaml: no such file"),
-        (["--num_fewshot", "-1"], "--num_fewshot [-1]: give numbers from 0"),
+        (["--num_fewshot", "-1"], "--num_fewshot -1: must be from 0 to 200"),
         (["--limit", "0"], "--limit 0: must be at least 1"),
         (["--tasks", "addition", "--limit", "2"], "starter task 'addition': 2 rows are too few"),
     ],

@@ -403,7 +403,7 @@ def test_electras_halves_share_embeddings_and_nothing_flows_through_the_samples(
     ("causal", "gpt2", {"use_muon": True, "fsdp": "full_shard"}, "--use_muon: needs whole matrices"),
     ("causal", "gpt2", {"hidden_size": 10}, "--num_attention_heads 4: must divide --hidden_size 10"),
     ("causal", "gpt2", {"max_position_embeddings": 8}, "--max_position_embeddings 8: less than --block_size 256"),
-    ("masked", "bert", {"mlm_probability": 1.5}, "--mlm_probability 1.5: must be a share between 0 and 1"),
+    ("masked", "bert", {"mlm_probability": 1.5}, "--mlm_probability 1.5: must be above 0 and below 1"),
     ("span", "t5", {"mean_noise_span_length": 0.5}, "--mean_noise_span_length 0.5: must be at least 1"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(objective, model_type, changes, message):
