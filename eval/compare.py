@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.measuring.comparison import ComparedModels, ComparisonPlan, compare, differences_of
-from eval.measuring.judges import make_judges
+from eval.measuring.judges import JUDGES, make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
@@ -67,7 +67,7 @@ class CompareArguments:
     )
     judges: list[str] | None = field(
         default=None,
-        metadata={"help": "Who judges: gold, reward, judge, human. Default: gold for the starter, else reward."},
+        metadata={"help": "Who judges. Default: gold for the starter, else reward.", "choices": JUDGES},
     )
     best_of_n: NonNegativeInt = field(
         default=4, metadata={"help": "Replies per prompt to choose from; below 2: no best-of-n."}

@@ -28,7 +28,7 @@ from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.feedback.labelers import LabelerArguments, check_labeler_kind, make_labeler
+from rlhf.feedback.labelers import LabelerArguments, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import push_dataset, take_push_request
 from rlhf.models.generation import Sampling
@@ -66,7 +66,6 @@ def main() -> None:
     )
     need_one_process(__file__)
     push = take_push_request(args)
-    check_labeler_kind(labeler_args.labeler)
 
     # Data
     train, test = load_splits(script_args, "preference")

@@ -18,16 +18,16 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from eval.report import write_report
-from rlhf.data.paths import need_file
 from rlhf.errors import report_errors
 from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
 from rlhf.models.sources import resolve
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.ranges import PositiveInt, Seed
-from rlhf.run.stages import run_stage
+from rlhf.run.stages import check_stage, run_stage
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,34 +47,43 @@ class RoundsArguments:
     compare_config: str = field(default="recipes/configs/compare.yaml", metadata={"help": "YAML of compare.py."})
 
 
-def run_round(args: RoundsArguments, number: int) -> bool:
-    """One round, stage by stage. Returns False if people have more to compare."""
+def stages_of(args: RoundsArguments, number: int) -> dict[str, tuple[Path, Path, dict[str, Any]]]:
+    """The stages of a round: script, output folder and flags, by the name of the recipe."""
     rounds = [Path(args.output_dir) / f"round-{r}" for r in range(1, number + 1)]
     folder, sft, seed = rounds[-1], args.model_name_or_path, args.seed + number - 1
     newest = str(rounds[-2] / "ppo") if number > 1 else sft
     data = {"dataset_name": args.dataset_name, "seed": seed}
-    collected = {"model_name_or_path": newest, **data}
-    if not run_stage(HERE / "collect.py", args.collect_config, folder / "preferences", collected):
-        return False
-    counts = gather_comparisons(rounds, folder / "comparisons")
-    print(f"Round {number}: {counts['train']} comparisons so far, {counts['test']} held out.")
-    reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed}
-    run_stage(HERE / "reward.py", args.reward_config, folder / "reward", reward)
-    start = {"model_name_or_path": newest, "sft_model_path": sft if number > 1 else None}
-    ppo = {**start, "reward_model_path": str(folder / "reward"), **data}
-    run_stage(HERE / "ppo.py", args.ppo_config, folder / "ppo", ppo)
     models = [f"sft={sft}", *(f"round_{r}={path / 'ppo'}" for r, path in enumerate(rounds, 1))]
-    judged = {"models": models, "reference": "sft", "reward_model_path": str(folder / "reward")}
-    compared = {**judged, "dataset_name": args.dataset_name, "seed": args.seed}
-    return run_stage(HERE.parent / "eval" / "compare.py", args.compare_config, folder / "comparison", compared)
+    scorer = {"reward_model_path": str(folder / "reward")}
+    reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed}
+    ppo = {"model_name_or_path": newest, "sft_model_path": sft if number > 1 else None, **scorer, **data}
+    compare = {"models": models, "reference": "sft", **scorer, "dataset_name": args.dataset_name, "seed": args.seed}
+    return {
+        "collect": (HERE / "collect.py", folder / "preferences", {"model_name_or_path": newest, **data}),
+        "reward": (HERE / "reward.py", folder / "reward", reward),
+        "ppo": (HERE / "ppo.py", folder / "ppo", ppo),
+        "compare": (HERE.parent / "eval" / "compare.py", folder / "comparison", compare),
+    }
+
+
+def run_round(args: RoundsArguments, number: int) -> bool:
+    """One round, stage by stage. Returns False if people have more to compare."""
+    for name, (script, folder, flags) in stages_of(args, number).items():
+        if name == "reward":
+            rounds = [Path(args.output_dir) / f"round-{r}" for r in range(1, number + 1)]
+            counts = gather_comparisons(rounds, rounds[-1] / "comparisons")
+            print(f"Round {number}: {counts['train']} comparisons so far, {counts['test']} held out.")
+        if not run_stage(script, getattr(args, f"{name}_config"), folder, flags) and name in ("collect", "compare"):
+            return False
+    return True
 
 
 def main() -> None:
     # Arguments
     (args,) = parse(__file__, RoundsArguments)
     need_one_process(__file__)
-    for flag in ("collect_config", "reward_config", "ppo_config", "compare_config"):
-        need_file(getattr(args, flag), f"--{flag}")
+    for name, (script, folder, flags) in (*stages_of(args, 1).items(), *stages_of(args, args.rounds).items()):
+        check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
 
     # Model
     check_start(resolve(args.model_name_or_path), args.ppo_config, args.rounds)

@@ -38,6 +38,7 @@ from rlhf.errors import report_errors
 from rlhf.pretraining.scaling import (
     ScalingArguments,
     block_size_of,
+    check_base_config,
     check_sweep,
     cut_texts,
     folder_of,
@@ -63,6 +64,7 @@ def main() -> None:
     script_args, args = parse(__file__, DatasetArguments, ScalingArguments)
     need_one_process(__file__)
     check_sweep(args)
+    check_base_config(args, PRETRAIN)
 
     # Data
     train, test = load_splits(script_args, "pretrain")

@@ -35,16 +35,19 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
-from rlhf.run.stages import run_stage
+from rlhf.run.stages import check_stage, run_stage
 from rlhf.tasks.star import (
     Solver,
     StarArguments,
     check_star,
     gather_solutions,
     problem_rows,
+    sft_flags,
     solve_held_out,
     write_solutions,
 )
+
+SFT = Path(__file__).resolve().with_name("sft.py")
 
 
 def main() -> None:
@@ -52,6 +55,9 @@ def main() -> None:
     script_args, args, model_args = parse(__file__, DatasetArguments, StarArguments, ModelConfig)
     need_one_process(__file__)
     check_star(args, model_args)
+    last = Path(args.output_dir) / f"round-{args.rounds}"
+    flags = sft_flags(args, model_args, last / SOLUTIONS, args.rounds - 1)
+    check_stage(SFT, "--sft_config", args.sft_config, last / "model", flags)
 
     # Data
     train, test = load_splits(script_args, "problems")
@@ -81,11 +87,8 @@ def main() -> None:
             if not (following / SOLUTIONS / "train.jsonl").exists():
                 kept = gather_solutions(solver, problems, examples, args, args.seed + number)
                 write_solutions(following / SOLUTIONS, kept)
-            flags = {"model_name_or_path": base.name, "model_revision": model_args.model_revision,
-                     "dataset_name": following / SOLUTIONS, "seed": args.seed + number,
-                     "dtype": model_args.dtype, "bf16": model_args.dtype == "bfloat16",
-                     "attn_implementation": model_args.attn_implementation}  # fmt: skip
-            run_stage(Path(__file__).resolve().with_name("sft.py"), args.sft_config, following / "model", flags)
+            flags = sft_flags(args, model_args, following / SOLUTIONS, number)
+            run_stage(SFT, args.sft_config, following / "model", flags)
 
     # Report
     print_solving(summary)

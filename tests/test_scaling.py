@@ -184,7 +184,6 @@ def test_budgets_are_cut_from_the_same_text(tokenizer, tmp_path):
         ({"forecast_hidden_size": 48}, "--forecast_hidden_size 48: with 3 layers no larger"),
         ({"head_dim": 12}, "--head_dim 12: must divide every width; found 16"),
         ({"token_budgets": [0, 1, 2]}, "--token_budgets 0: must be at least 1"),
-        ({"base_config": "nowhere.yaml"}, "--base_config nowhere.yaml: no such file"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_fitted_is_refused(changes, said):

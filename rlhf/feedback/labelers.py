@@ -45,7 +45,9 @@ class LabelerSettings(VotingSettings):
 class LabelerArguments(LabelerSettings):
     """Which labeler compares the replies."""
 
-    labeler: str = field(default="simulated", metadata={"help": f"Who compares: {', '.join(LABELERS)}."})
+    labeler: Literal["simulated", "human", "judge", "reward"] = field(
+        default="simulated", metadata={"help": "Who compares."}
+    )
     labeler_temperature: NonNegativeFloat = field(
         default=0.15, metadata={"help": "Noise of the simulated labeler; 0: none."}
     )

@@ -40,8 +40,10 @@ def check_start(sft: Source, ppo_config: str, rounds: int) -> None:
     """Refuse, before anything runs, settings that would fail in round 2, where PPO starts from an adapter.
 
     Raises:
-        InputError: if the SFT model is a full one and PPO would train it whole.
+        InputError: if the SFT model is a reward adapter, or a full model that PPO would train whole.
     """
+    if sft.is_reward_adapter:
+        raise InputError(f"--model_name_or_path {sft.name}: is a reward adapter; round 1 starts from a language model.")
     settings = yaml.safe_load(Path(ppo_config).read_text(encoding="utf-8")) or {}
     if rounds > 1 and sft.adapter is None and not settings.get("use_peft"):
         raise InputError(

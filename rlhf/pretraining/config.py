@@ -11,7 +11,7 @@
 import difflib
 import os
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from transformers import (
     CONFIG_MAPPING,
@@ -73,7 +73,9 @@ class NewModelConfig:
 class PretrainingConfig(TrainingArguments):
     """TrainingArguments and the objective."""
 
-    objective: str = field(default="causal", metadata={"help": "causal, masked, replaced or span."})
+    objective: Literal["causal", "masked", "replaced", "span"] = field(
+        default="causal", metadata={"help": "What the model learns."}
+    )
     block_size: Annotated[int, Range(low=8)] = field(default=256, metadata={"help": "Tokens in a row of packed text."})
     mlm_probability: Annotated[float, Range(above=0, below=1)] = field(
         default=0.15, metadata={"help": "Share of tokens that are masked or removed."}

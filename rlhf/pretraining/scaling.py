@@ -9,14 +9,14 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.data.paths import need_file
 from rlhf.errors import InputError
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
 from rlhf.run.files import read_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
+from rlhf.run.parser import read_yaml
 from rlhf.run.ranges import LearningRate, NonNegativeInt, PositiveInt, Seed, check_ranges
-from rlhf.run.stages import run_all
+from rlhf.run.stages import check_stage, run_all
 
 LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
 
@@ -81,6 +81,9 @@ def check_sweep(args: ScalingArguments) -> None:
     """
     check_ranges(args)
     sizes, layers, budgets = args.hidden_sizes, args.num_hidden_layers, args.token_budgets
+    for width in (*sizes, args.forecast_hidden_size):
+        if width % args.head_dim:
+            raise InputError(f"--head_dim {args.head_dim}: must divide every width; found {width}.")
     if len(sizes) != len(layers):
         raise InputError(
             f"--num_hidden_layers: {len(layers)} numbers for {len(sizes)} --hidden_sizes. Give one for each."
@@ -93,15 +96,11 @@ def check_sweep(args: ScalingArguments) -> None:
                 f"--{flag}: {count} different {what}, fewer than the {LAW_PARAMETERS} parameters of the fit "
                 f"L = E + (x_c / x)^alpha. Give at least {LAW_PARAMETERS}, better 5."
             )
-    for width in (*sizes, args.forecast_hidden_size):
-        if width % args.head_dim:
-            raise InputError(f"--head_dim {args.head_dim}: must divide every width; found {width}.")
     if args.forecast_num_hidden_layers * args.forecast_hidden_size**2 <= max(models):
         raise InputError(
             f"--forecast_hidden_size {args.forecast_hidden_size}: with {args.forecast_num_hidden_layers} layers no "
             "larger than the largest fitted model. Give a larger size: a forecast is for a size outside the fit."
         )
-    need_file(args.base_config, "--base_config")
 
 
 # ---------------------------------------------------------------------------------------------- points
@@ -204,17 +203,36 @@ def train_points(
     Raises:
         InputError: if a run fails. Its own message is printed above.
     """
-    runs = {
-        folder_of(args, point): {
-            **{name: getattr(point, name) for name in ("model_type", "hidden_size", "num_hidden_layers")},
-            "num_attention_heads": 1 if point.model_type == "lstm" else point.hidden_size // args.head_dim,
-            "learning_rate": point.learning_rate, "seed": args.seed, "tokenizer_name": args.tokenizer_name,
-            "dataset_name": texts[point.tokens],
-        }
-        for point in points
-    }  # fmt: skip
+    runs = {folder_of(args, point): _flags_of(args, point, texts[point.tokens]) for point in points}
     run_all(script, args.base_config, runs, args.max_workers, preload)
     return [describe_point(args, point) for point in points]
+
+
+def _flags_of(args: ScalingArguments, point: Point, texts: Path) -> dict[str, Any]:
+    """The flags with which recipes/pretrain.py trains a point."""
+    return {
+        **{name: getattr(point, name) for name in ("model_type", "hidden_size", "num_hidden_layers")},
+        "num_attention_heads": 1 if point.model_type == "lstm" else point.hidden_size // args.head_dim,
+        "learning_rate": point.learning_rate, "seed": args.seed, "tokenizer_name": args.tokenizer_name,
+        "dataset_name": texts,
+    }  # fmt: skip
+
+
+def check_base_config(args: ScalingArguments, script: Path) -> None:
+    """Refuse a --base_config that the recipe of the points wouldn't take, or that sets what the sweep sets.
+
+    Args:
+        script: the recipe that trains one point.
+
+    Raises:
+        InputError: naming the key.
+    """
+    point = sweep_points(args)[0]
+    folder = folder_of(args, point)
+    flags = _flags_of(args, point, folder)
+    check_stage(script, "--base_config", args.base_config, folder, flags)
+    if both := sorted(set(read_yaml(Path(args.base_config))) & set(flags)):
+        raise InputError(f"--base_config {args.base_config}: {both[0]} is set for each point. Remove it from the file.")
 
 
 def folder_of(args: ScalingArguments, point: Point) -> Path:

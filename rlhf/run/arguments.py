@@ -30,28 +30,45 @@ def answer_early(command: str, **runs: str) -> None:
         return
     with report_errors():
         try:
-            parser = Parser(*argument_types(command))
-        except Exception:  # another version of TRL or transformers can't be read this way; `parse` checks then
-            return
-        words, file, _ = _words_and_file(command, sys.argv[1:])
-        try:
-            parsed = parser.read(words, file)
+            parsed = read_command_line(command, sys.argv[1:])
         except LibraryError:  # of a dataclass that was read without its checks
+            return
+        except InputError:
+            raise
+        except Exception:  # another version of TRL or transformers can't be read this way; `parse` checks then
             return
         check_paths({flag: value for part in parsed for flag, value in vars(part).items()}, runs)
 
 
+def read_command_line(command: str, words: list[str]) -> tuple[Any, ...]:
+    """A command's dataclasses, as far as they can be read without its imports: without checks that a library makes.
+
+    Args:
+        command: the command's file.
+        words: its command line.
+
+    Raises:
+        InputError: see `parse`.
+    """
+    parser = Parser(*argument_types(command))
+    words, file, _ = _words_and_file(command, words)
+    return parser.read(words, file)
+
+
 def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any, ...]:
-    """Parse the command line of a recipe into its dataclasses.
+    """Parse the command line of a recipe into its dataclasses, and set the seed.
 
     Args:
         recipe: the recipe's `__file__`; its default configuration is recipes/configs/<its name>.yaml.
+        args: another command line than this process's, which is only checked: the seed stays as it is.
 
     Raises:
         InputError: on an unknown flag or YAML key, a missing file or a value of the wrong type.
     """
     import torch
-    from transformers import set_seed
+    from transformers import TrainingArguments, set_seed
+
+    from rlhf.run.trial import check_training
 
     # TRL and PEFT still use the old name of activation checkpointing; a user can't change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
@@ -63,14 +80,16 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
         if "--use_cpu" in parser.flags and not torch.accelerator.is_available():
             parser.set_defaults(use_cpu=True)  # else the trainers refuse bf16 on a machine without an accelerator
         if ours:  # a configuration of the user's own is taken as it is
-            words = [*words, *_float32_without_bfloat16(words, parser.flags)]
+            words = [*words, *_float32_without_bfloat16(words, parser.flags, say=args is None)]
     parsed = parser.read(words, file)
     own_data = ours and "dataset_name" in parser.typed() and "dataset_config" not in parser.typed()
     for arguments in parsed:
         _check_packages(arguments)
+        if isinstance(arguments, TrainingArguments):
+            check_training(arguments)
         if own_data and getattr(arguments, "dataset_name", STARTER) != STARTER:
             arguments.dataset_config = None  # the one in our file is one of the starter's
-        if hasattr(arguments, "seed"):
+        if args is None and hasattr(arguments, "seed"):
             set_seed(arguments.seed)  # before any model: trainers seed only after a new adapter is drawn
     return parsed
 
@@ -119,7 +138,7 @@ def _check_packages(arguments: Any) -> None:
             raise InputError(f"--{flag}: needs the package bitsandbytes. Install it (pip install bitsandbytes).")
 
 
-def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
+def _float32_without_bfloat16(given: list[str], known: set[str], say: bool) -> list[str]:
     """Flags that switch a configuration of recipes/configs to float32 where bfloat16 would be a hundred times slower.
 
     That is the case on CPUs without instructions for it: a product of (512, 576) and (576, 1536) matrices ran at 1.2
@@ -132,6 +151,6 @@ def _float32_without_bfloat16(given: list[str], known: set[str]) -> list[str]:
     flags = [word.split("=")[0] for word in given]
     added = [f"--{flag}={value}" for flag, value in (("dtype", "float32"), ("bf16", "false")) if
              f"--{flag}" in known and f"--{flag}" not in flags]  # fmt: skip
-    if added and main_process():
+    if added and say and main_process():
         print("This CPU has no bfloat16 arithmetic: computing in float32. Choose yourself with --dtype and --bf16.")
     return added

@@ -19,17 +19,26 @@ from types import ModuleType
 from typing import Any
 
 
-def argument_types(command: str) -> list[type]:
-    """The dataclasses in a command's `parse(__file__, ...)`.
+def argument_names(command: str) -> list[str]:
+    """The names of the dataclasses in a command's `parse(__file__, ...)`.
 
     Args:
         command: the file of the command.
     """
     for node in ast.walk(ast.parse(Path(command).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "parse":
-            names = _Names("__main__", Path(command))
-            return [names[argument.id] for argument in node.args[1:] if isinstance(argument, ast.Name)]
+            return [argument.id for argument in node.args[1:] if isinstance(argument, ast.Name)]
     raise ValueError(f"{command} calls no parse.")
+
+
+def argument_types(command: str) -> list[type]:
+    """The dataclasses in a command's `parse(__file__, ...)`, read without its imports.
+
+    Args:
+        command: the file of the command.
+    """
+    names = _Names("__main__", Path(command))
+    return [names[name] for name in argument_names(command)]
 
 
 class _Names(dict[str, Any]):

@@ -5,6 +5,7 @@ range (rlhf/run/ranges.py) and its choices. argparse checks the types and choice
 """
 
 import difflib
+import json
 import reprlib
 from argparse import Action, ArgumentTypeError, Namespace
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from trl import TrlParser
 
+from rlhf.data.paths import need_file
 from rlhf.errors import InputError
 from rlhf.run.ranges import check_range, ranges_of
 
@@ -60,6 +62,13 @@ COMPUTED = {
     "batch_size": BATCH, "local_batch_size": BATCH, "local_mini_batch_size": BATCH, "micro_batch_size": BATCH,
     "mini_batch_size": BATCH, "num_total_batches": "total_episodes", "world_size": "accelerate launch --num_processes",
 }  # fmt: skip
+# text fields of the libraries that take only these words
+LIBRARY_CHOICES = {
+    "bnb_4bit_quant_storage": ("uint8", "float16", "float32", "bfloat16"),
+    "loss_type": ("nll", "dft", "chunked_nll"),
+    "vllm_mode": ("server", "colocate"),
+}
+JSON_FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # a JSON object, or the file that holds it
 TYPABLE = (str, int, float, bool, list, Literal)
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", str: "text"}
 
@@ -179,7 +188,8 @@ class Parser(TrlParser):
         if isinstance(value, str) and callable(action.type) and not _fits(value, hint):
             with suppress(ValueError, TypeError, ArgumentTypeError):
                 value = action.type(value)  # 1e-4, which YAML takes for text
-        if not (value in action.choices if action.choices and value is not None else _fits(value, hint)):
+        each = value if isinstance(value, list) and action.nargs == "+" else [value]
+        if not _fits(value, hint) or (action.choices and not {*map(str, each)} <= {"None", *map(str, action.choices)}):
             found = "nothing" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
             quote = (
                 " Write a word such as no in quotes."
@@ -200,6 +210,10 @@ class Parser(TrlParser):
             flag = f"{self.file}: {name}" if name in self.in_file and name not in typed else f"--{name}"
             if name in self.ranges:
                 check_range(flag, value, self.ranges[name])
+            if isinstance(value, str) and any(_kind(option) is dict for option in _options(self.hints[name])):
+                _check_object(flag, name, value)
+            if value is not None and name in LIBRARY_CHOICES and value not in LIBRARY_CHOICES[name]:
+                raise InputError(f"{flag} {value}: give one of {', '.join(LIBRARY_CHOICES[name])}.")
             if given and "" in (value if isinstance(value, list) else [value]):
                 raise InputError(f"{flag}: is empty. Give a value, or leave it out.")
         self._refuse_contradictions(vars(namespace), typed)
@@ -251,6 +265,19 @@ def _fits(value: Any, hint: Any) -> bool:
     if not isclass(kind):
         return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_object(flag: str, name: str, text: str) -> None:
+    """Refuse text that is no JSON object, and for some fields no file either."""
+    if name in JSON_FILES and not text.startswith("{"):
+        need_file(text, flag)
+        return
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{flag} {text}: is no JSON ({error}). Write it as '{{\"key\": value}}'.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{flag} {text}: needs a JSON object, '{{\"key\": value}}'.")
 
 
 def _described(action: Action, hint: Any) -> str:

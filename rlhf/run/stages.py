@@ -13,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.paths import check_paths
 from rlhf.errors import InputError
+from rlhf.run.arguments import parse
+from rlhf.run.declarations import argument_names
 from rlhf.run.folders import is_finished
 
 CONTINUE = "Fix the problem and run the same command again to continue."
@@ -33,10 +36,7 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
     Raises:
         InputError: if it fails; its own message is above.
     """
-    words = [sys.executable, str(script), "--config", config, "--output_dir", str(output_dir)]
-    for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    words = [sys.executable, str(script), *_words(config, output_dir, flags)]
     print(f"\n=== {output_dir}: {_short(script)}", flush=True)
     with subprocess.Popen(words) as stage:
         try:
@@ -46,6 +46,40 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
     if code:
         raise InputError(f"{output_dir}: {_short(script)} ended with exit code {code}. {CONTINUE}")
     return is_finished(output_dir)
+
+
+def check_stage(script: Path, flag: str, config: str, output_dir: Path, flags: dict[str, Any]) -> tuple[Any, ...]:
+    """Refuse what a stage's own parser would refuse, before any stage runs.
+
+    Files and models are looked for too, but for those in `flags`, which earlier stages may have to make first.
+
+    Args:
+        script, config, output_dir, flags: as `run_stage` gets them.
+        flag: the one that names `config`.
+
+    Returns:
+        the stage's dataclasses of flags.
+
+    Raises:
+        InputError: naming the flag, the file and the key.
+    """
+    try:
+        names = runpy.run_path(str(script))
+        types = [names[name] for name in argument_names(str(script))]
+        parsed = parse(str(script), *types, args=_words(config, output_dir, flags))
+        values = {name: value for part in parsed for name, value in vars(part).items() if name not in flags}
+        check_paths(values, {})
+    except InputError as error:
+        raise InputError(f"{flag} {config}: {str(error).removeprefix(f'--config {config}: ')}") from error
+    return parsed
+
+
+def _words(config: str, output_dir: Path, flags: dict[str, Any]) -> list[str]:
+    words = ["--config", config, "--output_dir", str(output_dir)]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return words
 
 
 def _short(script: Path) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -22,6 +23,7 @@ from rlhf.models.sources import Source
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
 from rlhf.run.ranges import NonNegativeInt, PositiveInt, Seed, Temperature, check_ranges
+from rlhf.starter.model import STARTER
 from rlhf.tasks.problems import Row, few_shot, final_answer, known_answer, majority, question
 
 # flags of recipes/star.py that recipes/sft.py gets
@@ -54,14 +56,12 @@ class StarArguments:
 
 
 def check_star(args: StarArguments, model_args: ModelConfig) -> None:
-    """Refuse numbers outside their range, a missing YAML file, and flags that would be ignored.
+    """Refuse numbers outside their range, and flags that would be ignored.
 
     Raises:
         InputError: naming the flag.
     """
     check_ranges(args)
-    if not Path(args.sft_config).is_file():
-        raise InputError(f"--sft_config {args.sft_config}: no such file.")
     if args.majority_vote and args.rationalize:
         raise InputError(
             "--rationalize true: gives the answer to problems that were not solved, but --majority_vote true reads no "
@@ -74,6 +74,15 @@ def check_star(args: StarArguments, model_args: ModelConfig) -> None:
                 f"--{flag.name} {value}: would not reach the training, which is recipes/sft.py with its own "
                 f"settings. Write it into the YAML of --sft_config ({args.sft_config})."
             )
+
+
+def sft_flags(args: StarArguments, model_args: ModelConfig, solutions: Path, number: int) -> dict[str, Any]:
+    """The flags with which recipes/sft.py trains the base on solutions of the model of round `number`."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path or STARTER, "model_revision": model_args.model_revision,
+        "dataset_name": solutions, "seed": args.seed + number, "dtype": model_args.dtype,
+        "bf16": model_args.dtype == "bfloat16", "attn_implementation": model_args.attn_implementation,
+    }  # fmt: skip
 
 
 def problem_rows(

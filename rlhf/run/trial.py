@@ -1,0 +1,50 @@
+"""The optimizer and the schedule of a training, tried on one weight before any model is loaded.
+
+transformers makes both when training begins: after the model is loaded and the data is tokenized.
+"""
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from rlhf.errors import InputError
+
+
+def try_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer or a schedule that can't be made with these flags.
+
+    Raises:
+        InputError: naming the flag, with the library's reason.
+    """
+    weight = torch.nn.Linear(1, 1)
+    name = args.optim.value
+    given = f"--optim {name}" + (f" with --optim_args {args.optim_args}" if args.optim_args else "")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, weight)
+        optimizer = kind(weight.parameters(), **options)
+    except ImportError as error:
+        raise InputError(f"{given}: {error}") from error
+    except Exception as error:
+        if name.startswith(("galore", "apollo", "lomo", "adalomo")):  # these need the model itself
+            return
+        raise InputError(f"{given}: {error}. Correct them, or leave them out.") from error
+    schedule = args.lr_scheduler_type.value
+    try:
+        get_scheduler(
+            schedule, optimizer, num_warmup_steps=1, num_training_steps=10,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        )  # fmt: skip
+    except Exception as error:
+        raise InputError(
+            f"--lr_scheduler_type {schedule} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs or {}}: {error}."
+        ) from error
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Refuse what a trainer would refuse once the model is loaded.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise InputError("--dataloader_persistent_workers true: needs --dataloader_num_workers 1 or more.")
+    try_optimizer(args)
