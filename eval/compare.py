@@ -184,8 +184,12 @@ def main() -> None:
     )
     need_one_process(__file__)
     refuse_single_model(model_args)
-    models = {name: resolve(path, "--models") for name, path in compared_models(arguments).items()}
-    reward = resolve_reward(arguments.reward_model_path) if arguments.reward_model_path else None
+    trust = settings.trust_remote_code
+    models = {
+        name: resolve(path, "--models", trust_remote_code=trust) for name, path in compared_models(arguments).items()
+    }
+    path = arguments.reward_model_path
+    reward = resolve_reward(path, trust_remote_code=trust) if path else None
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(models[arguments.reference])

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 from trl import ModelConfig
 
 from eval.drawing.figures import compression_figure, save_figure
@@ -34,7 +33,15 @@ from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import InputError, report_errors
-from rlhf.models.sources import Source, context_length, is_decoder, named_models, refuse_single_model, resolve
+from rlhf.models.sources import (
+    Source,
+    base_config,
+    context_length,
+    is_decoder,
+    named_models,
+    refuse_single_model,
+    resolve,
+)
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_json
 from rlhf.run.folders import finish_run, start_run
@@ -57,6 +64,7 @@ class CompressionArguments:
     )
     per_device_eval_batch_size: PositiveInt = field(default=4, metadata={"help": "Windows to score at once."})
     output_dir: str = field(default="outputs/compression", metadata={"help": "Folder for results.json."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 def by_groups(cell: Interval, groups: int) -> Interval:
@@ -90,7 +98,7 @@ def measure_compression(
 
 def refuse_look_ahead(name: str, source: Source) -> None:
     """Raise InputError unless the model predicts each token from those before it."""
-    config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    config = base_config(source)
     if not is_decoder(config) and not getattr(config, "is_decoder", False):
         raise InputError(
             f"--models {name}={source.name}: a {config.model_type} sees the whole text, so it gives no probability of "
@@ -125,7 +133,8 @@ def main() -> None:
     script_args, args, model_args = parse(__file__, DatasetArguments, CompressionArguments, ModelConfig)
     need_one_process(__file__)
     refuse_single_model(model_args)
-    sources = {name: resolve(path, "--models") for name, path in named_models(args.models)}
+    trust = args.trust_remote_code
+    sources = {name: resolve(path, "--models", trust_remote_code=trust) for name, path in named_models(args.models)}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")

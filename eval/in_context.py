@@ -177,20 +177,19 @@ def main() -> None:
     check_in_context(args)
     from eval.measuring import harness  # takes seconds, so mistakes above answer first
 
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    trust = args.trust_remote_code
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
     names = task_args.tasks
     others = harness.find_tasks([name for name in names or [] if not is_starter_task(name)])
     ours = None if names is None else [name for name in names if is_starter_task(name)]
     rows = word_questions(script_args, dataclasses.replace(task_args, tasks=ours), args)
     baseline = harness.read_answers(args.baseline_dir, args.num_fewshot, rows) if args.baseline_dir else None
-    tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     if not start_run(__file__, args.output_dir, script_args, task_args, args, model_args):
         return
 
     folder = Path(args.output_dir)
-    model = load_causal_lm(
-        source, model_args, tokenizer, trainable=False, trust_remote_code=args.trust_remote_code
-    ).eval()
+    model = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()
     lm = harness.SharedPrefixLM(model, tokenizer, args.per_device_eval_batch_size)
     configs = [harness.write_task(name, splits, folder / "tasks") for name, splits in rows.items()]
     how = {"limit": args.limit, "apply_chat_template": args.apply_chat_template, "seed": args.seed}

@@ -40,7 +40,7 @@ from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
-from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward, resolve_rewards
+from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -67,6 +67,7 @@ class OverOptimizationArguments:
     per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})
     max_prompts: PositiveInt = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
     seed: Seed = field(default=42, metadata={"help": "Seed of sampling."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 def read_ppo_run(folder: str | None) -> JsonObject:
@@ -219,10 +220,12 @@ def main() -> None:
     run = read_ppo_run(folder)
     fill_in(arguments, script_args, run)
     start = run.get("sft_model_path") or run.get("model_name_or_path")
-    sources = {"start": resolve(start, "the run's --model_name_or_path", run.get("model_revision"))}
-    sources |= {path.name: resolve(str(path)) for path in checkpoints(folder)}
+    trust = arguments.trust_remote_code
+    revision = run.get("model_revision")
+    sources = {"start": resolve(start, "the run's --model_name_or_path", revision, trust_remote_code=trust)}
+    sources |= {path.name: resolve(str(path), trust_remote_code=trust) for path in checkpoints(folder)}
     proxies = resolve_rewards(arguments)
-    truth = resolve_reward(arguments.eval_reward_funcs[0], "--eval_reward_funcs", allow_functions=True)
+    (truth,) = resolve_reward_functions(arguments.eval_reward_funcs[:1], "--eval_reward_funcs", trust_remote_code=trust)
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])

@@ -59,7 +59,7 @@ def main() -> None:
     args, model_args = parse(__file__, ChatArguments, ModelConfig)
     need_one_process(__file__)
     refuse_single_model(model_args)
-    sources = resolve_speakers(args.models)
+    sources = resolve_speakers(args.models, args.trust_remote_code)
     votes = ChatVotes(args.output_dir, args.labeler_name) if len(sources) > 1 else None
     if args.page:
         from rlhf.feedback.chat_page import chat_on_page  # Gradio takes seconds to import
@@ -68,9 +68,7 @@ def main() -> None:
         need_free_port(args.server_name, args.server_port)
 
     # Tokenizers
-    tokenizers = {
-        name: load_tokenizer(source, trust_remote_code=args.trust_remote_code) for name, source in sources.items()
-    }
+    tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
 
     # Models
     speakers = load_speakers(
@@ -79,7 +77,6 @@ def main() -> None:
         model_args,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        trust_remote_code=args.trust_remote_code,
     )
 
     # Chat

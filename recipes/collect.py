@@ -52,7 +52,6 @@ class CollectArguments:
     temperature: Temperature = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})
     seed: Seed = field(default=42, metadata={"help": "Seed of sampling and of the simulated labeler."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push the pairs to the Hub as a dataset."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Name of the Hub dataset, for example you/pairs."})
     hub_token: str | None = field(default=None, metadata={"help": "Hub token; default: the one you logged in with."})
@@ -71,9 +70,10 @@ def main() -> None:
     train, test = load_splits(script_args, "preference")
 
     # Tokenizer
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
-    tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
-    room = context_length(source, args.trust_remote_code)
+    trust = labeler_args.trust_remote_code
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source)
+    room = context_length(source)
     splits = {}
     for split, rows in (("train", train), ("test", test)):
         few = rows.take(min(len(rows), args.max_prompts or len(rows)))
@@ -85,7 +85,7 @@ def main() -> None:
     # Model, replies: an interrupted run has all of them or none
     tasks = read_tasks(args.output_dir)
     if tasks is None:
-        model = load_causal_lm(source, model_args, tokenizer, trainable=False, trust_remote_code=args.trust_remote_code)
+        model = load_causal_lm(source, model_args, tokenizer, trainable=False)
         sampling = Sampling(args.max_new_tokens, args.temperature, args.per_device_eval_batch_size, args.seed)
         tasks = []
         for split, rows in splits.items():

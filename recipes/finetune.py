@@ -54,7 +54,10 @@ def main() -> None:
     task = read_task(train, test, script_args.dataset_name)
 
     # Tokenizer
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    source = resolve(
+        model_args.model_name_or_path, revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code, weights=not args.from_scratch,
+    )  # fmt: skip
     config = finetuning_config(source, task)
     check_arguments(args, model_args.use_peft, source, config, task)
     tokenizer = load_reading_tokenizer(source, config, args.pad_token)

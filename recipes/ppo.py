@@ -46,11 +46,12 @@ def main() -> None:
 
     # Tokenizer
     name, revision, sft = model_args.model_name_or_path, model_args.model_revision, training_args.sft_model_path
-    source = resolve(sft, "--sft_model_path") if sft else resolve(name, revision=revision)
+    trust = {"trust_remote_code": training_args.trust_remote_code}
+    source = resolve(sft, "--sft_model_path", **trust) if sft else resolve(name, revision=revision, **trust)
     start = resolve_start(name, source, revision) if sft else source
     reward_sources = resolve_rewards(training_args, source.base, train.column_names)
     eval_sources = resolve_reward_functions(
-        training_args.eval_reward_funcs, "--eval_reward_funcs", columns=test.column_names
+        training_args.eval_reward_funcs, "--eval_reward_funcs", columns=test.column_names, **trust
     )
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))

@@ -41,13 +41,13 @@ def main() -> None:
     train, test = load_splits(script_args, "preference_pairs")
 
     # Tokenizer
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    trust = training_args.trust_remote_code
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(
         source,
         eos_token=training_args.eos_token,
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
-        trust_remote_code=training_args.trust_remote_code,
     )
     limits = (training_args.max_length, training_args.dataset_num_proc)
     train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
@@ -55,9 +55,7 @@ def main() -> None:
         return push_model(training_args.output_dir, push)
 
     # Model
-    model = load_reward_model(
-        source, model_args, tokenizer, seed=training_args.seed, trust_remote_code=training_args.trust_remote_code
-    )
+    model = load_reward_model(source, model_args, tokenizer, seed=training_args.seed)
 
     # Trainer
     trainer = RewardTrainer(

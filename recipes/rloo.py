@@ -47,9 +47,10 @@ def main() -> None:
     train, test = load_splits(script_args, "ppo")
 
     # Tokenizer
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    trust = training_args.trust_remote_code
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
     reward_sources = resolve_rewards(training_args, source.base, train.column_names)
-    tokenizer = load_tokenizer(source, trust_remote_code=training_args.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     sizes = (training_args.max_completion_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
     test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
@@ -58,7 +59,7 @@ def main() -> None:
         return push_model(training_args.output_dir, push)
 
     # Model
-    policy = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
+    policy = load_causal_lm(source, model_args, tokenizer)
     size = training_args.per_device_eval_batch_size
     rewards = [load_reward(found, model_args, policy=policy, batch_size=size) for found in reward_sources]
 

@@ -45,6 +45,7 @@ class RoundsArguments:
     reward_config: str = field(default="recipes/configs/reward.yaml", metadata={"help": "YAML of reward.py."})
     ppo_config: str = field(default="recipes/configs/ppo.yaml", metadata={"help": "YAML of ppo.py."})
     compare_config: str = field(default="recipes/configs/compare.yaml", metadata={"help": "YAML of compare.py."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 def stages_of(args: RoundsArguments, number: int) -> dict[str, tuple[Path, Path, dict[str, Any]]]:
@@ -52,12 +53,13 @@ def stages_of(args: RoundsArguments, number: int) -> dict[str, tuple[Path, Path,
     rounds = [Path(args.output_dir) / f"round-{r}" for r in range(1, number + 1)]
     folder, sft, seed = rounds[-1], args.model_name_or_path, args.seed + number - 1
     newest = str(rounds[-2] / "ppo") if number > 1 else sft
-    data = {"dataset_name": args.dataset_name, "seed": seed}
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}  # a stage's configuration may say it too
+    data = {"dataset_name": args.dataset_name, "seed": seed, **trust}
     models = [f"sft={sft}", *(f"round_{r}={path / 'ppo'}" for r, path in enumerate(rounds, 1))]
     scorer = {"reward_model_path": str(folder / "reward")}
-    reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed}
+    reward = {"model_name_or_path": sft, "dataset_name": str(folder / "comparisons"), "seed": seed, **trust}
     ppo = {"model_name_or_path": newest, "sft_model_path": sft if number > 1 else None, **scorer, **data}
-    compare = {"models": models, "reference": "sft", **scorer, "dataset_name": args.dataset_name, "seed": args.seed}
+    compare = {"models": models, "reference": "sft", **scorer, **data, "seed": args.seed}
     return {
         "collect": (HERE / "collect.py", folder / "preferences", {"model_name_or_path": newest, **data}),
         "reward": (HERE / "reward.py", folder / "reward", reward),
@@ -86,7 +88,9 @@ def main() -> None:
         check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
 
     # Model
-    check_start(resolve(args.model_name_or_path), args.ppo_config, args.rounds)
+    check_start(
+        resolve(args.model_name_or_path, trust_remote_code=args.trust_remote_code), args.ppo_config, args.rounds
+    )
     more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
     if not start_run(__file__, args.output_dir, args, more=more):
         return

@@ -36,20 +36,20 @@ def main() -> None:
     train, test = load_splits(script_args, "sft")
 
     # Tokenizer
-    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    trust = training_args.trust_remote_code
+    source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(
         source,
         eos_token=training_args.eos_token,
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
-        trust_remote_code=training_args.trust_remote_code,
     )
     train, test = (sft_rows(split, script_args.dataset_name, tokenizer, training_args) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 
     # Model
-    model = load_causal_lm(source, model_args, tokenizer, trust_remote_code=training_args.trust_remote_code)
+    model = load_causal_lm(source, model_args, tokenizer)
 
     # Trainer
     training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows

@@ -63,7 +63,8 @@ def main() -> None:
     train, test = load_splits(script_args, "problems")
 
     # Tokenizer
-    base = resolve(model_args.model_name_or_path, revision=model_args.model_revision)
+    trust = args.trust_remote_code
+    base = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(base)
     examples, problems, held_out = problem_rows(
         train, test, script_args.dataset_name, args, context_length(base), tokenizer
@@ -76,7 +77,7 @@ def main() -> None:
     # Rounds
     sampling = Sampling(args.max_new_tokens, args.temperature, args.per_device_eval_batch_size)
     for number, folder in enumerate(folders):
-        newest = resolve(str(folder / "model")) if number else base
+        newest = resolve(str(folder / "model"), trust_remote_code=trust) if number else base
         solver = Solver(newest, [] if number else examples, model_args, sampling)
         if not (folder / HELD_OUT_FILE).exists():
             count = 0 if number else args.num_generations  # the base's samples are the baselines

@@ -21,13 +21,14 @@ from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from rlhf.comparisons import Prompt
+from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import positions_of
+from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.rewards import (
     Completion,
     RewardArgument,
@@ -145,6 +146,14 @@ class RLOOTrainer(TRLRLOOTrainer):
             processing_class=processing_class, **arguments,
         )  # fmt: skip
         self.reward_func_names = reward_names(functions)
+        # TRL's own has the tokenizer's eos alone
+        self.generation_config.eos_token_id = self.ends = end_ids(self.model, self.processing_class)
+        if args.mask_truncated_completions and len(self.ends) > 1:
+            raise InputError(
+                f"--mask_truncated_completions true: TRL takes a completion for truncated unless it ends with token "
+                f"{self.processing_class.eos_token_id}, and this model ends with one of {self.ends[:5]}. Leave it off, "
+                "or keep one eos_token_id in generation_config.json."
+            )
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
         """As in the other recipes: a control token inside a message stays text."""
@@ -165,6 +174,23 @@ class RLOOTrainer(TRLRLOOTrainer):
         self.model.train(training)
         completions = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()
         return [row[:length] for row, length in zip(completions, samples.lengths.tolist(), strict=True)]
+
+    def _generate(self, prompts: list[Prompt]) -> tuple[list[list[int]], list[list[int]], list[Completion]]:
+        """Texts without any of the tokens that end them, and the log of what ended by all of these."""
+        prompt_ids, completion_ids, completions = super()._generate(prompts)
+        for number, ids in enumerate(completion_ids):
+            if ids[-1] in self.ends and ids[-1] not in self.processing_class.all_special_ids:
+                text = reply_text(self.processing_class, ids, self.ends)
+                completions[number] = text if isinstance(completions[number], str) else as_message([], text)
+        facts = torch.tensor([[len(ids), ids[-1] in self.ends] for ids in completion_ids])
+        lengths, ended = self.accelerator.gather(facts.to(self.accelerator.device)).T
+        finished = lengths[ended.bool()].float()
+        finished = finished if len(finished) else torch.zeros(1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["completions/clipped_ratio"][-1] = 1 - ended.float().mean().item()
+        for name, value in (("mean", finished.mean()), ("min", finished.min()), ("max", finished.max())):
+            metrics[f"completions/{name}_terminated_length"][-1] = value.item()
+        return prompt_ids, completion_ids, completions
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *inputs: object, **settings: object

@@ -66,7 +66,10 @@ def compare_positions(folders: dict[str, Path], blocks: torch.Tensor, seed: int 
         nats per token; for the others `<name>_minus_<first>`, paired by block.
     """
     losses = {
-        name: position_losses(AutoModelForCausalLM.from_pretrained(folder), blocks) for name, folder in folders.items()
+        name: position_losses(
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True), blocks
+        )
+        for name, folder in folders.items()
     }
     base = next(iter(losses))
     bins = []

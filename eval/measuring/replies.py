@@ -13,7 +13,7 @@ from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import Rows, rows_of
 from rlhf.models.sources import Source
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.tokenizers import end_ids, load_tokenizer, reply_text
 from rlhf.ppo.model import reference_logprobs
 
 T = TypeVar("T")
@@ -83,7 +83,8 @@ def sample_replies(
         model, tokenizer, prompts, sampling, num_return_sequences=count, description=f"{name}: sampling"
     )
     flat = [ids for several in sampled for ids in several]
-    return Replies(flat, [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in flat])
+    ends = end_ids(model, tokenizer)
+    return Replies(flat, [reply_text(tokenizer, ids, ends).strip() for ids in flat])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Files and folders that flags name. Missing ones are refused before the code that reads them is imported."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rlhf.starter.model import STARTER
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # and what `datasets` calls them
 TEMPLATE_FILES = (".jinja", ".j2")
+HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?", re.ASCII)
 PATH_FLAGS = (
     "dataset_name", "ptx_dataset_name", "templates", "tokenizer_name", "chat_template_path", "models",
     "model_name_or_path", "sft_model_path", "reward_model_path",
@@ -31,10 +33,21 @@ def need_file(path: str | Path, flag: str) -> None:
 
 
 def need_model(name: str, flag: str) -> None:
-    """Raise InputError if a name that can only be a model's folder isn't a folder. A Hub id passes."""
+    """Raise InputError if a name is neither a folder nor a possible Hub id."""
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.exists() or looks_local(name)):
+    if path.is_dir():
+        return
+    if "://" in name or name.startswith(("huggingface.co/", "hf.co/")):
+        raise InputError(f"{flag} {name}: is an address. Give the Hub id alone, as in Qwen/Qwen2.5-0.5B.")
+    if path.is_file():
+        raise InputError(f"{flag} {name}: is a file. Give the folder with config.json and model.safetensors.")
+    if path.exists() or looks_local(name):
         raise InputError(f"{flag} {name}: no such model folder. Train it first or check the path.")
+    if not HUB_ID.fullmatch(name) or "--" in name or ".." in name:
+        raise InputError(
+            f"{flag} {name}: no such model folder, and it can't be a Hub id, which is name or owner/name of letters, "
+            "digits, '-', '_' and '.'."
+        )
 
 
 def need_tokenizer(name: str) -> None:

@@ -21,6 +21,7 @@ from rlhf.feedback.chat_votes import ChatVotes, Preferred
 from rlhf.feedback.speakers import Speaker
 from rlhf.models.adapters import active_adapter
 from rlhf.models.generation import seeded
+from rlhf.models.tokenizers import end_ids, reply_text
 
 PLACES = "AB"
 
@@ -151,7 +152,8 @@ class Chat:
         except BaseException:
             streamer.end()  # else its reader would wait forever
             raise
-        return speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        reply = output[0, len(ids) :].tolist()
+        return reply_text(speaker.tokenizer, reply, end_ids(speaker.model, speaker.tokenizer)).strip()
 
     def why_no_vote(self, conversation: Conversation) -> str | None:
         """The reason why the replies can't be compared, or None."""

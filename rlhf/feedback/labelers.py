@@ -39,6 +39,7 @@ class LabelerSettings(VotingSettings):
         default="Choose the reply that is more helpful, honest and harmless.",
         metadata={"help": "For 'judge': the criterion, in words."},
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 @dataclass
@@ -84,11 +85,15 @@ def make_labeler(
     if name == "simulated" and isinstance(settings, LabelerArguments):
         return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
     if name == "reward":
-        return ScoreLabeler(
-            [STARTER] if settings.reward_funcs is None else settings.reward_funcs, model_args, tokenizer
-        )
+        rewards = [STARTER] if settings.reward_funcs is None else settings.reward_funcs
+        return ScoreLabeler(rewards, model_args, tokenizer, settings.trust_remote_code)
     if name == "judge":
-        return JudgeLabeler(settings.judge_model_name_or_path, settings.principle, model_args)
+        return JudgeLabeler(
+            settings.judge_model_name_or_path,
+            settings.principle,
+            model_args,
+            trust_remote_code=settings.trust_remote_code,
+        )
     if name == "human":
         from rlhf.feedback.vote_page import People  # Gradio takes seconds to import
 
@@ -104,10 +109,16 @@ class ScoreLabeler:
 
     finished = True
 
-    def __init__(self, rewards: list[str], model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        rewards: list[str],
+        model_args: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        trust_remote_code: bool = False,
+    ) -> None:
         if not rewards:
             raise InputError("--reward_funcs: --labeler reward needs at least one reward model or function.")
-        self.sources = resolve_reward_functions(rewards, "--reward_funcs")
+        self.sources = resolve_reward_functions(rewards, "--reward_funcs", trust_remote_code=trust_remote_code)
         self.model_args, self.tokenizer = model_args, tokenizer
         self.temperature = 1.0 if all(source.model for source in self.sources) else None
         self.name = "reward " + " + ".join(Path(name).name for name in rewards)
@@ -146,10 +157,17 @@ class JudgeLabeler:
     # with less probability than this on A and B together, the model has not answered
     least_answered = 0.1
 
-    def __init__(self, name: str, principle: str, model_args: ModelConfig, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        name: str,
+        principle: str,
+        model_args: ModelConfig,
+        batch_size: int = 16,
+        trust_remote_code: bool = False,
+    ) -> None:
         if not principle.strip():
             raise InputError("--principle: is empty. Describe what makes one reply better than another.")
-        self.source = resolve(name, "--judge_model_name_or_path")
+        self.source = resolve(name, "--judge_model_name_or_path", trust_remote_code=trust_remote_code)
         self.name = f"judge {Path(name).name}"
         self.principle, self.model_args, self.batch_size = principle, model_args, batch_size
 

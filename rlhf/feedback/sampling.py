@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.comparisons import Task, make_task
 from rlhf.errors import InputError
 from rlhf.models.generation import Sampling, sample_completions
+from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.run.files import read_jsonl, write_jsonl
 
 TASKS_FILE = "tasks.jsonl"
@@ -61,9 +62,9 @@ def sample_tasks(
         model, tokenizer, rows["input_ids"][:], sampling, num_return_sequences=num_generations,
         description=f"Sampling {split} replies",
     )  # fmt: skip
-    tasks = []
+    tasks, ends = [], end_ids(model, tokenizer)
     for prompt, replies in zip(rows["prompt"], completions, strict=True):
-        texts = [text for ids in replies if (text := tokenizer.decode(ids, skip_special_tokens=True).strip())]
+        texts = [text for ids in replies if (text := reply_text(tokenizer, ids, ends).strip())]
         texts = list(dict.fromkeys(texts))
         tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
     return tasks

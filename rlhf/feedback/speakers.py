@@ -7,8 +7,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import ModelConfig
 
 from rlhf.errors import InputError
+from rlhf.models.checks import check_adapter, loading
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.sources import Source, base_revision, context_length, named_models, resolve
+from rlhf.models.sources import Source, base_revision, context_length, named_models, resolve, saved_rows, saved_shapes
+from rlhf.models.tokenizers import end_ids
 
 
 class Speaker(NamedTuple):
@@ -21,7 +23,7 @@ class Speaker(NamedTuple):
     context: int | None  # longest context, in tokens
 
 
-def resolve_speakers(words: list[str]) -> dict[str, Source]:
+def resolve_speakers(words: list[str], trust_remote_code: bool = False) -> dict[str, Source]:
     """The one or two models of --models by name. A word is `name=model`, or a model that is its own name.
 
     Raises:
@@ -29,7 +31,10 @@ def resolve_speakers(words: list[str]) -> dict[str, Source]:
     """
     if len(words) > 2:
         raise InputError(f"--models {' '.join(words)}: {len(words)} models; a conversation has one or two.")
-    sources = {name: resolve(model, "--models") for name, model in named_models(words, bare=True)}
+    sources = {
+        name: resolve(model, "--models", trust_remote_code=trust_remote_code)
+        for name, model in named_models(words, bare=True)
+    }
     for source in sources.values():
         if source.is_reward_adapter:
             raise InputError(f"--models {source.name}: is a reward adapter. Give a language model.")
@@ -43,7 +48,6 @@ def load_speakers(
     *,
     max_new_tokens: int,
     temperature: float,
-    trust_remote_code: bool = False,
 ) -> list[Speaker]:
     """Load the models. Adapters over one base share it in memory, also with the base itself as the second model."""
     loaded: dict[str, tuple[Source, PreTrainedModel | PeftModel]] = {}
@@ -53,26 +57,28 @@ def load_speakers(
         host = next((model for other, model in loaded.values() if _share_a_base(source, other)), None)
         adapter = "default" if source.adapter else None
         if host is None:
-            host = load_causal_lm(
-                source, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code
-            ).eval()
+            host = load_causal_lm(source, model_args, tokenizer, trainable=False).eval()
             loaded[name] = source, host
         elif source.adapter is not None:
             adapter = _join(host, source)
         _only_sample(host, tokenizer, max_new_tokens, temperature)
-        speakers[name] = Speaker(name, host, adapter, tokenizer, context_length(source, trust_remote_code))
+        speakers[name] = Speaker(name, host, adapter, tokenizer, context_length(source))
     return [speakers[name] for name in sources]
 
 
 def _share_a_base(one: Source, other: Source) -> bool:
     same = (one.base, base_revision(one)) == (other.base, base_revision(other))
-    return same and not any(s.peft_config is not None and s.peft_config.is_prompt_learning for s in (one, other))
+    # an adapter that brings embeddings along would put them into the base
+    apart = [s for s in (one, other) if saved_rows(s) or (s.peft_config and s.peft_config.is_prompt_learning)]
+    return same and not apart
 
 
 def _join(host: PeftModel, source: Source) -> str:
     """Load a second adapter beside the first, in the base's precision as load_causal_lm does. Returns its name."""
     dtype, name = host.get_base_model().dtype, "second"
-    host.load_adapter(source.adapter, name, revision=source.revision, is_trainable=False)
+    with loading(source.flag, source.name, "the adapter"):
+        host.load_adapter(source.adapter, name, revision=source.revision, is_trainable=False)
+    check_adapter(host, name, saved_shapes(source), source.flag, source.name)
     for parameter_name, parameter in host.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.to(dtype)
@@ -91,7 +97,7 @@ def _only_sample(
         top_k=0,
         top_p=1.0,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, *owners[-1].generation_config.eos_token_id}),
+        eos_token_id=end_ids(owners[-1], tokenizer),
     )
     for owner in owners:
         owner.generation_config = config

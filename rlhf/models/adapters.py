@@ -18,7 +18,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
-from rlhf.models.sources import Source
+from rlhf.models.checks import check_finite, loading
+from rlhf.models.sources import Source, saved_rows
 
 # Names of the adapters beside the policy's, over one base in memory.
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
@@ -70,6 +71,7 @@ def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
         and config.peft_type == policy.peft_type
         and source.base == policy.get_base_model().name_or_path
         and config.revision == policy.peft_config[policy.active_adapter].revision
+        and saved_rows(source) is None  # they would replace the policy's embeddings
         and set(config.modules_to_save or []) <= {"score", "classifier"}
     )
 
@@ -81,7 +83,8 @@ def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn
         its score head, float32, frozen, from hidden states (…, d) to a score (…, 1).
     """
     assert source.peft_config is not None
-    weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
+    with loading(source.flag, source.name, "the adapter"):
+        weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
     heads = [key for key in weights if key.endswith("score.weight")]
     head = torch.nn.Linear(weights[heads[0]].shape[1], 1, bias=False, device=policy.device, dtype=torch.float32)
     head.weight.data.copy_(weights.pop(heads[0]))
@@ -89,6 +92,7 @@ def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn
     # both kinds of model have the same trunk, and the adapter belongs to its layers; the head is kept apart
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
     _add_adapter(policy, name, config, weights)
+    check_finite(policy, source.flag, source.name)
     for parameter_name, parameter in policy.named_parameters():
         if f".{name}." in parameter_name:  # it is never trained, so it needs no more precision than its base
             parameter.data = parameter.data.to(policy.dtype)

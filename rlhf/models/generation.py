@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 
 from rlhf.models.precision import exact
 from rlhf.models.prefix import CANNOT, before_head, prefill, reraise_out_of_memory, same, take
+from rlhf.models.tokenizers import end_ids
 
 
 class Samples(NamedTuple):
@@ -383,7 +384,7 @@ def sample_completions(
         **({"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}),
         num_return_sequences=num_return_sequences,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
+        eos_token_id=end_ids(model, tokenizer),
     )
     per_batch = max(1, sampling.batch_size // num_return_sequences)
     count = len(prompts) * num_return_sequences
@@ -391,10 +392,9 @@ def sample_completions(
         for start in range(0, len(order), per_batch):
             numbers = order[start : start + per_batch]
             batch = left_pad(tokenizer, [prompts[number] for number in numbers]).to(model.device)
-            new = generate(model, batch, config).sequences[:, batch["input_ids"].shape[1] :].tolist()
-            for row, ids in enumerate(new):
-                while ids and ids[-1] == tokenizer.pad_token_id:
-                    ids.pop()
-                completions[numbers[row // num_return_sequences]].append(ids)
+            samples = generate(model, batch, config)
+            new = samples.sequences[:, batch["input_ids"].shape[1] :].tolist()
+            for row, (ids, length) in enumerate(zip(new, samples.lengths.tolist(), strict=True)):
+                completions[numbers[row // num_return_sequences]].append(ids[:length])
             progress.update(len(new))
     return completions

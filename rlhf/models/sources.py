@@ -4,21 +4,41 @@ A model's name is a Hub id, a local folder, the word `starter`, or the folder or
 adapter is found from its `adapter_config.json`.
 """
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import PeftConfig, TaskType
+from peft import __version__ as peft_version
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl import ModelConfig
 
 from rlhf.data.paths import need_model
 from rlhf.errors import InputError
+from rlhf.models.checks import (
+    ADAPTER_WEIGHTS,
+    DENIED,
+    adapter_shapes,
+    check_files,
+    check_quantization,
+    loading,
+    read_settings,
+)
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
 from rlhf.starter.model import STARTER, starter_model
 
+# what architectures call the embeddings, and the output matrix, in an adapter that saves them
+EMBEDDINGS = tuple(
+    f".{name}.weight"
+    for name in (
+        "embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "embeddings", "tok_embeddings", "embedding",
+        "word_embedding", "lm_head", "embed_out",
+    )
+)  # fmt: skip
+CONFIGS = ("config.json", "adapter_config.json")
 # the positions of these begin after the pad token's id
 ROBERTA = (
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "esm",
@@ -34,6 +54,8 @@ class Source(NamedTuple):
     adapter: str | None  # what `PeftModel.from_pretrained` takes, or None for a full model
     revision: str | None  # of the adapter if there is one, else of the base
     peft_config: PeftConfig | None
+    flag: str = "--model_name_or_path"  # that named it, for error messages
+    trust_remote_code: bool = False  # run code that the model brings along
 
     @property
     def is_reward_adapter(self) -> bool:
@@ -41,28 +63,92 @@ class Source(NamedTuple):
         return self.peft_config is not None and self.peft_config.task_type == TaskType.SEQ_CLS
 
 
-def resolve(name: str | None, flag: str = "--model_name_or_path", revision: str | None = None) -> Source:
+def resolve(
+    name: str | None,
+    flag: str = "--model_name_or_path",
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> Source:
     """Find out what a model name stands for, without loading weights.
 
+    Args:
+        trust_remote_code: of the model and of everything that is loaded with it, such as its tokenizer.
+        weights: whether the model itself is needed, and not only its tokenizer; its config and files are checked then.
+
     Raises:
-        InputError: if there is no such folder or repo, a Hub id can't be reached, or an adapter's base is missing.
+        InputError: if there is no such folder or repo, a Hub id can't be reached, an adapter's base is missing, or
+            weights are needed and can't be loaded as far as config and headers tell.
     """
-    if name is None or name == STARTER:
-        return Source(STARTER, starter_model(), None, None, None)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            return _resolve_adapter(name, str(path), flag, None)
-        if (path / "config.json").exists():
-            return Source(name, str(path), None, None, None)
-        raise InputError(f"{flag} {name}: neither config.json nor adapter_config.json in this folder. Is it a model?")
-    need_model(name, flag)
     revision = None if revision == "main" else revision
+    name = STARTER if name is None else name
+    path = Path(name).expanduser()
+    if revision is not None and (name == STARTER or path.is_dir()):
+        raise InputError(
+            f"--model_revision {revision}: only a Hub repo has revisions; {name} is a folder on this machine. Leave it "
+            "off, or give the Hub id."
+        )
+    if name == STARTER:
+        return Source(STARTER, starter_model(), None, None, None, flag)
+    source = _resolve_folder(name, path, flag) if path.is_dir() else _resolve_repo(name, flag, revision)
+    source = source._replace(trust_remote_code=trust_remote_code)
+    if weights:
+        _check_source(source)
+    return source
+
+
+def _resolve_folder(name: str, path: Path, flag: str) -> Source:
+    if (path / "adapter_config.json").exists():
+        return _resolve_adapter(name, str(path), flag, None)
+    if (path / "config.json").exists():
+        return Source(name, str(path), None, None, None, flag)
+    inner = sorted(file.parent.name for file in path.glob("*/*config.json") if file.name in CONFIGS)
+    raise InputError(
+        f"{flag} {name}: neither config.json nor adapter_config.json in this folder. "
+        + (f"Is it {path / inner[0]}?" if inner else "Is it a model?")
+    )
+
+
+def _resolve_repo(name: str, flag: str, revision: str | None) -> Source:
+    need_model(name, flag)
     if hub_file(name, "adapter_config.json", flag, revision):
         return _resolve_adapter(name, name, flag, revision)
     if not hub_file(name, "config.json", flag, revision):
         raise InputError(f"{flag} {name}: this Hub repo has neither config.json nor adapter_config.json.")
-    return Source(name, name, None, revision, None)
+    return Source(name, name, None, revision, None, flag)
+
+
+def _check_source(source: Source) -> None:
+    """Raise InputError if config or headers show that the model can't be loaded."""
+    check_quantization(base_config(source), source.flag, source.name)
+    if Path(source.base).is_dir():
+        check_files(Path(source.base), source.flag, source.name)
+    if source.adapter is not None and Path(source.adapter).is_dir():
+        check_files(Path(source.adapter), source.flag, source.name, ADAPTER_WEIGHTS)
+
+
+def base_config(source: Source, **options: object) -> PreTrainedConfig:
+    """The config of the base.
+
+    An attention or experts implementation that it names has no effect: transformers would fetch a kernel from the Hub
+    and run it. The flag --attn_implementation names one.
+
+    Args:
+        options: other values of the config, such as `num_labels`.
+
+    Raises:
+        InputError: if it can't be loaded.
+    """
+    folder = Path(source.base)
+    if folder.is_dir():
+        read_settings(folder / "config.json", source.flag, source.name)
+    with loading(source.flag, source.name, "its config"):
+        config = AutoConfig.from_pretrained(
+            source.base, revision=base_revision(source), trust_remote_code=source.trust_remote_code, **options
+        )
+        config._attn_implementation = config._experts_implementation = None
+    return config
 
 
 def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
@@ -74,10 +160,7 @@ def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
     cached = try_to_load_from_cache(repo, file, revision=revision)
     if isinstance(cached, str):
         return True
-    in_cache = any(
-        isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
-        for name in ("config.json", "adapter_config.json")
-    )
+    in_cache = any(isinstance(try_to_load_from_cache(repo, name, revision=revision), str) for name in CONFIGS)
     try:
         hf_hub_download(repo, file, revision=revision)
         return True
@@ -92,26 +175,86 @@ def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
         return False
     except (HfHubHTTPError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        why = "it doesn't exist or needs a token (hf auth login)" if status in (401, 403, 404) else str(error)[:150]
+        why = "it doesn't exist, is gated or needs a token (hf auth login)" if status in DENIED else str(error)[:150]
         raise InputError(f"{flag} {repo}: no such local folder, and the Hub says no: {why}.") from error
     except OSError as error:
         raise InputError(f"{flag} {repo}: no such local folder, and the Hub can't be reached ({error}).") from error
 
 
 def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -> Source:
-    config = PeftConfig.from_pretrained(adapter, revision=revision)
+    config = _adapter_config(name, adapter, flag, revision)
     base = config.base_model_name_or_path
     if not base:
         raise InputError(f"{flag} {name}: adapter_config.json names no base model (base_model_name_or_path). Add it.")
     if Path(base).name.startswith("starter-") and not Path(base).exists():
         base = starter_model()  # the cache was cleared or moved: make the starter again
+    folder = Path(base).expanduser()
     try:
-        source = resolve(base, flag)
+        if folder.is_dir():
+            nested = (folder / "adapter_config.json").exists()
+            source = None if nested else _resolve_folder(base, folder, flag)
+        else:
+            need_model(base, flag)
+            nested = hub_file(base, "adapter_config.json", flag, config.revision)
+            source = None if nested else _resolve_repo(base, flag, config.revision)
     except InputError as error:
         raise InputError(f"{flag} {name}: the adapter's base model is missing. {error}") from error
-    if source.adapter is not None:
+    if source is None:
         raise InputError(f"{flag} {name}: its base {base!r} is itself an adapter. Merge that one into its base first.")
-    return Source(name, source.base, adapter, revision, config)
+    return Source(name, source.base, adapter, revision, config, flag)
+
+
+def _adapter_config(name: str, adapter: str, flag: str, revision: str | None) -> PeftConfig:
+    """An adapter's config.
+
+    Raises:
+        InputError: if it can't be read, or has a setting that the installed PEFT would pass over.
+    """
+    file = adapter_file(adapter, "adapter_config.json", revision)
+    settings = read_settings(file, flag, name)
+    if not isinstance(settings.get("peft_type"), str):
+        raise InputError(f"{flag} {name}: adapter_config.json has no peft_type, such as LORA.")
+    if not isinstance(settings.get("base_model_name_or_path"), str | None):
+        raise InputError(f"{flag} {name}: adapter_config.json: base_model_name_or_path must be a name or a folder.")
+    with loading(flag, name, "adapter_config.json"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's warning of unknown settings; they are refused below
+        config = PeftConfig.from_pretrained(adapter, revision=revision)
+    # a newer PEFT writes its new settings into every adapter, and they are empty where they are not used
+    unknown = sorted(key for key, value in settings.items() if value and not hasattr(config, key))
+    if unknown:
+        raise InputError(
+            f"{flag} {name}: adapter_config.json has the setting {unknown[0]!r}, which PEFT {peft_version} doesn't "
+            "know and would pass over. Upgrade peft (pip install -U peft), or remove it if it isn't PEFT's."
+        )
+    return config
+
+
+def adapter_file(adapter: str, name: str, revision: str | None) -> Path:
+    """A file of an adapter: in its folder, or downloaded into the cache from its Hub repo."""
+    folder = Path(adapter)
+    return folder / name if folder.is_dir() else Path(hf_hub_download(adapter, name, revision=revision))
+
+
+def saved_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's weights, by name; empty for a full model.
+
+    Raises:
+        InputError: if its file can't be read.
+    """
+    if source.adapter is None:
+        return {}
+    with loading(source.flag, source.name, ADAPTER_WEIGHTS):
+        return adapter_shapes(adapter_file(source.adapter, ADAPTER_WEIGHTS, source.revision))
+
+
+def saved_rows(source: Source) -> int | None:
+    """How many tokens the embeddings have that an adapter brings along, or None: it leaves those of its base alone."""
+    for key, shape in saved_shapes(source).items():
+        if key.endswith(EMBEDDINGS):
+            return shape[0]
+        if key.endswith(".lora_embedding_A"):
+            return shape[1]
+    return None
 
 
 def base_revision(source: Source) -> str | None:
@@ -162,12 +305,9 @@ def refuse_single_model(model_args: ModelConfig) -> None:
         )
 
 
-def context_length(source: Source, trust_remote_code: bool = False) -> int | None:
+def context_length(source: Source) -> int | None:
     """The base's context length in tokens, or None if its config sets no limit."""
-    config = AutoConfig.from_pretrained(
-        source.base, revision=base_revision(source), trust_remote_code=trust_remote_code
-    )
-    return usable_context(config)
+    return usable_context(base_config(source))
 
 
 def first_position(model_type: str, pad_token_id: int | None) -> int:
@@ -195,7 +335,7 @@ def resolve_start(model_name_or_path: str | None, source: Source, revision: str 
     Raises:
         InputError: if the adapter's base is not that of the SFT model, or the revision would have no effect.
     """
-    start = resolve(model_name_or_path, revision=revision)
+    start = resolve(model_name_or_path, revision=revision, trust_remote_code=source.trust_remote_code)
     if start.adapter is None or start.adapter == source.adapter:
         if revision not in (None, "main"):
             raise InputError(

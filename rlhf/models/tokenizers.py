@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.data.paths import TEMPLATE_FILES, need_file
 from rlhf.errors import InputError
-from rlhf.models.sources import Source, base_revision, hub_file, resolve
+from rlhf.models.checks import loading
+from rlhf.models.sources import Source, base_config, base_revision, hub_file, resolve, saved_rows
 
 # Tokens that model families reserve for padding or never use, in order of preference.
 PAD_CANDIDATES = (
@@ -24,13 +26,32 @@ PLAIN_TEMPLATE = (
 )
 
 
+def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with a model's adapter, or else with its base, as it is.
+
+    Raises:
+        InputError: if it can't be loaded or knows no words.
+    """
+    own = source.adapter is not None and _has_tokenizer(source)
+    folder = source.adapter if own else source.base
+    revision = source.revision if own else base_revision(source)
+    with loading(source.flag, source.name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=source.trust_remote_code)
+        words = tokenizer("Hello world", add_special_tokens=False)["input_ids"]
+    if not words:  # without its files, transformers makes some tokenizers with an empty vocabulary
+        raise InputError(
+            f"{source.flag} {source.name}: its tokenizer knows no words. Copy tokenizer.json and tokenizer_config.json "
+            "(or vocab.json and merges.txt, tokenizer.model, vocab.txt) into the folder."
+        )
+    return tokenizer
+
+
 def load_tokenizer(
     source: Source,
     *,
     eos_token: str | None = None,
     pad_token: str | None = None,
     chat_template_path: str | None = None,
-    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token that differs from eos and with a chat template.
 
@@ -42,12 +63,10 @@ def load_tokenizer(
         chat_template_path: a .jinja file, or a model that has the template.
 
     Raises:
-        InputError: if `pad_token` is eos, one of the two isn't in the vocabulary or can't be found, or the chat
-            template ends replies with a token other than `eos_token`.
+        InputError: if it can't be loaded, `pad_token` is eos, one of the two isn't in the vocabulary or can't be found,
+            a token has no embedding, or the chat template ends replies with a token other than `eos_token`.
     """
-    folder = source.adapter if source.adapter and _has_tokenizer(source.adapter, source.revision) else source.base
-    revision = source.revision if folder == source.adapter else base_revision(source)
-    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(source)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise InputError(f"--eos_token {eos_token!r}: not in the vocabulary of {source.name}.")
@@ -59,8 +78,8 @@ def load_tokenizer(
         need_file(chat_template_path, "--chat_template_path")
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     elif chat_template_path:
-        other = resolve(chat_template_path, "--chat_template_path")
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(other.base).chat_template
+        other = resolve(chat_template_path, "--chat_template_path", weights=False)
+        tokenizer.chat_template = read_tokenizer(other).chat_template
     if tokenizer.chat_template is None:
         print(
             f"{source.name} has no chat template; using 'User: ... Assistant: ...' (change it: --chat_template_path)."
@@ -72,7 +91,47 @@ def load_tokenizer(
             f"--eos_token {eos_token!r}: the chat template ends a reply with {tokenizer.eos_token!r}. Leave it off, or "
             "give a template that agrees with --chat_template_path."
         )
+    need_embeddings(tokenizer, source)
     return tokenizer
+
+
+def need_embeddings(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
+    """Refuse a tokenizer that has tokens for which the model has no embedding, if they can occur.
+
+    Control tokens beyond the embeddings that neither the tokenizer nor the chat template uses never occur (Gemma 3's
+    text models have one for images).
+
+    Raises:
+        InputError: naming the token.
+    """
+    rows = saved_rows(source) or getattr(base_config(source).get_text_config(), "vocab_size", None)
+    if rows is None or len(tokenizer) <= rows:
+        return
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    controls, template = control_ids(tokenizer), str(tokenizer.chat_template)
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if number >= rows and (number in named or number not in controls or token in template):
+            raise InputError(
+                f"{source.flag} {source.name}: its tokenizer has the token {token!r} with id {number}, and the model "
+                f"has embeddings for {rows} ids only. Give the tokenizer that belongs to the model, or save the model "
+                "with resized embeddings (resize_token_embeddings)."
+            )
+
+
+def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens that end a reply: the tokenizer's eos and those of the model's generation_config, ascending.
+
+    The chat models of Llama 3, Qwen2.5 and Gemma 3 have several. Everything that samples stops at each of them.
+    """
+    config = model.generation_config
+    named = None if config is None else config.eos_token_id
+    ids = named if isinstance(named, list) else [named]
+    return sorted({number for number in [tokenizer.eos_token_id, *ids] if number is not None})
+
+
+def reply_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:
+    """The text of a sampled reply, without the token of `end_ids` that ended it and without control tokens."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids, skip_special_tokens=True)
 
 
 def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
@@ -89,10 +148,11 @@ def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> N
         tokenizer.eos_token = token
 
 
-def _has_tokenizer(adapter: str, revision: str | None) -> bool:
-    if Path(adapter).is_dir():
-        return (Path(adapter) / "tokenizer_config.json").exists()
-    return hub_file(adapter, "tokenizer_config.json", "--model_name_or_path", revision)
+def _has_tokenizer(source: Source) -> bool:
+    assert source.adapter is not None
+    if Path(source.adapter).is_dir():
+        return (Path(source.adapter) / "tokenizer_config.json").exists()
+    return hub_file(source.adapter, "tokenizer_config.json", source.flag, source.revision)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token: str | None) -> None:

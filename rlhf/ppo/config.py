@@ -53,12 +53,16 @@ class PPOConfig(TRLPPOConfig):
     """
 
     stop_token: Literal["eos"] | None = field(
-        default="eos", metadata={"help": "'eos' ends replies at the tokenizer's eos token; see also stop_token_id."}
+        default="eos",
+        metadata={
+            "help": "'eos' ends replies at the eos tokens of tokenizer and generation_config; see also stop_token_id."
+        },
     )
     stop_token_id: list[NonNegativeInt] | None = field(
         default=None, metadata={"help": "Token ids that end a reply; they replace stop_token."}
     )
     stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
     sft_model_path: str | None = field(
         default=None,
         metadata={"help": "SFT model: the reference, and the policy's start unless model_name_or_path is an adapter."},

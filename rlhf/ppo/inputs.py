@@ -78,12 +78,12 @@ def load_roles(
         InputError: if a name stands for no such model, the pad token is eos, or `peft_config` meets a PeftModel.
     """
     revision, model_args, trust_remote_code = _loading(args.model_init_kwargs or {})
-    source = resolve(model, "model", revision) if isinstance(model, str) else None
+    source = resolve(model, "model", revision, trust_remote_code=trust_remote_code) if isinstance(model, str) else None
     if tokenizer is None:
-        tokenizer = load_tokenizer(source or _source_of(model), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source or _source_of(model))
     if source is not None:
         model_args.use_peft = source.adapter is not None
-        model = load_policy(source, model_args, tokenizer, trust_remote_code=trust_remote_code)
+        model = load_policy(source, model_args, tokenizer)
         if source.adapter is not None and ref_model is None and args.ref_adapter_name is None:
             args.ref_adapter_name = REFERENCE
     check_pad_token(tokenizer)
@@ -94,13 +94,12 @@ def load_roles(
     if ref_model is None and not isinstance(model, PeftModel):
         ref_model = create_reference_model(model)
     if isinstance(ref_model, str):
-        ref_model = load_causal_lm(
-            resolve(ref_model, "ref_model"), model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code
-        )
+        found = resolve(ref_model, "ref_model", trust_remote_code=trust_remote_code)
+        ref_model = load_causal_lm(found, model_args, tokenizer, trainable=False)
     if isinstance(value_model, str):
-        found = resolve(value_model, "value_model")
+        found = resolve(value_model, "value_model", trust_remote_code=trust_remote_code)
         model_args.use_peft = found.adapter is not None
-        value_model = load_reward_model(found, model_args, tokenizer, trust_remote_code=trust_remote_code)
+        value_model = load_reward_model(found, model_args, tokenizer)
     return Roles(model, tokenizer, ref_model, value_model, model_args, trust_remote_code)
 
 
@@ -125,7 +124,7 @@ def _source_of(model: Model) -> Source:
     name = get_config_model_id(model.config)
     if not name:
         raise InputError("processing_class: the model has no name to load a tokenizer by. Pass the tokenizer.")
-    return resolve(name, "processing_class")
+    return resolve(name, "processing_class", weights=False)
 
 
 def tokenized(

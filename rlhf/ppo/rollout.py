@@ -10,6 +10,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from rlhf.data.datasets import Row
 from rlhf.models.generation import generate, left_pad
+from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.ppo.types import Rollout
 
 
@@ -103,13 +104,14 @@ def sample_rollout(
         lengths[part], ended[part] = samples.lengths, samples.ended
     tokens = tokens[:, : int(lengths.max())]
     mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    ends = end_ids(policy, tokenizer)
     columns = {
         name: [row[name] for row in rows] for name in rows[0] if name not in ("input_ids", "attention_mask", "prompt")
     }
     return Rollout(
         prompts=[row["prompt"] if "prompt" in row else tokenizer.decode(row["input_ids"]) for row in rows],
         completions=[
-            tokenizer.decode(row[:length], skip_special_tokens=True)
+            reply_text(tokenizer, row[:length], ends)
             for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
         ],
         columns=columns,

@@ -8,10 +8,12 @@ from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import VALUE, add_value_adapter, recompute_with_same_adapter
+from rlhf.models.tokenizers import end_ids
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import Model
 from rlhf.ppo.model import PolicyAndValue
@@ -32,6 +34,19 @@ def check_models(
         labels = getattr(getattr(classifier, "config", None), "num_labels", 1)
         if labels != 1:
             raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
+
+
+def stop_ids(args: PPOConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that end a completion: `stop_token_id`, or with `stop_token="eos"` all of `end_ids`.
+
+    Raises:
+        InputError: if the model can't sample one of `stop_token_id`.
+    """
+    rows = model.config.get_text_config().vocab_size
+    for number in args.stop_token_id or []:
+        if not 0 <= number < rows:
+            raise InputError(f"--stop_token_id {number}: the model samples ids from 0 to {rows - 1}. Give one of them.")
+    return end_ids(model, tokenizer) if args.stop_token == "eos" else args.stop_token_id or []
 
 
 def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | None) -> None:

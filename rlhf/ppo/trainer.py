@@ -47,6 +47,7 @@ from rlhf.ppo.setup import (
     policy_and_value,
     reward_weights,
     set_sizes,
+    stop_ids,
 )
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, minibatches, optimizer_step, ptx_batches, update
@@ -158,7 +159,7 @@ class PPOTrainer(TrainerConventions):
             policy.active_adapter if self.is_peft_model else "default"
         )
         self.ref_model, self.ref_adapter_name = roles.reference, args.ref_adapter_name
-        self.stop_token_ids = [roles.tokenizer.eos_token_id] if args.stop_token == "eos" else args.stop_token_id or []
+        self.stop_token_ids = stop_ids(args, policy, roles.tokenizer)
         self.model = policy_and_value(policy, roles.value, self.model_adapter_name, args)
         for module in (self.model, self.ref_model):
             if module is not None:

@@ -58,13 +58,14 @@ class ReplacedTokenModel(PreTrainedModel):
         self._supports_sdpa, self._supports_flash_attn = half._supports_sdpa, half._supports_flash_attn
         super().__init__(config)
         self.disc_weight = disc_weight
-        self.generator = AutoModelForMaskedLM.from_config(generator_config(config, generator_hidden_size))
+        small = generator_config(config, generator_hidden_size)
+        self.generator = AutoModelForMaskedLM.from_config(small, trust_remote_code=False)
         if isinstance(config, ElectraConfig):
             self.discriminator = ElectraForPreTraining(config)
         else:
             one_logit = copy.deepcopy(config)
             one_logit.num_labels = 1
-            self.discriminator = AutoModelForTokenClassification.from_config(one_logit)
+            self.discriminator = AutoModelForTokenClassification.from_config(one_logit, trust_remote_code=False)
         self._tied_weights_keys = self._shared_embeddings()
         self.post_init()
 

@@ -96,7 +96,7 @@ def new_model(config: PreTrainedConfig, args: PretrainingConfig) -> PreTrainedMo
     try:
         if args.objective == "replaced":
             return ReplacedTokenModel(config, args.generator_hidden_size, args.disc_weight)
-        return kinds[args.objective].from_config(config)
+        return kinds[args.objective].from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise InputError(
             f"--model_type {config.model_type}: can't be made with these sizes ({error}). Change them, or set what "

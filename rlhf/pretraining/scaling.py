@@ -276,10 +276,10 @@ def measured_flops(folder: Path, block_size: int) -> float | None:
     One row goes through a model with random weights. torch counts only matrix products, and none in an LSTM. Attention
     is eager, because torch does not count fused kernels everywhere.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type == "lstm":
         return None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     ids = torch.zeros(1, block_size, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.data.encoding import control_ids
 from rlhf.data.paths import need_tokenizer
 from rlhf.errors import InputError
-from rlhf.models.sources import resolve
-from rlhf.models.tokenizers import PAD_CANDIDATES
+from rlhf.models.sources import Source, resolve
+from rlhf.models.tokenizers import PAD_CANDIDATES, read_tokenizer
 from rlhf.starter.model import STARTER
 
 BYTES = 256
@@ -113,15 +113,16 @@ def resolve_tokenizer(name: str) -> PreTrainedTokenizerBase:
     A tokenizer without its own pad token, such as GPT-2's, gets one.
 
     Raises:
-        InputError: if the folder or repo does not exist.
+        InputError: if the folder or repo does not exist, or its tokenizer can't be loaded.
     """
-    folder = Path(name).expanduser()
+    folder, flag = Path(name).expanduser(), "--tokenizer_name"
     if name != STARTER and (folder / "tokenizer_config.json").exists():
-        name = str(folder)
-    elif name != STARTER:
-        need_tokenizer(name)
-        name = resolve(name, "--tokenizer_name").base
-    tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER).base if name == STARTER else name)
+        source = Source(name, str(folder), None, None, None, flag)
+    else:
+        if name != STARTER:
+            need_tokenizer(name)
+        source = resolve(name, flag, weights=False)
+    tokenizer = read_tokenizer(source)
     # a new model has room for one more token; with pad = eos the collator would hide the ends of texts from the loss
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.trainer.utils import get_config_model_id
 
@@ -18,7 +18,7 @@ from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
 from rlhf.models.adapters import REWARD, add_frozen_adapter, fits_beside
 from rlhf.models.loading import load_reward_model, place
-from rlhf.models.sources import Source, resolve
+from rlhf.models.sources import Source, base_config, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.answers import Completion, completion_text
 from rlhf.rewards.calling import ARGUMENTS, RewardFunction, check_reward_function, reward_name
@@ -47,6 +47,7 @@ def resolve_reward(
     allow_functions: bool = False,
     base: str | None = None,
     columns: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardSource:
     """Find a reward by name, before any model is loaded.
 
@@ -56,6 +57,7 @@ def resolve_reward(
         allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
         base: the policy's base model, which a reward adapter has to share.
         columns: the dataset's columns, which a function may need.
+        trust_remote_code: see `resolve`.
 
     Raises:
         InputError: if there is no such function, its module can't be imported, it takes other arguments than a reward
@@ -66,7 +68,7 @@ def resolve_reward(
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
     if allow_functions and is_import_path:
         return RewardSource(name, None, _imported(name, flag, columns))
-    return RewardSource(name, _resolve_reward_model(name, flag, base), None)
+    return RewardSource(name, _resolve_reward_model(name, flag, base, trust_remote_code), None)
 
 
 class RewardFlags(Protocol):
@@ -75,6 +77,7 @@ class RewardFlags(Protocol):
     reward_model_path: str | None
     reward_funcs: list[str] | None
     reward_weights: list[float] | None
+    trust_remote_code: bool
 
 
 def resolve_rewards(
@@ -85,8 +88,10 @@ def resolve_rewards(
     Raises:
         InputError: see `resolve_reward`; or if the numbers of `reward_weights` and rewards differ.
     """
-    rewards = [resolve_reward(args.reward_model_path, base=base)] if args.reward_model_path else []
-    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns)
+    trust = args.trust_remote_code
+    path = args.reward_model_path
+    rewards = [resolve_reward(path, base=base, trust_remote_code=trust)] if path else []
+    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns, trust)
     rewards = rewards or [resolve_reward(STARTER)]
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         names = [reward.name for reward in rewards]
@@ -95,10 +100,19 @@ def resolve_rewards(
 
 
 def resolve_reward_functions(
-    names: list[str] | None, flag: str, base: str | None = None, columns: Sequence[str] | None = None
+    names: list[str] | None,
+    flag: str,
+    base: str | None = None,
+    columns: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> list[RewardSource]:
     """The rewards of a flag that takes functions as well as models; see `resolve_reward`."""
-    return [resolve_reward(name, flag, allow_functions=True, base=base, columns=columns) for name in names or []]
+    return [
+        resolve_reward(
+            name, flag, allow_functions=True, base=base, columns=columns, trust_remote_code=trust_remote_code
+        )
+        for name in names or []
+    ]
 
 
 def _imported(name: str, flag: str, columns: Sequence[str] | None) -> RewardFunction:
@@ -124,10 +138,10 @@ def _imported(name: str, flag: str, columns: Sequence[str] | None) -> RewardFunc
     return function
 
 
-def _resolve_reward_model(name: str, flag: str, base: str | None) -> Source:
-    source = resolve(name, flag)
+def _resolve_reward_model(name: str, flag: str, base: str | None, trust_remote_code: bool) -> Source:
+    source = resolve(name, flag, trust_remote_code=trust_remote_code)
     if source.peft_config is None:
-        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+        config = base_config(source)
         architecture = (config.architectures or ["none"])[0]
         if "SequenceClassification" not in architecture or config.num_labels != 1:
             raise InputError(
@@ -154,7 +168,6 @@ def load_reward(
     *,
     policy: PreTrainedModel | PeftModel | None = None,
     batch_size: int = 32,
-    trust_remote_code: bool = False,
 ) -> RewardFunction:
     """The reward function that `resolve_reward` found.
 
@@ -165,11 +178,11 @@ def load_reward(
     if source.model is None:
         assert source.function is not None
         return source.function
-    tokenizer = load_tokenizer(source.model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.model)
     if isinstance(policy, PeftModel) and fits_beside(policy, source.model, REWARD):
         head = add_frozen_adapter(policy, source.model, REWARD)
         return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
-    model = load_reward_model(source.model, model_args, tokenizer, trainable=False, trust_remote_code=trust_remote_code)
+    model = load_reward_model(source.model, model_args, tokenizer, trainable=False)
     return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
 
 
@@ -213,9 +226,10 @@ def reward_functions(
     functions: list[RewardFunction] = []
     for reward, tokenizer in zip(rewards, tokens or [None] * len(rewards), strict=True):
         if isinstance(reward, str):
-            source = resolve_reward(reward, where, allow_functions=True, columns=columns)
-            functions.append(load_reward(source, model_args, policy=policy, batch_size=batch_size,
-                                         trust_remote_code=trust_remote_code))  # fmt: skip
+            source = resolve_reward(
+                reward, where, allow_functions=True, columns=columns, trust_remote_code=trust_remote_code
+            )
+            functions.append(load_reward(source, model_args, policy=policy, batch_size=batch_size))
         elif isinstance(reward, PreTrainedModel | PeftModel):
             functions.append(_reward_model(reward, where, tokenizer, batch_size))
         else:
@@ -233,5 +247,5 @@ def _reward_model(
     if tokenizer is None and not name:
         raise InputError(f"{where}: the reward model has no name to load a tokenizer by. Give "
                          "reward_processing_classes.")  # fmt: skip
-    tokenizer = tokenizer or load_tokenizer(resolve(name, where))
+    tokenizer = tokenizer or load_tokenizer(resolve(name, where, weights=False))
     return RewardModel(place(model), tokenizer, batch_size, Path(name).name or "reward_model")

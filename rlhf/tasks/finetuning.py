@@ -9,7 +9,6 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     EvalPrediction,
     PretrainedConfig,
@@ -21,7 +20,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import InputError
 from rlhf.models.attention import group_attention
-from rlhf.models.sources import Source, base_revision, is_decoder, usable_context
+from rlhf.models.checks import check_finite, loading
+from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
 from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
 from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
 
@@ -47,6 +47,7 @@ class FinetuneArguments:
         default=None, metadata={"help": "Train on this many rows, drawn with --seed; None: all."}
     )
     pad_token: str | None = field(default=None, metadata={"help": "Pad token, if the tokenizer's can't be used."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 # ---------------------------------------------------------------------------------------------- checks of the flags
@@ -63,7 +64,7 @@ def finetuning_config(source: Source, task: LabelledTask) -> PretrainedConfig:
             f"--model_name_or_path {source.name}: is an adapter. Merge it into its base (merge_and_unload), or give "
             "the base."
         )
-    config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    config = base_config(source)
     if config.is_encoder_decoder:
         raise InputError(
             f"--model_name_or_path {source.name}: {config.model_type} is an encoder-decoder, which this recipe does "
@@ -142,20 +143,24 @@ def load_finetuning_model(
     common = {
         "dtype": model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype),
         "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
     }
     missing: set[str] = set()
     if args.from_scratch:
-        model = kind.auto_class.from_config(config, **common)
+        with loading(source.flag, source.name, "the model"):
+            model = kind.auto_class.from_config(config, **common)
     else:
-        model, loading = kind.auto_class.from_pretrained(
-            source.base, config=config, revision=base_revision(source), use_safetensors=True, output_loading_info=True,
-            quantization_config=get_quantization_config(model_args), key_mapping=body_names(config, head_class),
-            ignore_mismatched_sizes=True, **common,
-        )  # fmt: skip
-        missing = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
+        with loading(source.flag, source.name, "the model"):
+            model, info = kind.auto_class.from_pretrained(
+                source.base, config=config, revision=base_revision(source), use_safetensors=True,
+                output_loading_info=True, quantization_config=get_quantization_config(model_args),
+                key_mapping=body_names(config, head_class), ignore_mismatched_sizes=True, **common,
+            )  # fmt: skip
+        missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
         embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         if f"{embeddings}.weight" in missing:
             raise InputError(f"--model_name_or_path {source.name}: {head_class.__name__} finds no body in it.")
+        check_finite(model, source.flag, source.name)
     if model_args.attn_implementation is None:
         group_attention(model)
     return _choose_trainable(model, missing, kind, args, model_args)
@@ -214,9 +219,11 @@ def language_model_head(source: Source, config: PretrainedConfig, model: torch.n
     """
     if config.get_text_config().tie_word_embeddings:
         return model.get_input_embeddings().weight
-    whole = AutoModelForCausalLM.from_pretrained(
-        source.base, revision=base_revision(source), dtype=model.dtype, use_safetensors=True
-    )
+    with loading(source.flag, source.name, "the model"):
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.base, config=base_config(source), revision=base_revision(source), dtype=model.dtype,
+            use_safetensors=True, trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
     return whole.get_output_embeddings().weight.detach()
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
@@ -21,7 +20,7 @@ from transformers import (
 
 from rlhf.errors import InputError
 from rlhf.models.sources import Source, is_decoder
-from rlhf.models.tokenizers import set_pad_token
+from rlhf.models.tokenizers import need_embeddings, read_tokenizer, set_pad_token
 from rlhf.run.processes import main_process
 from rlhf.tasks.labelled import LabelledTask
 
@@ -37,7 +36,7 @@ def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: 
     Raises:
         InputError: if the tokenizer isn't a fast one (offsets are needed), or has no eos or pad token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
+    tokenizer = read_tokenizer(source)
     if not tokenizer.is_fast:
         raise InputError(f"The tokenizer of {source.name} has no fast version (tokenizer.json). Convert it.")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -50,6 +49,7 @@ def load_reading_tokenizer(source: Source, config: PretrainedConfig, pad_token: 
     if tokenizer.eos_token is None:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, at which the class is read. Set one.")
     set_pad_token(tokenizer, source, pad_token)
+    need_embeddings(tokenizer, source)
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     bos = [tokenizer.bos_token] if starts_with_bos else []
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ from rlhf.errors import InputError
 from rlhf.models.generation import Sampling, sample_completions
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import Source
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.tokenizers import end_ids, load_tokenizer, reply_text
 from rlhf.run.files import write_jsonl
 from rlhf.run.ranges import NonNegativeInt, PositiveInt, Seed, Temperature, check_ranges
 from rlhf.starter.model import STARTER
@@ -53,6 +53,7 @@ class StarArguments:
     sft_config: str = field(default="recipes/configs/star_sft.yaml", metadata={"help": "YAML of sft.py."})
     output_dir: str = field(default="outputs/star", metadata={"help": "Folder for the rounds."})
     seed: Seed = field(default=42, metadata={"help": "Seed of round 1; each further round adds 1."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
 def check_star(args: StarArguments, model_args: ModelConfig) -> None:
@@ -82,6 +83,7 @@ def sft_flags(args: StarArguments, model_args: ModelConfig, solutions: Path, num
         "model_name_or_path": model_args.model_name_or_path or STARTER, "model_revision": model_args.model_revision,
         "dataset_name": solutions, "seed": args.seed + number, "dtype": model_args.dtype,
         "bf16": model_args.dtype == "bfloat16", "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
     }  # fmt: skip
 
 
@@ -187,7 +189,8 @@ class Solver:
             num_return_sequences=count,
             description=f"{self.source.name}: {what}",
         )
-        return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in several] for several in completions]
+        ends = end_ids(model, tokenizer)
+        return [[reply_text(tokenizer, ids, ends).strip() for ids in several] for several in completions]
 
 
 def keep(rows: list[Row], solutions: list[list[str]], kind: str) -> list[Row]:

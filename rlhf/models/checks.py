@@ -1,0 +1,240 @@
+"""What a model's files must hold before they are loaded, and what its weights must be afterwards."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
+
+from rlhf.errors import InputError
+
+WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
+# weights that this library does not read: pickles run code when they are loaded, the others are for other programs
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
+DENIED = (401, 403, 404)
+
+
+@contextmanager
+def loading(flag: str, name: str, what: str) -> Iterator[None]:
+    """Turn the exception of a Hugging Face library that can't load something into one line of ours.
+
+    Put nothing but the libraries' own calls inside: transformers, tokenizers, PEFT and safetensors raise nearly every
+    class of exception for a broken file (a bare Exception, KeyError, ZeroDivisionError, ...), so all are taken.
+
+    Args:
+        flag: that named the model.
+        name: of the model, as the user gave it.
+        what: is loaded, for the message: "its config", "its weights".
+
+    Raises:
+        InputError: with the flag, the name and the first line of the library's message.
+    """
+    try:
+        with _without_report():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{flag} {name}: {_why(error, what)}") from error
+
+
+def _why(error: Exception, what: str) -> str:
+    text = str(error).strip()
+    if "trust_remote_code" in text or "contains custom code" in text:
+        return (
+            f"{what} needs code that the model brings along, which is not run unasked. Read that code, then allow it "
+            "with --trust_remote_code true."
+        )
+    if "does not recognize this architecture" in text:
+        return (
+            f"{text.splitlines()[0].split(' This could be')[0]} A newer transformers may: pip install -U transformers."
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, EntryNotFoundError):
+        return f"{what} isn't in this Hub repo ({_first_line(text)})."
+    if isinstance(error, HfHubHTTPError) and status in DENIED:
+        return "the Hub says no: it doesn't exist, is gated, or needs a token (hf auth login)."
+    kind = "" if isinstance(error, OSError | ImportError) else f"{type(error).__name__}: "
+    return f"{what} can't be loaded ({kind}{_first_line(text)})."
+
+
+def _first_line(text: str) -> str:
+    line = " ".join(next((line for line in text.splitlines() if line.strip()), "no message").split()).rstrip(".")
+    return line if len(line) <= 300 else line[:300] + " ..."
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and misfitting weights: `check_loaded` says in one line what is wrong."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+# ---------------------------------------------------------------------------------------------- before loading
+
+
+def read_settings(file: Path, flag: str, name: str) -> dict[str, object]:
+    """The content of a local config.json or adapter_config.json.
+
+    Raises:
+        InputError: if it can't be read, or isn't a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {name}: {file.name} can't be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{flag} {name}: {file.name} holds a {type(content).__name__}; an object of settings is needed."
+        )
+    return content
+
+
+def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> None:
+    """Refuse a local folder whose weights are missing, cut off or in another format. Only headers are read.
+
+    Args:
+        weights: `WEIGHTS` or `ADAPTER_WEIGHTS`.
+
+    Raises:
+        InputError: naming the file and what to do.
+    """
+    index = folder / f"{weights}.index.json"
+    files = [folder / weights]
+    if not files[0].exists() and index.exists():
+        shards = read_settings(index, flag, name).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise InputError(f"{flag} {name}: {index.name} has no weight_map from weights to files.")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
+            raise InputError(
+                f"{flag} {name}: {file.name} is missing" + (f"; found {', '.join(others[:3])}. " if others else ". ")
+                + "Weights are read from safetensors only. " + (
+                    "To convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), in Python."
+                    if others else "Copy or download it again."
+                )
+            )  # fmt: skip
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{flag} {name}: {file.name} is damaged or incomplete ({error}). Copy or download it again."
+            ) from error
+
+
+def check_quantization(config: object, flag: str, name: str) -> None:
+    """Refuse a quantized model whose method is unknown, or whose package isn't installed.
+
+    Raises:
+        InputError: naming the method or the package.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    with loading(flag, name, "its quantization"):
+        if not AutoHfQuantizer.supports_quant_method(settings):
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            raise InputError(
+                f"{flag} {name}: transformers knows no quantization method {method!r}. Give another model."
+            )
+        get_hf_quantizer(config, None, None, True, {})
+
+
+# ---------------------------------------------------------------------------------------------- after loading
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, set], flag: str, name: str, new: tuple[str, ...] = ()) -> None:
+    """Refuse a model of which a part wasn't in its files: transformers fills it with random numbers and only warns.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` returned.
+        new: beginnings of the names of weights that may be missing, such as a score head.
+
+    Raises:
+        InputError: naming a weight that is missing or has another shape, or one that isn't finite.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new))
+    if missing:
+        raise InputError(
+            f"{flag} {name}: its files lack {len(missing)} weights of config.json's model, {missing[0]} for example; "
+            "they would be random. Copy or download the model again, or give one of the right kind."
+        )
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        raise InputError(
+            f"{flag} {name}: config.json doesn't fit the weights: {key} has shape {tuple(found)}, not {tuple(wanted)}. "
+            "Use the config.json that was saved with them."
+        )
+    check_finite(model, flag, name)
+
+
+@torch.no_grad()
+def check_finite(model: torch.nn.Module, flag: str, name: str) -> None:
+    """Refuse weights that are NaN or infinite: every loss and every sample would be NaN.
+
+    Raises:
+        InputError: naming a weight.
+    """
+    # one pass without a temporary tensor, and one wait for the accelerator; float8 has no minimum
+    weights = {
+        key: weight.detach()
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.itemsize > 1 and weight.numel() and not weight.is_meta
+    }
+    finite = [torch.stack(torch.aminmax(weight)).isfinite().all() for weight in weights.values()]
+    bad = [key for key, fine in zip(weights, torch.stack(finite).tolist(), strict=True) if not fine] if finite else []
+    if bad:
+        raise InputError(
+            f"{flag} {name}: {len(bad)} of its {len(weights)} weights are NaN or infinite, {bad[0]} for example. Its "
+            "training diverged or its files are damaged. Give another model or checkpoint."
+        )
+
+
+def adapter_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight in a safetensors file, by name; only its header is read."""
+    with safe_open(file, framework="pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+
+
+def check_adapter(model: PeftModel, adapter: str, shapes: dict[str, tuple[int, ...]], flag: str, name: str) -> None:
+    """Refuse an adapter of which a part found no place in its base, or was not in its file: PEFT at most warns.
+
+    Args:
+        adapter: its name in `model`.
+        shapes: of the weights in its file, see `adapter_shapes`.
+
+    Raises:
+        InputError: naming a weight.
+    """
+    base = model.get_base_model()
+    own = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+    lost = sorted(set(shapes) - own - {f"base_model.model.{key}" for key in base.state_dict()})
+    lacking = sorted(own - set(shapes))
+    if get_checkpoint_conversion_mapping(base.config.model_type):  # PEFT renames weights of these on its own
+        lost = lacking = []
+    if lost or lacking:
+        what = f"has no place for {lost[0]}" if lost else f"needs {lacking[0]}, which it lacks"
+        raise InputError(
+            f"{flag} {name}: the adapter doesn't fit its base: {what}. It belongs to another model, or "
+            "adapter_config.json was changed."
+        )
+    check_finite(model, flag, name)
