@@ -50,9 +50,8 @@ def main() -> None:
     source = resolve(sft, "--sft_model_path", **trust) if sft else resolve(name, revision=revision, **trust)
     start = resolve_start(name, source, revision) if sft else source
     reward_sources = resolve_rewards(training_args, source.base, train.column_names)
-    eval_sources = resolve_reward_functions(
-        training_args.eval_reward_funcs, "--eval_reward_funcs", columns=test.column_names, **trust
-    )
+    held_out = training_args.eval_reward_funcs
+    eval_sources = resolve_reward_functions(held_out, "--eval_reward_funcs", columns=test.column_names, **trust)
     tokenizer = load_tokenizer(source)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
