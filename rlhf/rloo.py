@@ -25,9 +25,10 @@ from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import Row
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
+from rlhf.models.adapters import disable_dropout
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
-from rlhf.models.prefix import positions_of
+from rlhf.models.prefix import logits_at
 from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.rewards import (
     Completion,
@@ -154,6 +155,10 @@ class RLOOTrainer(TRLRLOOTrainer):
                 f"{self.processing_class.eos_token_id}, and this model ends with one of {self.ends[:5]}. Leave it off, "
                 "or keep one eos_token_id in generation_config.json."
             )
+        if args.disable_dropout:
+            for module in (self.model, self.ref_model):
+                if module is not None:
+                    disable_dropout(module)
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
         """As in the other recipes: a control token inside a message stays text."""
@@ -195,14 +200,24 @@ class RLOOTrainer(TRLRLOOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *inputs: object, **settings: object
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """With position ids that don't count padding, as in sampling; it matters to models with learned positions."""
-        if "position_ids" not in self.model_kwarg_keys:
-            return super()._get_per_token_logps_and_entropies(model, *inputs, **settings)
+        """With rows padded on the right, where padding reaches nothing; some models read padding on the left."""
+        owner = self.accelerator.unwrap_model(model)
 
-        def with_positions(attention_mask: torch.Tensor, **batch: object) -> ModelOutput:
-            return model(attention_mask=attention_mask, position_ids=positions_of(attention_mask), **batch)
+        def padded_right(
+            input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int = 0, **batch: object
+        ) -> ModelOutput:
+            width = input_ids.shape[1]
+            starts = attention_mask.argmax(1, keepdim=True)
+            columns = torch.arange(width, device=input_ids.device)
+            moved = (columns + starts).clamp(max=width - 1)
+            inside = columns + starts < width
+            batch |= {
+                "input_ids": input_ids.gather(1, moved),
+                "attention_mask": attention_mask.gather(1, moved) * inside,
+            }
+            return logits_at(owner, (columns - starts).clamp(min=0)[:, -logits_to_keep:], model, **batch)
 
-        return super()._get_per_token_logps_and_entropies(with_positions, *inputs, **settings)
+        return super()._get_per_token_logps_and_entropies(padded_right, *inputs, **settings)
 
     def _calculate_rewards(
         self,

@@ -41,6 +41,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
+from rlhf.models.generation import Way, way_to_decode
 from rlhf.models.loading import load_causal_lm, load_reward_model
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -53,7 +54,7 @@ from rlhf.rewards import RewardModel
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
 RESPONSE, TEMPERATURE = 10, 0.8
-STOPS = [EOS, *range(150, 190)]  # many tokens end a reply, so that rows end early
+STOPS = [EOS, *range(3, 299, 4)]  # many tokens end a reply, so that rows end early
 FULL = ModelConfig(dtype="float32")
 LORA = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
 SHARED, LONGER = 30, (1, 9, 33, 2, 60, 5, 17, 1)  # tokens that all prompts begin with, and how many more each has
@@ -159,8 +160,8 @@ def check_rollout(rollout: Rollout, model: Any, uniforms: torch.Tensor) -> None:
         raise Wrong("all rows are equally long: the test shows nothing")
 
 
-def check_ppo(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
-    """One batch and one update; raises Wrong."""
+def check_ppo(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
+    """One batch and one update; raises Wrong. Returns how rows were decoded."""
     trainer = make_trainer(folder, model_args, scratch)
     policy = trainer.model.policy
     plain = plain_copy(folder, policy)
@@ -207,6 +208,10 @@ def check_ppo(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
         raise Wrong("the update changed nothing")
     if not all(bool(p.isfinite().all()) for p in policy.parameters()):
         raise Wrong("the update made weights that are no numbers")
+    prompts = {"input_ids": torch.tensor([[3, 4, 5]])}
+    return {Way.TOGETHER: "exact", Way.BY_LENGTH: "exact, by length", Way.UNCACHED: "exact, no cache"}[
+        way_to_decode(policy, prompts)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ SFT, reward model
@@ -225,7 +230,7 @@ def outputs(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
     return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
 
 
-def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
+def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
     """One step of SFT; what was saved gives the trained model's logits."""
     source = resolve(str(folder))
     tokenizer = load_tokenizer(source)
@@ -244,9 +249,10 @@ def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
     loaded = load_causal_lm(resolve(str(scratch)), model_args, tokenizer, trainable=False)
     for found, expected in zip(outputs(loaded, rows), trained, strict=True):
         agree("logits after loading", found, expected)
+    return "exact"
 
 
-def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
+def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
     """One step of a reward model; what was saved gives the trained model's scores, row by row and in a batch."""
     source = resolve(str(folder))
     tokenizer = load_tokenizer(source)
@@ -265,12 +271,13 @@ def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> None:
     agree("scores after loading", torch.stack(outputs(loaded, rows))[:, 0], trained)
     scores = RewardModel(loaded, tokenizer)(["" for _ in TEXTS], list(TEXTS))
     agree("scores of a batch", torch.tensor(scores), trained)
+    return "exact"
 
 
 # ------------------------------------------------------------------------------------------------ all families
 
 
-CHECKS: dict[str, tuple[Callable[[Path, ModelConfig, Path], None], ModelConfig]] = {
+CHECKS: dict[str, tuple[Callable[[Path, ModelConfig, Path], str], ModelConfig]] = {
     "PPO": (check_ppo, FULL), "PPO LoRA": (check_ppo, LORA), "SFT": (check_sft, FULL), "SFT LoRA": (check_sft, LORA),
     "reward": (check_reward, FULL), "reward LoRA": (check_reward, LORA),
 }  # fmt: skip
@@ -280,10 +287,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def outcome(check: Callable[[], None]) -> str:
-    """`exact`, or what went wrong."""
+def outcome(check: Callable[[], str]) -> str:
+    """`exact` and perhaps how, or what went wrong."""
     try:
-        check()
+        return check()
     except InputError as error:
         return f"refused: {one_line(error)}"
     except Wrong as error:
@@ -293,11 +300,10 @@ def outcome(check: Callable[[], None]) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
         return f"TRACEBACK: {type(error).__name__}: {one_line(error)} ({Path(own.filename).name}:{own.lineno})"
-    return "exact"
 
 
-def check_family(model_type: str, result: Path) -> None:
-    """All checks of one model type; writes their outcomes to a JSON file."""
+def check_family(model_type: str, checks: list[str], result: Path) -> None:
+    """Checks of one model type; writes their outcomes to a JSON file."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -309,13 +315,14 @@ def check_family(model_type: str, result: Path) -> None:
             traceback.print_exc()
             outcomes["built"] = f"{type(error).__name__}: {one_line(error)}"
         else:
-            for name, (check, model_args) in CHECKS.items():
+            for name in checks:
+                check, model_args = CHECKS[name]
                 own = Path(scratch) / name.replace(" ", "_")
                 outcomes[name] = outcome(lambda: check(folder, model_args, own))  # noqa: B023
         result.write_text(json.dumps(outcomes, indent=1))
 
 
-def in_process(model_type: str, results: Path, timeout: float) -> dict[str, str]:
+def in_process(model_type: str, checks: list[str], results: Path, timeout: float) -> dict[str, str]:
     """The outcomes of a model type, from a process of its own; what it prints goes to a .log file."""
     file = results / f"{model_type}.json"
 
@@ -323,7 +330,7 @@ def in_process(model_type: str, results: Path, timeout: float) -> dict[str, str]
         with (results / f"{model_type}.log").open("w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        check_family(model_type, file)
+        check_family(model_type, checks, file)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -365,7 +372,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
             cells = [f"not built{lines.setdefault(outcomes['built'], len(lines) + 1)}"] + [""] * (len(CHECKS) - 1)
         else:
             cells = [
-                text if text == "exact" else f"{text.split(':')[0]} [{lines.setdefault(text, len(lines) + 1)}]"
+                text if text.startswith("exact") else f"{text.split(':')[0]} [{lines.setdefault(text, len(lines) + 1)}]"
                 for text in (outcomes[check] for check in CHECKS)
             ]
         print(f"| {name} | " + " | ".join(cells) + " |", file=page)
@@ -378,6 +385,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL_TYPE", help="these alone, anew; docs/ is left as it is")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), help="of those of --only")
     parser.add_argument("--again", action="store_true", help="check all anew")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model type")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "outputs" / "families")
@@ -390,14 +398,14 @@ def main() -> None:
         if arguments.only or arguments.again or not file.exists():
             file.unlink(missing_ok=True)
             began = time.monotonic()
-            in_process(model_type, results, arguments.timeout)
+            in_process(model_type, arguments.checks, results, arguments.timeout)
             seconds = f" ({time.monotonic() - began:.0f} s)"
         else:
             seconds = ""
         found[model_type] = json.loads(file.read_text())
         print(f"{model_type}: {verdict(found[model_type])}{seconds}", flush=True)
         for name, text in found[model_type].items():
-            if text != "exact":
+            if not text.startswith("exact"):
                 print(f"    {name}: {text}", flush=True)
     if not arguments.only:
         (ROOT / "docs" / "families.md").write_text(table(found), encoding="utf-8")

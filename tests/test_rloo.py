@@ -122,21 +122,18 @@ def test_advantages_leave_one_out(sft, tmp_path):
     )
 
 
-def test_positions_do_not_depend_on_padding(sft, tmp_path):
+def test_padding_reaches_no_token(sft, tmp_path):
     rloo = trainer(sft, tmp_path)
     ids = torch.tensor([[9, 8, 7, 6, 5, 4]])
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     seen = []
-
-    def model(**inputs):
-        seen.append(inputs["position_ids"].tolist())
-        return rloo.model(**inputs)
-
-    whole = rloo._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 2)[0]
+    rloo.model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+    whole = rloo._get_per_token_logps_and_entropies(rloo.model, ids, torch.ones_like(ids), 2)[0]
     mask = torch.tensor([[0] * 3 + [1] * 6])
-    behind = rloo._get_per_token_logps_and_entropies(model, padded, mask, 2)[0]
+    behind = rloo._get_per_token_logps_and_entropies(rloo.model, padded, mask, 2)[0]
     assert torch.allclose(whole, behind, atol=1e-5)
-    assert seen[0][0] == seen[1][0][3:] == list(range(6))
+    assert seen[1]["input_ids"][:, :6].equal(ids)  # the padding has gone to the right
+    assert seen[1]["attention_mask"].tolist() == [[1] * 6 + [0] * 3]
 
 
 def test_a_reward_model_over_the_policys_base(sft, reward_adapter, tmp_path):

@@ -22,73 +22,127 @@ PAD, BOS, EOS = 0, 1, 2
 CONTEXT = 256
 WINDOW = 12  # of sliding windows and chunks: shorter than the prompts, so that they matter
 
-# sizes by the names that configs give them; only those that a config has are set
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"], VOCABULARY),
-    **dict.fromkeys(
-        ["hidden_size", "d_model", "n_embd", "embedding_size", "input_embedding_size", "emb_dim", "embedding_dim",
-         "attention_hidden_size", "word_embed_proj_dim", "lru_width", "dim_model_base", "linear_attn_hidden_size"],
-        32,
-    ),
-    "output_embedding_size": 48,
-    **dict.fromkeys(
-        ["intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_hidden_size", "d_inner",
-         "dim_ff", "dff", "feed_forward_size", "intermediate_size_mlp", "dense_intermediate_size",
-         "shared_expert_intermediate_size", "shared_intermediate_size", "shared_experts_intermediate_size",
-         "moe_shared_expert_intermediate_size", "mamba_d_ssm"],
-        64,
-    ),
-    **dict.fromkeys(["moe_intermediate_size", "expert_ffn_hidden_size"], 32),
-    **dict.fromkeys(
-        ["num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
-         "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "linear_num_heads",
-         "linear_num_value_heads", "swa_num_attention_heads", "mamba_num_heads"],
-        4,
-    ),
-    **dict.fromkeys(
-        ["num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "swa_num_key_value_heads", "num_query_groups"],
-        2,
-    ),
-    **dict.fromkeys(
-        ["head_dim", "d_head", "dim_head", "d_kv", "kv_channels", "v_head_dim", "linear_key_head_dim",
-         "global_head_dim", "linear_value_head_dim", "linear_head_dim", "swa_head_dim", "attention_head_size",
-         "qk_nope_head_dim", "ssm_state_size", "state_size", "mamba_d_state", "kv_lora_rank", "q_lora_rank",
-         "o_lora_rank", "adapter_rank", "laurel_rank", "hidden_size_per_layer_input", "index_head_dim", "gated_norm_rank", "d_rel",
-         "hc_lowrank", "router_hidden_size"],
-        8,
-    ),
-    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim", "mamba_dt_rank", "time_step_rank"], 4),
-    "qk_head_dim": 12,
-    **dict.fromkeys(
-        ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions",
-         "max_source_positions", "model_max_length", "original_max_position_embeddings"],
-        CONTEXT,
-    ),
-    **dict.fromkeys(
-        ["sliding_window", "window_size", "sliding_window_size", "attention_window_size", "local_attention",
-         "attention_chunk_size", "keep_window_size"],
-        WINDOW,
-    ),
-    **dict.fromkeys(
-        ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"], 4
-    ),
-    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"], 2),
-    **dict.fromkeys(["n_group", "num_expert_group"], 2),
-    "topk_group": 1,
-    **dict.fromkeys(["chunk_size", "mamba_chunk_size", "block_size"], 16),
-    "query_pre_attn_scalar": 8,
-}  # fmt: skip
+# the names that configs give their sizes; only those that a config has are set
+NAMES = {
+    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
+    32: "hidden_size d_model n_embd embedding_size input_embedding_size emb_dim embedding_dim "
+    "attention_hidden_size word_embed_proj_dim lru_width dim_model_base linear_attn_hidden_size "
+    "moe_intermediate_size expert_ffn_hidden_size",
+    48: "output_embedding_size",
+    64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size d_inner dim_ff dff "
+    "feed_forward_size intermediate_size_mlp dense_intermediate_size shared_expert_intermediate_size "
+    "shared_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+    "mamba_d_ssm",
+    4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
+    "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads "
+    "linear_num_value_heads swa_num_attention_heads mamba_num_heads qk_rope_head_dim rotary_dim "
+    "mamba_dt_rank time_step_rank num_experts num_local_experts n_routed_experts moe_num_experts "
+    "zero_expert_num",
+    2: "num_key_value_heads num_kv_heads linear_num_key_heads swa_num_key_value_heads num_query_groups "
+    "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group num_expert_group",
+    8: "head_dim d_head dim_head d_kv kv_channels v_head_dim linear_key_head_dim global_head_dim "
+    "linear_value_head_dim linear_head_dim swa_head_dim attention_head_size qk_nope_head_dim "
+    "ssm_state_size state_size mamba_d_state kv_lora_rank q_lora_rank o_lora_rank adapter_rank "
+    "laurel_rank hidden_size_per_layer_input index_head_dim gated_norm_rank d_rel hc_lowrank "
+    "router_hidden_size query_pre_attn_scalar",
+    WINDOW: "sliding_window window_size sliding_window_size attention_window_size local_attention "
+    "attention_chunk_size keep_window_size",
+    CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
+    "max_source_positions model_max_length original_max_position_embeddings",
+    1: "topk_group",
+    16: "chunk_size mamba_chunk_size block_size",
+}
+SIZES = {name: size for size, names in NAMES.items() for name in names.split()} | {"qk_head_dim": 12}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
           "num_decoder_layers", "num_encoder_layers", "depth")  # fmt: skip
 FEWEST_LAYERS = 2
 SHARP = 4.5  # nats; guessing has log(299) = 5.7
+QWEN4_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 # what a model type needs beyond SIZES
 TYPES: dict[str, dict[str, Any]] = {
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1], "num_hidden_layers": 3},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        }
+    },
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 32},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "hidden_size": 32}, "attn_config": {"kv_n_heads": 2}},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_hidden_layers": 3,
+    },
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {"block_multiple_of": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "ministral": {"head_dim": 8},
+    "moshi": {"audio_vocab_size": 64},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2, "mamba_head_dim": 16},
+    "qwen4_exp": {"text_config": QWEN4_INDEXER},
+    "qwen4_exp_text": QWEN4_INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [8, 24],
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "attn_layers": ["local", "lsh"],
+        "num_hidden_layers": 2,
+    },
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 99},
+    "xlstm": {"chunk_size": 64, "hidden_size": 128, "embedding_dim": 128},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "num_query_groups": 4,
+        "mamba_headdim": 8,
+        "kv_channels": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -99,42 +153,43 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def _shrunk(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
     default = config_class()
+    there = default.to_dict()
     fixed = {name for name in SIZES if getattr(getattr(config_class, name, None), "fset", True) is None}
-    settings = {
-        name: value for name, value in SIZES.items() if getattr(default, name, None) is not None and name not in fixed
-    }
+    settings = {name: value for name, value in SIZES.items() if there.get(name) is not None and name not in fixed}
     if "kv_lora_rank" in settings:  # all heads share latent keys and values
         settings |= {"num_key_value_heads": 4, "head_dim": settings["qk_rope_head_dim"]}
     settings |= _layers(default)
-    for name, sub_class in config_class.sub_configs.items():
-        if getattr(default, name, None) is None or sub_class.__name__ == "AutoConfig":
+    for name in config_class.sub_configs:
+        if getattr(default, name, None) is None:
             continue
         if not hasattr(getattr(default, name), "vocab_size") and name in changes:
             settings[name] = changes[name]
             continue
         settings[name] = _shrunk(type(getattr(default, name)), changes.get(name, {})).to_dict()
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    settings |= {name: value for name, value in special.items() if hasattr(default, name)}
+    settings |= {name: value for name, value in special.items() if name in there}
+    if "is_decoder" in there and not default.is_encoder_decoder:
+        settings["is_decoder"] = True  # of the BERT kind, which else looks ahead
     settings |= {name: value for name, value in changes.items() if name not in config_class.sub_configs}
     return config_class(**settings)
 
 
 def _layers(default: PreTrainedConfig) -> dict[str, Any]:
     """The number of layers, and the lists that have one entry per layer: one layer of each kind."""
-    name = next((name for name in LAYERS if isinstance(getattr(default, name, None), int)), None)
-    if name is None:
+    there = default.to_dict()
+    counts = {name: there[name] for name in LAYERS if isinstance(there.get(name), int)}
+    if not counts:
         return {}
-    count = getattr(default, name)
+    count = next(iter(counts.values()))
     lists = {
-        key: value for key, value in default.to_dict().items()
+        key: value for key, value in there.items()
         if isinstance(value, list) and len(value) == count and count > 1
     }  # fmt: skip
     kinds = list(zip(*lists.values(), strict=True))
     kept = sorted({kinds.index(kind) for kind in kinds})
     kept += [number for number in range(count) if number not in kept][: max(0, FEWEST_LAYERS - len(kept))]
     few = {key: [value[number] for number in sorted(kept)] for key, value in lists.items()}
-    others = {other: len(kept) for other in LAYERS if isinstance(getattr(default, other, None), int)}
-    return {**few, **others}
+    return {**few, **dict.fromkeys(counts, len(kept))}
 
 
 def tiny_model(model_type: str, seed: int = 1) -> PreTrainedModel:

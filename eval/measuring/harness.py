@@ -35,7 +35,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.errors import InputError
 from rlhf.models.generation import Way, way_to_decode
-from rlhf.models.prefix import before_head, can_continue, positions_of, prefill, rows_of, take
+from rlhf.models.prefix import can_continue, logits_at, positions_of, prefill, rows_of
 from rlhf.run.files import read_jsonl, write_jsonl
 from rlhf.starter.tasks import TASKS
 
@@ -218,9 +218,8 @@ class SharedPrefixLM(HFLM):
         first = torch.tensor([len(contexts[place]) - 1 for place in places], device=self.device)
         columns = first[:, None] + torch.arange(max(map(len, continuations)), device=self.device)
         columns = columns.clamp(max=ids.shape[1] - 1)
-        with before_head(self.model, lambda hidden: take(hidden, columns)):
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits.float().log_softmax(-1)
+        output = logits_at(self.model, columns, input_ids=ids, attention_mask=mask, use_cache=False)
+        return output.logits.float().log_softmax(-1)
 
     @staticmethod
     def _read_off(logprobs: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:

@@ -9,13 +9,16 @@ from peft import (
     PeftConfig,
     PeftModel,
     TaskType,
+    get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
 from rlhf.models.checks import check_finite, loading
@@ -57,6 +60,40 @@ def recompute_with_same_adapter(
         return nullcontext(), active_adapter(model, name)
 
     return context
+
+
+def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The model with a new adapter.
+
+    `all-linear` leaves out the output projections of Mamba layers: their kernels read the weights past the adapter, and
+    PEFT refuses them.
+
+    Raises:
+        InputError: for a shape that PEFT can't give this model.
+    """
+    if getattr(config, "target_modules", None) == "all-linear":
+        passed_by = {
+            f"{name.rpartition('.')[2]}.out_proj" for name, module in model.named_modules()
+            if all(hasattr(module, part) for part in ("conv1d", "out_proj", "A_log", "D"))
+        }  # fmt: skip
+        if passed_by:
+            config.exclude_modules = sorted({*(config.exclude_modules or []), *passed_by})
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"--lora_target_modules: PEFT can't give {model.config.model_type} such an adapter "
+            f"({' '.join(str(error).split())[:200]}). Name other modules, or train in full (--use_peft false)."
+        ) from error
+
+
+def refuse_prompt_learning(model: PreTrainedModel | PeftModel, what: str) -> None:
+    """Raise InputError for an adapter of virtual tokens (prompt tuning, prefix tuning, P-tuning)."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise InputError(
+            f"{what}: is an adapter of virtual tokens ({model.active_peft_config.peft_type.value}), which can't be "
+            "sampled or scored here. Give a LoRA adapter, or a full model."
+        )
 
 
 def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
@@ -125,3 +162,12 @@ def trunk(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformer without its head, with its adapters."""
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     return whole.base_model
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Disable all dropout, so that the ratio of new to old probabilities starts at 1."""
+    disable_dropout_in_model(module)
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):  # functional dropout reads it on every forward
+                setattr(part, name, 0.0)

@@ -30,8 +30,9 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
+from rlhf.models.adapters import refuse_prompt_learning
 from rlhf.models.precision import exact
-from rlhf.models.prefix import CANNOT, before_head, prefill, reraise_out_of_memory, same, take
+from rlhf.models.prefix import CANNOT, logits_at, prefill, reraise_out_of_memory, same
 from rlhf.models.tokenizers import end_ids
 
 
@@ -123,9 +124,8 @@ class _Uncached:
         inside = columns < sequences.shape[1]
         ids = sequences.gather(1, columns.clamp(max=sequences.shape[1] - 1)).masked_fill(~inside, 0)
         last = inside.sum(1, keepdim=True) - 1
-        with before_head(self.model, lambda hidden: take(hidden, last)):
-            logits = self.model(input_ids=ids, attention_mask=inside.long(), use_cache=False).logits
-        return (logits if logits.shape[1] == 1 else take(logits, last))[:, 0]
+        inputs = {"input_ids": ids, "attention_mask": inside.long(), "use_cache": False}
+        return logits_at(self.model, last, **inputs).logits[:, 0]
 
     def keep(self, rows: torch.Tensor) -> bool:
         """Drop all other rows."""
@@ -260,7 +260,11 @@ def generate(
         stopping_criteria: in addition to those of `config`, for example a StopStringCriteria, which `generate` makes
             only for its own decoding loop.
         uniforms: see `sample`.
+
+    Raises:
+        InputError: for an adapter of virtual tokens.
     """
+    refuse_prompt_learning(model, "--model_name_or_path")
     loop = functools.partial(sample, uniforms=uniforms, way=way_to_decode(model, batch))
     return _generate(model, batch, config, loop, stopping_criteria=stopping_criteria)
 

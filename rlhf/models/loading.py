@@ -9,7 +9,6 @@ from peft import (
     LoraConfig,
     PeftModel,
     TaskType,
-    get_peft_model,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -24,7 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import REFERENCE
+from rlhf.models.adapters import REFERENCE, new_adapter
 from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_adapter, check_loaded, loading
 from rlhf.models.sources import Source, base_config, base_revision, saved_rows, saved_shapes
@@ -114,7 +113,7 @@ def load_causal_lm(
     if not trainable:
         return place(model)
     if model_args.use_peft:
-        return get_peft_model(model, _lora_config(model_args, TaskType.CAUSAL_LM))
+        return new_adapter(model, _lora_config(model_args, TaskType.CAUSAL_LM))
     return model
 
 
@@ -177,7 +176,7 @@ def load_reward_model(
     if not _is_classifier(model):
         draw_score_head(model.score, seed)
     if trainable and model_args.use_peft:
-        return get_peft_model(model, _lora_config(model_args, TaskType.SEQ_CLS))
+        return new_adapter(model, _lora_config(model_args, TaskType.SEQ_CLS))
     return model
 
 
@@ -204,9 +203,14 @@ def _reward_adapter_from(source: Source, classifier: PreTrainedModel) -> PeftMod
     """
     assert source.peft_config is not None
     config = copy.deepcopy(source.peft_config)
+    if config.is_prompt_learning:
+        raise InputError(
+            f"{source.flag} {source.name}: is an adapter of virtual tokens ({config.peft_type.value}), which can't become "
+            "a reward model. Give its base, a LoRA adapter or a full model."
+        )
     config.task_type, config.inference_mode = TaskType.SEQ_CLS, False
     head = classifier.score.weight.detach().clone()
-    model = get_peft_model(classifier, config)
+    model = new_adapter(classifier, config)
     with loading(source.flag, source.name, "the adapter"):
         weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
     weights["base_model.model.score.weight"] = head

@@ -155,6 +155,28 @@ def before_head(model: Any, choose: Callable[[torch.Tensor], torch.Tensor]) -> I
         hook.remove()
 
 
+def logits_at(
+    model: Any, columns: torch.Tensor, run: Callable[..., ModelOutput] | None = None, **inputs: Any
+) -> ModelOutput:
+    """The model's output with logits (B, T, V) at columns (B, T) alone: no other goes through the head.
+
+    Args:
+        run: the model, perhaps wrapped by DDP; default: `model`, which has the head.
+        inputs: of the model.
+    """
+    chosen = []
+
+    def choose(hidden: torch.Tensor) -> torch.Tensor:
+        chosen.append(True)
+        return take(hidden, columns)
+
+    with before_head(model, choose):
+        output = (run or model)(**inputs)
+    if not chosen:
+        output.logits = take(output.logits, columns)
+    return output
+
+
 _CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 

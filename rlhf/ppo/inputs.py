@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.experimental.utils import create_reference_model
@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError
-from rlhf.models.adapters import REFERENCE
+from rlhf.models.adapters import REFERENCE, new_adapter, refuse_prompt_learning
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
 from rlhf.models.sources import Source, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -90,7 +90,8 @@ def load_roles(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise InputError("peft_config: the model is a PeftModel already. Leave it out, or merge_and_unload first.")
-        model = get_peft_model(model, peft_config)
+        model = new_adapter(model, peft_config)
+    refuse_prompt_learning(model, "model")
     if ref_model is None and not isinstance(model, PeftModel):
         ref_model = create_reference_model(model)
     if isinstance(ref_model, str):

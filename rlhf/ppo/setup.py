@@ -5,11 +5,9 @@ from typing import TypeAlias
 
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import VALUE, add_value_adapter, recompute_with_same_adapter
@@ -127,15 +125,6 @@ def reward_weights(functions: list[RewardFunction], args: PPOConfig) -> list[flo
             f"--reward_weights: {len(weights)} weights for {len(functions)} rewards. Give one weight for each."
         )
     return weights
-
-
-def disable_dropout(module: nn.Module) -> None:
-    """Disable all dropout, so that the ratio of new to old probabilities starts at 1."""
-    disable_dropout_in_model(module)
-    for part in module.modules():
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):  # functional dropout reads it on every forward
-                setattr(part, name, 0.0)
 
 
 def checkpoint_activations(model: Model | None, args: PPOConfig) -> None:

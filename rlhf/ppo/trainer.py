@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
+from rlhf.models.adapters import disable_dropout
 from rlhf.models.precision import mixed_precision, without_casts
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import usable_context
@@ -43,7 +44,6 @@ from rlhf.ppo.setup import (
     check_models,
     check_optimizers,
     check_prompts,
-    disable_dropout,
     policy_and_value,
     reward_weights,
     set_sizes,

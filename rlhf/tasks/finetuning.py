@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import InputError
+from rlhf.models.adapters import new_adapter
 from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_finite, loading
 from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
@@ -201,7 +202,7 @@ def _choose_trainable(
     heads = {name.split(".")[0] for name in new if not name.startswith(body)}
     inner = {name.rpartition(".")[0] for name in new if name.startswith(body)}
     lora.modules_to_save = sorted({*heads, *inner, *(lora.modules_to_save or [])})
-    return in_float32(get_peft_model(model, lora))
+    return in_float32(new_adapter(model, lora))
 
 
 def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
