@@ -65,6 +65,7 @@ class RLOOConfig(TRLRLOOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)  # first: TRL divides by some of them
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16, the default, is refused there
         super().__post_init__()
         accumulated = self.gradient_accumulation_steps
         apart = math.lcm(self.passes_per_batch, accumulated) // accumulated

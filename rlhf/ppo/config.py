@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
@@ -125,6 +127,7 @@ class PPOConfig(TRLPPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16, the default, is refused there
         super().__post_init__()
         if isinstance(self.stop_token_id, int):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it

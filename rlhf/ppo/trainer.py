@@ -50,7 +50,7 @@ from rlhf.ppo.setup import (
     stop_ids,
 )
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
-from rlhf.ppo.update import UpdateSettings, minibatches, optimizer_step, ptx_batches, update
+from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
 from rlhf.rewards import RewardArgument, need_scores, reward_functions
 
@@ -378,7 +378,12 @@ class PPOTrainer(TrainerConventions):
 
     def _step(self) -> float:
         only = self.model.value_parameters() if self._warming_up() else None
-        return optimizer_step(self.accelerator, self.model_wrapped, self.optimizer, self.args.max_grad_norm, only)
+        norm = clip_gradients(self.accelerator, self.model_wrapped, self.args.max_grad_norm, only)
+        self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+        self.optimizer.step()
+        self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
+        self.optimizer.zero_grad()
+        return norm
 
     def _warming_up(self) -> bool:
         return self.state.global_step < self.args.value_warmup_steps

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
 
 from rlhf.models.prefix import Rows
 from rlhf.ppo.config import PPOConfig
@@ -175,10 +174,10 @@ def update(
     return update_stats(sums, norms, ptx_losses)
 
 
-def optimizer_step(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float, only: set[str] | None = None
+def clip_gradients(
+    accelerator: Accelerator, model: nn.Module, max_grad_norm: float, only: set[str] | None = None
 ) -> float:
-    """Clip the gradients, take a step and set the gradients to zero; returns the gradient norm before clipping.
+    """Clip the gradients before an optimizer step; returns their norm before clipping.
 
     Args:
         max_grad_norm: 0 doesn't clip.
@@ -189,10 +188,7 @@ def optimizer_step(
         if only is not None and name not in only:
             parameter.grad = None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(norm)
+    return float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
 
 
 def micro_batch_losses(
