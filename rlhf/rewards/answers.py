@@ -97,7 +97,7 @@ def _as_list(name: str, answer: object, count: int) -> list[Any]:
         )
     scores = list(islice(plain, count + 1))  # a generator may have no end
     if len(scores) != count:
-        found = len(plain) if isinstance(plain, list | tuple) else len(scores) if len(scores) < count else "more"
+        found = len(scores) if len(scores) < count else f"more than {count}"
         raise RewardError(f"Reward function {name!r} returned {found} scores for {count} completions.")
     return scores
 
