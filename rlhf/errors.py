@@ -32,8 +32,16 @@ def report_errors() -> Iterator[None]:
             yield
     except InputError as error:
         if error.of_one_process or int(os.environ.get("RANK", "0")) == 0:
+            _end_progress_bars()
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def _end_progress_bars() -> None:
+    """End the line of an open progress bar, so that the error gets a line of its own."""
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 @contextmanager
