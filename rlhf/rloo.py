@@ -65,7 +65,8 @@ class RLOOConfig(TRLRLOOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)  # first: TRL divides by some of them
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16, the default, is refused there
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()
         accumulated = self.gradient_accumulation_steps
         apart = math.lcm(self.passes_per_batch, accumulated) // accumulated

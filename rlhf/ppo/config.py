@@ -127,7 +127,8 @@ class PPOConfig(TRLPPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16, the default, is refused there
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()
         if isinstance(self.stop_token_id, int):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
