@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import LORA, assistant, logged, ppo_trainer, user
+from conftest import LORA, assistant, logged, ppo_trainer, present, user
 from datasets import Dataset, IterableDataset
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR
@@ -127,7 +127,10 @@ def test_models_by_name_are_those_that_the_recipe_loads(tiny, sft, reward_adapte
         tiny,
         reward_funcs=lengths,
     )
-    assert full.model.policy.dtype == full.ref_model.dtype == torch.bfloat16 and full.model.value_model is not None
+    assert (
+        full.model.policy.dtype == present(full.ref_model).dtype == torch.bfloat16
+        and full.model.value_model is not None
+    )
 
 
 def test_reward_models_are_taken_as_grpo_takes_them(tiny, tokenizer, tmp_path):
