@@ -99,7 +99,7 @@ def measure_compression(
 def refuse_look_ahead(name: str, source: Source) -> None:
     """Raise InputError unless the model predicts each token from those before it."""
     config = base_config(source)
-    if not is_decoder(config) and not getattr(config, "is_decoder", False):
+    if config.is_encoder_decoder or not (is_decoder(config) or getattr(config, "is_decoder", False)):
         raise InputError(
             f"--models {name}={source.name}: a {config.model_type} sees the whole text, so it gives no probability of "
             "the text. Give causal language models."

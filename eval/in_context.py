@@ -41,6 +41,7 @@ from trl import ModelConfig, ScriptArguments
 
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
+from rlhf.data.encoding import is_seq2seq
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_base
 from rlhf.models.loading import load_causal_lm
@@ -185,6 +186,11 @@ def main() -> None:
     rows = word_questions(script_args, dataclasses.replace(task_args, tasks=ours), args)
     baseline = harness.read_answers(args.baseline_dir, args.num_fewshot, rows) if args.baseline_dir else None
     tokenizer = load_tokenizer(source)
+    if is_seq2seq(tokenizer):
+        raise InputError(
+            f"--model_name_or_path {source.name}: is an encoder-decoder; examples in the context are read by decoders. "
+            "Give a decoder."
+        )
     if not start_run(__file__, args.output_dir, script_args, task_args, args, model_args):
         return
 

@@ -7,8 +7,9 @@
     accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
 
 Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. If the model is an
-adapter (the SFT adapter, for example), the reward adapter starts from its weights. The task type is always SEQ_CLS, so
-that the score head is trained and saved. Every flag of TRL's RewardConfig and ModelConfig works.
+adapter (the SFT adapter, for example), the reward adapter starts from its weights. An encoder such as BERT reads prompt
+and reply as a pair. The task type is always SEQ_CLS, so that the score head is trained and saved. Every flag of TRL's
+RewardConfig and ModelConfig works.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -21,11 +22,12 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
+from rlhf.data.pairs import PreferenceCollator
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
-from rlhf.models.sources import resolve
+from rlhf.models.sources import base_config, context_length, reads_pairs, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
@@ -48,8 +50,10 @@ def main() -> None:
         eos_token=training_args.eos_token,
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
+        classifier=True,
     )
-    limits = (training_args.max_length, training_args.dataset_num_proc)
+    pairs = reads_pairs(tokenizer, base_config(source))
+    limits = (training_args.max_length, training_args.dataset_num_proc, context_length(source), pairs)
     train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
@@ -58,14 +62,20 @@ def main() -> None:
     model = load_reward_model(source, model_args, tokenizer, seed=training_args.seed)
 
     # Trainer
+    training_args.remove_unused_columns = False  # TRL doesn't know the columns of token types
     trainer = RewardTrainer(
-        model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        data_collator=PreferenceCollator(tokenizer.pad_token_id, training_args.pad_to_multiple_of),
     )
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))
     metrics = trainer.evaluate()
-    accuracy = evaluate_reward_model(trainer, tokenizer, test)
+    accuracy = evaluate_reward_model(trainer, test)
     metrics |= {"eval_accuracy": accuracy["mean"], "eval_margin": accuracy["margin"]}
     trainer.log_metrics("eval", metrics)
 

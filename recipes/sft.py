@@ -6,7 +6,8 @@
     accelerate launch recipes/sft.py --use_peft false --learning_rate 2e-5 --output_dir outputs/sft-full
 
 Without arguments it reads recipes/configs/sft.yaml: the starter model and conversations, LoRA, a few minutes on a
-laptop. The loss is on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works.
+laptop. The loss is on the assistant's replies only. Every flag of TRL's SFTConfig and ModelConfig works. An
+encoder-decoder (T5, BART, ...) reads the prompt in its encoder and learns the reply in its decoder.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -18,13 +19,15 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
+from rlhf.data.encoding import is_seq2seq
 from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
-from rlhf.models.sources import resolve
+from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer, check_seq2seq_arguments
 
 
 def main() -> None:
@@ -44,7 +47,11 @@ def main() -> None:
         pad_token=training_args.pad_token,
         chat_template_path=training_args.chat_template_path,
     )
-    train, test = (sft_rows(split, script_args.dataset_name, tokenizer, training_args) for split in (train, test))
+    seq2seq = is_seq2seq(tokenizer)
+    if seq2seq:
+        check_seq2seq_arguments(training_args)
+    limits = (training_args, context_length(source))
+    train, test = (sft_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
 
@@ -53,7 +60,7 @@ def main() -> None:
 
     # Trainer
     training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows
-    trainer = SFTTrainer(
+    trainer = (Seq2SeqSFTTrainer if seq2seq else SFTTrainer)(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
     )
 

@@ -5,9 +5,11 @@ the whole completion is one action (Ahmadian et al. 2024, https://arxiv.org/abs/
 function is trained. The KL to the reference is subtracted from the reward of the completion.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +30,8 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
-from rlhf.models.prefix import logits_at
+from rlhf.models.prefix import logits_at, without_gaps
+from rlhf.models.seq2seq import decoder_outputs
 from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.rewards import (
     Completion,
@@ -149,6 +152,7 @@ class RLOOTrainer(TRLRLOOTrainer):
             processing_class=processing_class, **arguments,
         )  # fmt: skip
         self.reward_func_names = reward_names(functions)
+        self.processing_class.is_encoder_decoder = self.model.config.is_encoder_decoder  # for encode_prompt
         # TRL's own has the tokenizer's eos alone
         self.generation_config.eos_token_id = self.ends = end_ids(self.model, self.processing_class)
         if args.mask_truncated_completions and len(self.ends) > 1:
@@ -200,10 +204,16 @@ class RLOOTrainer(TRLRLOOTrainer):
         return prompt_ids, completion_ids, completions
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, *inputs: object, **settings: object
+        self, model: nn.Module, *inputs: Any, **settings: object
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """With rows padded on the right, where padding reaches nothing; some models read padding on the left."""
+        """With rows padded on the right, where padding reaches nothing; some models read padding on the left.
+
+        An encoder-decoder model gets the prompts and completions apart.
+        """
         owner = self.accelerator.unwrap_model(model)
+        if owner.config.is_encoder_decoder:
+            reads = functools.partial(_as_decoder, model, keep=inputs[2])
+            return super()._get_per_token_logps_and_entropies(reads, *inputs, **settings)
 
         def padded_right(
             input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int = 0, **batch: object
@@ -284,3 +294,20 @@ class RLOOTrainer(TRLRLOOTrainer):
             folder = output_dir or self.args.output_dir
             self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=["default"])
             self.processing_class.save_pretrained(folder)
+
+
+def _as_decoder(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep: int, **_: object
+) -> ModelOutput:
+    """The logits (B, `keep` + 1, V) of an encoder-decoder model where a decoder would have those of the last tokens.
+
+    TRL cuts the last one off.
+
+    Args:
+        input_ids, attention_mask: (B, P + `keep`) prompts, padded on the left, and completions, padded on the right.
+    """
+    rows = without_gaps(input_ids, attention_mask, attention_mask[:, -keep:].sum(1))
+    logits = decoder_outputs(model, rows).logits
+    spread = logits.new_zeros(len(input_ids), keep + 1, logits.shape[-1])
+    spread[:, :-1][attention_mask[:, -keep:].bool()] = logits
+    return ModelOutput(logits=spread)

@@ -34,22 +34,29 @@ import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny_models import EOS, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf.data.datasets import Row
+from rlhf.data.pairs import encode_pair
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
 from rlhf.models.generation import Way, way_to_decode
 from rlhf.models.loading import load_causal_lm, load_reward_model
-from rlhf.models.sources import resolve
+from rlhf.models.sources import base_config, reads_pairs, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.advantages import estimate_advantages
 from rlhf.ppo.rollout import draw_uniforms
 from rlhf.ppo.types import Rollout
 from rlhf.rewards import RewardModel
+from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
@@ -90,7 +97,8 @@ def agree(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: flo
 
 def plain_copy(folder: Path, trained: PreTrainedModel | PeftModel) -> Any:
     """The trained model, loaded by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    whole = trained.get_base_model() if isinstance(trained, PeftModel) else trained
+    model = type(whole).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     if isinstance(trained, PeftModel):
         model = get_peft_model(model, copy.deepcopy(trained.peft_config["default"]))
     model.load_state_dict(trained.state_dict(), strict=False)
@@ -99,10 +107,17 @@ def plain_copy(folder: Path, trained: PreTrainedModel | PeftModel) -> Any:
 
 @torch.no_grad()
 def read_row(model: PreTrainedModel | PeftModel, ids: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (T, V) of the next token and hidden states (T, d) in front of the head, before `length` tokens.
+    """Log-probabilities (T, V) of the next token and hidden states (T, d) before `length` tokens.
 
-    The row is alone, unpadded, without a cache.
+    The row is alone, unpadded, without a cache. The hidden states are those in front of the head; an encoder-decoder's
+    are those of its decoder's last layer.
     """
+    if model.config.is_encoder_decoder:
+        output = model(
+            input_ids=torch.tensor([ids[:-length]]), use_cache=False, output_hidden_states=True,
+            decoder_input_ids=torch.tensor([[model.generation_config.decoder_start_token_id, *ids[-length:-1]]]),
+        )  # fmt: skip
+        return (output.logits[0] / TEMPERATURE).float().log_softmax(-1), output.decoder_hidden_states[-1][0]
     caught = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: caught.append(inputs[0]))
     logits = model(input_ids=torch.tensor([ids])).logits / TEMPERATURE
@@ -225,9 +240,13 @@ TEXTS = ("A walk in the rain", "Tea", "Snow and music and a long day", "Chess!")
 
 
 @torch.no_grad()
-def outputs(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+def outputs(model: Any, rows: list[list[int]], replies: bool = False) -> list[torch.Tensor]:
+    """Logits of rows, each alone. With `replies` an encoder-decoder's decoder gets the rows too."""
     model.eval()
-    return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    inputs = [{"input_ids": torch.tensor([row])} for row in rows]
+    if replies and model.config.is_encoder_decoder:
+        inputs = [{**one, "decoder_input_ids": one["input_ids"]} for one in inputs]
+    return [model(**one).logits[0].float() for one in inputs]
 
 
 def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
@@ -236,18 +255,20 @@ def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
     tokenizer = load_tokenizer(source)
     rows = [tokenizer(text).input_ids for text in TEXTS]
     model = load_causal_lm(source, model_args, tokenizer)
-    first = outputs(model, rows)
-    trainer = SFTTrainer(
+    first = outputs(model, rows, True)
+    trainer_class = Seq2SeqSFTTrainer if model.config.is_encoder_decoder else SFTTrainer
+    learned = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    trainer = trainer_class(
         model=model, args=SFTConfig(output_dir=str(scratch), **TRAINING), processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
+        train_dataset=learned, eval_dataset=learned,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
-    trained = outputs(trainer.model, rows)
+    trained = outputs(trainer.model, rows, True)
     if all(torch.equal(*pair) for pair in zip(first, trained, strict=True)):
         raise Wrong("SFT changed nothing")
     loaded = load_causal_lm(resolve(str(scratch)), model_args, tokenizer, trainable=False)
-    for found, expected in zip(outputs(loaded, rows), trained, strict=True):
+    for found, expected in zip(outputs(loaded, rows, True), trained, strict=True):
         agree("logits after loading", found, expected)
     return "exact"
 
@@ -255,8 +276,10 @@ def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
 def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
     """One step of a reward model; what was saved gives the trained model's scores, row by row and in a batch."""
     source = resolve(str(folder))
-    tokenizer = load_tokenizer(source)
-    rows = [[*tokenizer(text).input_ids, EOS] for text in TEXTS]
+    tokenizer = load_tokenizer(source, classifier=True)
+    pairs = reads_pairs(tokenizer, base_config(source))
+    rows = [encode_pair(tokenizer, "", text)["input_ids"] if pairs else [*tokenizer(text).input_ids, EOS]
+            for text in TEXTS]  # fmt: skip
     model = load_reward_model(source, model_args, tokenizer)
     trainer = RewardTrainer(
         model=model, args=RewardConfig(output_dir=str(scratch), **TRAINING), processing_class=tokenizer,
@@ -269,6 +292,7 @@ def check_reward(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
     trained = torch.stack(outputs(trainer.model, rows))[:, 0]
     loaded = load_reward_model(resolve(str(scratch)), model_args, tokenizer, trainable=False)
     agree("scores after loading", torch.stack(outputs(loaded, rows))[:, 0], trained)
+    tokenizer = load_tokenizer(resolve(str(scratch)), classifier=True)
     scores = RewardModel(loaded, tokenizer)(["" for _ in TEXTS], list(TEXTS))
     agree("scores of a batch", torch.tensor(scores), trained)
     return "exact"
@@ -281,6 +305,21 @@ CHECKS: dict[str, tuple[Callable[[Path, ModelConfig, Path], str], ModelConfig]] 
     "PPO": (check_ppo, FULL), "PPO LoRA": (check_ppo, LORA), "SFT": (check_sft, FULL), "SFT LoRA": (check_sft, LORA),
     "reward": (check_reward, FULL), "reward LoRA": (check_reward, LORA),
 }  # fmt: skip
+
+
+def kinds_of_models() -> dict[str, tuple[str, str]]:
+    """Model type and kind (see `tiny_config`) of everything that is checked, by name."""
+    causal, masked = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both_parts = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    encoders = [
+        name for name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        if name not in both_parts and (name not in causal or name in masked)
+    ]  # fmt: skip
+    return {
+        **{name: (name, "decoder") for name in causal},
+        **{f"{name} (encoder-decoder)": (name, "encoder-decoder") for name in both_parts},
+        **{f"{name} (encoder)": (name, "encoder") for name in encoders},
+    }
 
 
 def one_line(error: BaseException) -> str:
@@ -302,23 +341,26 @@ def outcome(check: Callable[[], str]) -> str:
         return f"TRACEBACK: {type(error).__name__}: {one_line(error)} ({Path(own.filename).name}:{own.lineno})"
 
 
-def check_family(model_type: str, checks: list[str], result: Path) -> None:
-    """Checks of one model type; writes their outcomes to a JSON file."""
+def check_family(name: str, checks: list[str], result: Path) -> None:
+    """Checks of one of `kinds_of_models`; writes their outcomes to a JSON file."""
+    model_type, kind = kinds_of_models()[name]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         outcomes: dict[str, str] = {}
         try:
-            tiny_model(model_type).save_pretrained(folder)
+            tiny_model(model_type, kind).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
         except Exception as error:
             traceback.print_exc()
             outcomes["built"] = f"{type(error).__name__}: {one_line(error)}"
         else:
-            for name in checks:
-                check, model_args = CHECKS[name]
-                own = Path(scratch) / name.replace(" ", "_")
-                outcomes[name] = outcome(lambda: check(folder, model_args, own))  # noqa: B023
+            for what in checks:
+                check, model_args = CHECKS[what]
+                if kind == "encoder" and check is not check_reward:
+                    continue
+                own = Path(scratch) / what.replace(" ", "_")
+                outcomes[what] = outcome(lambda: check(folder, model_args, own))  # noqa: B023
         result.write_text(json.dumps(outcomes, indent=1))
 
 
@@ -362,7 +404,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
         f"Written by `make families` with transformers {transformers.__version__}, TRL {trl.__version__}, PEFT "
         f"{peft.__version__} and torch {torch.__version__} on {datetime.date.today()}. A tiny random model of each "
         "model type goes through PPO, SFT and reward training, and is compared with plain transformers row by row "
-        f"(tests/families.py says how). {len(results)} model types: "
+        f"(tests/families.py says how). Encoders are reward models only. {len(results)} model types: "
         + ", ".join(f"{count} {kind}" for kind, count in counts.items()) + ".\n", file=page,
     )  # fmt: skip
     print("| model type | " + " | ".join(CHECKS) + " |\n|-" + "|-" * len(CHECKS) + "|", file=page)
@@ -372,8 +414,10 @@ def table(results: dict[str, dict[str, str]]) -> str:
             cells = [f"not built{lines.setdefault(outcomes['built'], len(lines) + 1)}"] + [""] * (len(CHECKS) - 1)
         else:
             cells = [
-                text if text.startswith("exact") else f"{text.split(':')[0]} [{lines.setdefault(text, len(lines) + 1)}]"
-                for text in (outcomes[check] for check in CHECKS)
+                text
+                if text.startswith("exact") or not text
+                else f"{text.split(':')[0]} [{lines.setdefault(text, len(lines) + 1)}]"
+                for text in (outcomes.get(check, "") for check in CHECKS)
             ]
         print(f"| {name} | " + " | ".join(cells) + " |", file=page)
     print(file=page)
@@ -393,7 +437,9 @@ def main() -> None:
     results = arguments.results_dir
     results.mkdir(parents=True, exist_ok=True)
     found = {}
-    for model_type in arguments.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    every = kinds_of_models()
+    only = arguments.only and [name for name in every if {name, every[name][0]} & {*arguments.only}]
+    for model_type in every if only is None else only:
         file = results / f"{model_type}.json"
         if arguments.only or arguments.again or not file.exists():
             file.unlink(missing_ok=True)

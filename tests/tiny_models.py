@@ -11,7 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -146,9 +150,51 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The config of a tiny model of this type."""
-    return _shrunk(CONFIG_MAPPING[model_type], TYPES.get(model_type, {}))
+# what an encoder-decoder or an encoder needs: a start token, and sizes that only they have
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    # a start token that is not the pad token, from which these read positions and masks
+    **{
+        name: {"decoder_start_token_id": BOS}
+        for name in ("m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2", "t5gemma")
+    },
+    "t5gemma2": {
+        "decoder_start_token_id": BOS,
+        "eoi_token_index": VOCABULARY - 2,
+        "image_token_index": VOCABULARY - 1,
+        "encoder": {
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            }
+        },
+    },
+    "fsmt": {"decoder_start_token_id": BOS, "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY},
+    "marian": {"decoder_start_token_id": PAD, "decoder_vocab_size": VOCABULARY},
+    "prophetnet": {"decoder_start_token_id": BOS, "ngram": 2},
+}
+ENCODERS: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(model_type: str, kind: str = "decoder") -> PreTrainedConfig:
+    """The config of a tiny model of this type.
+
+    Args:
+        kind: `decoder`, `encoder-decoder` or `encoder`.
+    """
+    if model_type == "encoder-decoder":
+        parts = [tiny_config("bert", "encoder") for _ in range(2)]
+        return EncoderDecoderConfig.from_encoder_decoder_configs(*parts, decoder_start_token_id=BOS, pad_token_id=PAD)
+    more = {"decoder": {}, "encoder-decoder": ENCODER_DECODERS, "encoder": ENCODERS}[kind].get(model_type, {})
+    if kind == "encoder-decoder" and CONFIG_MAPPING[model_type]().is_encoder_decoder:
+        more = {"decoder_start_token_id": PAD, **more}
+    config_class = CONFIG_MAPPING[model_type]
+    looks_ahead = {"is_decoder": False} if kind == "encoder" and hasattr(config_class(), "is_decoder") else {}
+    return _shrunk(config_class, {**TYPES.get(model_type, {}), **looks_ahead, **more})
 
 
 def _shrunk(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
@@ -160,12 +206,13 @@ def _shrunk(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> Pr
         settings |= {"num_key_value_heads": 4, "head_dim": settings["qk_rope_head_dim"]}
     settings |= _layers(default)
     for name in config_class.sub_configs:
-        if getattr(default, name, None) is None:
+        part = getattr(default, name, None)
+        if part is None:
             continue
-        if not hasattr(getattr(default, name), "vocab_size") and name in changes:
+        if name in changes and not hasattr(part, "vocab_size") and not part.sub_configs:
             settings[name] = changes[name]
             continue
-        settings[name] = _shrunk(type(getattr(default, name)), changes.get(name, {})).to_dict()
+        settings[name] = _shrunk(type(part), changes.get(name, {})).to_dict()
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     settings |= {name: value for name, value in special.items() if name in there}
     if "is_decoder" in there and not default.is_encoder_decoder:
@@ -192,10 +239,17 @@ def _layers(default: PreTrainedConfig) -> dict[str, Any]:
     return {**few, **dict.fromkeys(counts, len(kept))}
 
 
-def tiny_model(model_type: str, seed: int = 1) -> PreTrainedModel:
+def tiny_model(model_type: str, kind: str = "decoder", seed: int = 1) -> PreTrainedModel:
     """A random float32 model whose predictions are far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    config = tiny_config(model_type, kind)
+    if kind == "encoder":
+        whole = type(config) in AutoModelForMaskedLM._model_mapping
+        return (AutoModelForMaskedLM if whole else AutoModel).from_config(config, dtype=torch.float32)
+    auto_class = AutoModelForCausalLM if kind == "decoder" else AutoModelForSeq2SeqLM
+    model = auto_class.from_config(config, dtype=torch.float32)
+    if config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = config.decoder_start_token_id
     sharpen(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     return model
@@ -208,9 +262,10 @@ def sharpen(model: PreTrainedModel) -> None:
         if parameter.ndim > 1 and parameter.std() < 0.1:  # a matrix that was drawn, and nothing made for its place
             parameter.mul_(6.0)
     ids = torch.randint(BOS + 2, 259, (2, 40), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     head = model.get_output_embeddings()
     for _ in range(20):
-        logprobs = model.eval()(input_ids=ids).logits.float().log_softmax(-1)
+        logprobs = model.eval()(**inputs).logits.float().log_softmax(-1)
         if head is None or -(logprobs.exp() * logprobs).sum(-1).mean() < SHARP:
             break
         head.weight.mul_(1.5)

@@ -15,7 +15,8 @@ from eval.metrics import metric, metric_results
 from eval.stats.fits import best_of_n_kl
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.comparisons import Labeler, Prompt
-from rlhf.data.encoding import encode_conversation, encode_prompt
+from rlhf.data.datasets import Row
+from rlhf.data.encoding import encode_conversation, encode_prompt, encode_reply, is_seq2seq
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource, load_reward
@@ -133,10 +134,17 @@ def _sample_one(
     own = reply_logprobs(model, tokenizer, prompts, chosen.ids, description=f"{name}: own log-probabilities")
     human, rows = None, plan.rows
     if "completion" in rows.column_names and not isinstance(rows[0]["completion"], str):
-        pairs = [encode_conversation(tokenizer, row["prompt"] + row["completion"]) for row in rows]
-        targets = [[label for label in pair["labels"] if label != -100] for pair in pairs]
+        targets = [_human_reply(tokenizer, row) for row in rows]
         human = reply_logprobs(model, tokenizer, prompts, targets, description=f"{name}: human replies")
     return ModelReplies(candidates, chosen, own, human)
+
+
+def _human_reply(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    """Token ids of the reply that a row brings along, as SFT would learn them."""
+    if is_seq2seq(tokenizer):
+        return encode_reply(tokenizer, row["completion"][-1]["content"])
+    labels = encode_conversation(tokenizer, row["prompt"] + row["completion"])["labels"]
+    return [label for label in labels if label != -100]
 
 
 def _score_all(

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import RewardTrainer
 
 from eval.metrics import metric, metric_results
@@ -21,7 +20,7 @@ from rlhf.tasks.labelled_rows import predict_labels
 
 
 @torch.no_grad()
-def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> JsonObject:
+def evaluate_reward_model(trainer: RewardTrainer, rows: Dataset) -> JsonObject:
     """Score both replies of every held-out pair, and write evaluation.json into the run's folder.
 
     Every process scores all pairs, so that sharded models work too. TRL's own accuracy and margin are means of batches,
@@ -29,20 +28,20 @@ def evaluate_reward_model(trainer: RewardTrainer, tokenizer: PreTrainedTokenizer
     evaluation in the log gets the means over pairs instead.
 
     Args:
-        rows: `chosen_ids` and `rejected_ids`.
+        rows: `chosen_ids` and `rejected_ids`, as the trainer's collator takes them.
 
     Returns:
         all results of the metric reward_accuracy; lengths are in tokens.
     """
     model, size = trainer.model_wrapped.eval(), trainer.args.per_device_eval_batch_size
-    scores: dict[str, list[float]] = {}
-    for column in ("chosen_ids", "rejected_ids"):
-        ids, scores[column] = rows[column][:], []
-        for start in range(0, len(ids), size):
-            batch = tokenizer.pad({"input_ids": ids[start : start + size]}, padding_side="right", return_tensors="pt")
-            with trainer.autocast_smart_context_manager():
-                logits = model(**batch.to(trainer.args.device), use_cache=False).logits
-            scores[column] += logits.squeeze(-1).float().tolist()
+    scores: dict[str, list[float]] = {"chosen_ids": [], "rejected_ids": []}
+    for start in range(0, len(rows), size):
+        batch = trainer.data_collator(rows.select(range(start, min(start + size, len(rows)))).to_list())
+        batch = {key: values.to(trainer.args.device) for key, values in batch.items() if key != "margin"}
+        with trainer.autocast_smart_context_manager():
+            logits = model(**batch, use_cache=False).logits
+        for column, found in zip(scores, logits.squeeze(-1).float().chunk(2), strict=True):
+            scores[column] += found.tolist()
     result = metric_results(
         "reward_accuracy",
         predictions=scores["chosen_ids"],

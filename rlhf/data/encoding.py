@@ -11,6 +11,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.comparisons import Messages
+from rlhf.data.pairs import plain_text
 from rlhf.errors import InputError
 
 
@@ -65,11 +66,38 @@ def _end_at_control_token(tokenizer: PreTrainedTokenizerBase, ids: list[int]) ->
     return ids[:end] if end and ids[end - 1] in special else ids
 
 
+def is_seq2seq(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `load_tokenizer` has marked the tokenizer as that of an encoder-decoder model."""
+    return getattr(tokenizer, "is_encoder_decoder", False)
+
+
+def tokens_needed(tokenizer: PreTrainedTokenizerBase, prompt: int, reply: int) -> int:
+    """The context that a prompt and a reply of these lengths take.
+
+    An encoder-decoder reads the prompt in one part and writes the reply, behind a start token, in another.
+    """
+    return max(prompt, reply + 1) if is_seq2seq(tokenizer) else prompt + reply
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt: a text unchanged, or messages with the generation prompt."""
+    """Token ids of a prompt: a text unchanged, or messages with the generation prompt.
+
+    The encoder of an encoder-decoder model reads a text as its tokenizer encodes it (T5's puts eos at the end), and
+    messages without a chat template as plain text.
+    """
+    if is_seq2seq(tokenizer) and (isinstance(prompt, str) or tokenizer.chat_template is None):
+        if isinstance(prompt, str):
+            return tokenizer(prompt)["input_ids"]
+        return tokenizer(plain_text(prompt), split_special_tokens=True)["input_ids"]
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return encode_messages(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_reply(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids that the decoder of an encoder-decoder model learns: a text and eos. The text has no control tokens."""
+    ids = tokenizer(text_target=text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def encode_text_with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,7 +8,16 @@ from trl import ScriptArguments, SFTConfig, is_conversational
 from trl.data_utils import maybe_extract_prompt
 
 from rlhf.data.datasets import Row, check_messages, load_splits, need_columns
-from rlhf.data.encoding import encode_conversation, encode_messages, encode_prompt, encode_text_with_end
+from rlhf.data.encoding import (
+    encode_conversation,
+    encode_messages,
+    encode_prompt,
+    encode_reply,
+    encode_text_with_end,
+    is_seq2seq,
+    tokens_needed,
+)
+from rlhf.data.pairs import Encoded, encode_pair
 from rlhf.errors import InputError
 
 
@@ -23,7 +32,13 @@ def _map(
     return dataset.map(function, remove_columns=columns, desc=what, num_proc=num_proc)
 
 
-def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig | None = None) -> Dataset:
+def sft_rows(
+    dataset: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig | None = None,
+    context_length: int | None = None,
+) -> Dataset:
     """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text in the column `text`.
 
     The loss of a conversation is taken on the assistant's messages; with `prompt` + `completion`, on those of the
@@ -31,10 +46,13 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, ar
 
     Args:
         args: if its `completion_only_loss` is False, and `assistant_only_loss` too, the loss is taken on all tokens.
+        context_length: of an encoder-decoder model, for `seq2seq_rows`.
 
     Raises:
         InputError: if columns are missing, a conversation has no reply, or `assistant_only_loss` meets plain text.
     """
+    if is_seq2seq(tokenizer):
+        return seq2seq_rows(dataset, name, tokenizer, args, context_length)
     replies_only = args is None or args.assistant_only_loss or args.completion_only_loss is not False
     field = args.dataset_text_field if args else "text"
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {field}])
@@ -58,6 +76,55 @@ def sft_rows(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, ar
     return _map(dataset, encode, set(), "Tokenizing conversations", args and args.dataset_num_proc)
 
 
+def seq2seq_rows(
+    dataset: Dataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig | None = None,
+    context_length: int | None = None,
+) -> Dataset:
+    """Rows for an encoder-decoder model: `input_ids` of the prompt, and `labels`, the reply and eos.
+
+    Each assistant message of a conversation, or of its completion, is a row of its own. Its prompt is all that comes
+    before it. Prompts and replies longer than `args.max_length` or the context are cut at their end, and counted.
+
+    Raises:
+        InputError: if columns are missing, or a conversation has no reply.
+    """
+    columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}])
+    check_messages(dataset, name, columns)
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        rows: dict[str, list] = {"input_ids": [], "labels": []}
+        for number in range(len(next(iter(batch.values())))):
+            row = {column: batch[column][number] for column in batch}
+            prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
+            if isinstance(completion, str):
+                turns = [(prompt, completion)]
+            else:
+                every = prompt + completion
+                turns = [(every[:n], message["content"]) for n, message in enumerate(every)
+                         if message["role"] == "assistant" and n >= max(1, len(prompt))]  # fmt: skip
+            if not turns:
+                raise InputError(
+                    f"--dataset_name {name}: a conversation without an assistant message has nothing to learn."
+                )
+            rows["input_ids"] += [encode_prompt(tokenizer, before) for before, _ in turns]
+            rows["labels"] += [encode_reply(tokenizer, reply) for _, reply in turns]
+        return rows
+
+    selected = dataset.select_columns(sorted(columns))
+    rows = selected.map(encode, batched=True, remove_columns=selected.column_names, desc="Tokenizing conversations",
+                        num_proc=args and args.dataset_num_proc)  # fmt: skip
+    limit = min((n for n in (args and args.max_length, context_length) if n is not None), default=None)
+    if limit is None:
+        return rows
+    long = sum(max(len(a), len(b)) > limit for a, b in zip(rows["input_ids"], rows["labels"], strict=True))
+    if long:
+        print(f"{name}: cut {long} of {len(rows)} rows, whose prompt or reply has more than {limit} tokens.")
+    return _map(rows, lambda row: {key: ids[:limit] for key, ids in row.items()}, set(), "Cutting")
+
+
 def texts_of(dataset: Dataset, name: str) -> list[str]:
     """Plain texts to pretrain on: the column `text`, or `messages` with the turns on lines of their own.
 
@@ -79,9 +146,12 @@ def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, co
     if name is None:
         return Dataset.from_list([])
     train, _ = load_splits(ScriptArguments(dataset_name=name), "sft")
-    rows = sft_rows(train, name, tokenizer)
+    rows = sft_rows(train, name, tokenizer, context_length=context_length)
 
     def encode(row: Row) -> Row:
+        if is_seq2seq(tokenizer):
+            prompt, reply = row["input_ids"], row["labels"]
+            return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
         if "text" in row:
             row = {"prompt": "", "completion": row["text"]}
         if "completion" in row:
@@ -99,50 +169,71 @@ def preference_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     num_proc: int | None = None,
+    context_length: int | None = None,
+    pairs: bool = False,
 ) -> Dataset:
-    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs longer than `max_length` are dropped and counted.
+    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs that are too long are dropped and counted.
 
     TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It ignores other columns,
     such as `certainty`.
 
+    Args:
+        max_length: the limit that the user sets.
+        context_length: the model's own limit.
+        pairs: the model reads prompt and reply as a pair of texts (rlhf/data/pairs.py). The rows then also have
+            `chosen_token_type_ids` and `rejected_token_type_ids`, if the tokenizer makes these.
+
     Raises:
-        InputError: if columns are missing or no pair fits into `max_length`.
+        InputError: if columns are missing or no pair fits.
     """
     columns = need_columns(dataset, name, [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}])
     check_messages(dataset, name, columns)
 
-    def encode_one(row: Row, column: str) -> list[int]:
-        prompt, reply = row.get("prompt"), row[column]
-        if isinstance(reply, str):
-            if isinstance(prompt, list):
-                raise InputError(
-                    f"--dataset_name {name}: 'prompt' is messages and {column!r} text. Make both messages."
-                )
-            return encode_text_with_end(tokenizer, (prompt or "") + reply)
-        # a conversation may repeat its prompt, or have it as a text in another column, as in UltraFeedback
-        whole = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
-        return encode_messages(tokenizer, reply if whole else prompt + reply)
-
-    def encode(row: Row) -> dict[str, list[int]]:
-        return {"chosen_ids": encode_one(row, "chosen"), "rejected_ids": encode_one(row, "rejected")}
+    def encode(row: Row) -> Encoded:
+        row = maybe_extract_prompt(row) if pairs and "prompt" not in row else row
+        encoded = {column: _encode_preference(row, column, name, tokenizer, pairs) for column in ("chosen", "rejected")}
+        return {
+            f"{column}_{key.removeprefix('input_')}": ids for column, one in encoded.items() for key, ids in one.items()
+        }
 
     selected = dataset.select_columns(sorted(columns))
     encoded = _map(selected, encode, set(), "Tokenizing preference pairs", num_proc)
-    if max_length is None:
+    limits = [limit for limit in (max_length, context_length) if limit is not None]
+    if not limits:
         return encoded
-    longest = [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]
-    kept = [number for number, length in enumerate(longest) if length <= max_length]
+    limit, longest = min(limits), longest_of_pairs(encoded)
+    kept = [number for number, length in enumerate(longest) if length <= limit]
+    name_of_limit = f"--max_length {limit}" if limit == max_length else f"the model's context of {limit} tokens"
     if not kept:
         raise InputError(
-            f"--max_length {max_length}: every pair of {name} is longer (the shortest has {min(longest)} tokens). "
-            "Raise --max_length."
+            f"--dataset_name {name}: every pair is longer than {name_of_limit}; the shortest has {min(longest)}. "
+            + ("Raise it." if limit == max_length else "Give shorter texts or another model.")
         )
     if len(kept) < len(longest):
-        print(
-            f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs, longer than --max_length "
-            f"{max_length}."
-        )
+        print(f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs, longer than {name_of_limit}.")
     return encoded.select(kept)
+
+
+def _encode_preference(row: Row, column: str, name: str, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> Encoded:
+    """The prompt of a row and the reply in one of its columns."""
+    prompt, reply = row.get("prompt"), row[column]
+    if isinstance(reply, str):
+        if isinstance(prompt, list):
+            raise InputError(f"--dataset_name {name}: 'prompt' is messages and {column!r} text. Make both messages.")
+        if pairs:
+            return encode_pair(tokenizer, prompt or "", reply)
+        return {"input_ids": encode_text_with_end(tokenizer, (prompt or "") + reply)}
+    # a conversation may repeat its prompt, or have it as a text in another column, as in UltraFeedback
+    whole = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
+    messages = reply if whole else prompt + reply
+    if pairs:
+        return encode_pair(tokenizer, messages[:-1], messages[-1]["content"])
+    return {"input_ids": encode_messages(tokenizer, messages)}
+
+
+def longest_of_pairs(encoded: Dataset) -> list[int]:
+    """The number of tokens of each pair's longer reply, prompt included."""
+    return [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]
 
 
 def prompt_rows(
@@ -168,7 +259,7 @@ def prompt_rows(
 
     rows = _map(dataset, encode, set(dataset.column_names) - {"messages"}, "Tokenizing prompts")
     longest = max(len(ids) for ids in rows["input_ids"])
-    if context_length is not None and longest + max_new_tokens > context_length:
+    if context_length is not None and tokens_needed(tokenizer, longest, max_new_tokens) > context_length:
         raise InputError(
             f"--dataset_name {name}: the longest prompt has {longest} tokens and the reply up to {max_new_tokens}, "
             f"more than the model's context of {context_length}. Shorten the prompts or the reply length."

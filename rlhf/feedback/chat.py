@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 
 from rlhf.comparisons import Messages, make_task
-from rlhf.data.encoding import encode_prompt
+from rlhf.data.encoding import encode_prompt, is_seq2seq, tokens_needed
 from rlhf.errors import InputError
 from rlhf.feedback.chat_votes import ChatVotes, Preferred
 from rlhf.feedback.speakers import Speaker
 from rlhf.models.adapters import active_adapter
 from rlhf.models.generation import seeded
+from rlhf.models.seq2seq import decoder_prefix
 from rlhf.models.tokenizers import end_ids, reply_text
 
 PLACES = "AB"
@@ -103,7 +104,8 @@ class Chat:
     def _fits(self, messages: Messages) -> bool:
         return all(
             speaker.context is None
-            or len(encode_prompt(speaker.tokenizer, messages)) + self.max_new_tokens <= speaker.context
+            or tokens_needed(speaker.tokenizer, len(encode_prompt(speaker.tokenizer, messages)), self.max_new_tokens)
+            <= speaker.context
             for speaker in self.speakers
         )
 
@@ -152,7 +154,9 @@ class Chat:
         except BaseException:
             streamer.end()  # else its reader would wait forever
             raise
-        reply = output[0, len(ids) :].tolist()
+        # an encoder-decoder's output has what its decoder begins with in the prompt's place
+        before = len(decoder_prefix(speaker.model)) if is_seq2seq(speaker.tokenizer) else len(ids)
+        reply = output[0, before:].tolist()
         return reply_text(speaker.tokenizer, reply, end_ids(speaker.model, speaker.tokenizer)).strip()
 
     def why_no_vote(self, conversation: Conversation) -> str | None:

@@ -16,6 +16,7 @@ from rlhf.errors import InputError
 from rlhf.feedback.assignment import VotingSettings
 from rlhf.models.generation import left_pad
 from rlhf.models.loading import load_causal_lm
+from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward_functions
@@ -230,7 +231,11 @@ class JudgeLabeler:
         for start in tqdm(range(0, len(order), self.batch_size), desc=self.name, unit="batch"):
             numbers = order[start : start + self.batch_size]
             batch = left_pad(tokenizer, [rows[number] for number in numbers]).to(model.device)
-            logits = model(**batch, logits_to_keep=1).logits[:, -1].float()
+            if model.config.is_encoder_decoder:
+                batch, _ = generation_inputs(model, batch, model.generation_config)
+            else:
+                batch["logits_to_keep"] = 1
+            logits = model(**batch).logits[:, -1].float()
             shares = torch.stack([logits.softmax(-1)[:, ids].sum(-1) for ids in letters], -1).tolist()
             found.update(zip(numbers, [(row[0], row[1]) for row in shares], strict=True))
         return [found[number] for number in range(len(rows))]

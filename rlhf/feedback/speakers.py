@@ -9,6 +9,7 @@ from trl import ModelConfig
 from rlhf.errors import InputError
 from rlhf.models.checks import check_adapter, loading
 from rlhf.models.loading import load_causal_lm
+from rlhf.models.seq2seq import decoder_prefix
 from rlhf.models.sources import Source, base_revision, context_length, named_models, resolve, saved_rows, saved_shapes
 from rlhf.models.tokenizers import end_ids
 
@@ -88,8 +89,13 @@ def _join(host: PeftModel, source: Source) -> str:
 def _only_sample(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> None:
-    """Pure sampling, as in training and evaluation. Only the stop tokens of the model's generation_config stay."""
+    """Pure sampling, as in training and evaluation.
+
+    The stop tokens of the model's generation_config stay, and what the decoder of an encoder-decoder begins with.
+    """
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = owners[-1].generation_config
+    start = decoder_prefix(owners[-1])[0] if model.config.is_encoder_decoder else None
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
@@ -98,6 +104,8 @@ def _only_sample(
         top_p=1.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_ids(owners[-1], tokenizer),
+        decoder_start_token_id=start,
+        forced_bos_token_id=own.forced_bos_token_id,
     )
     for owner in owners:
         owner.generation_config = config

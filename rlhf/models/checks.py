@@ -162,24 +162,30 @@ def check_quantization(config: object, flag: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------- after loading
 
 
-def check_loaded(model: PreTrainedModel, info: dict[str, set], flag: str, name: str, new: tuple[str, ...] = ()) -> None:
+def of_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight belongs to a classifier's head: it lies outside of the body, or in the body's pooler."""
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, set], flag: str, name: str, *, new_head: bool = False) -> None:
     """Refuse a model of which a part wasn't in its files: transformers fills it with random numbers and only warns.
 
     Args:
         info: what `from_pretrained(..., output_loading_info=True)` returned.
-        new: beginnings of the names of weights that may be missing, such as a score head.
+        new_head: the weights of a classifier's head may be missing, or have another shape.
 
     Raises:
         InputError: naming a weight that is missing or has another shape, or one that isn't finite.
     """
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new))
+    missing = sorted(key for key in info["missing_keys"] if not (new_head and of_head(model, key)))
     if missing:
         raise InputError(
             f"{flag} {name}: its files lack {len(missing)} weights of config.json's model, {missing[0]} for example; "
             "they would be random. Copy or download the model again, or give one of the right kind."
         )
-    if info["mismatched_keys"]:
-        key, found, wanted = min(info["mismatched_keys"])
+    mismatched = sorted(item for item in info["mismatched_keys"] if not (new_head and of_head(model, item[0])))
+    if mismatched:
+        key, found, wanted = mismatched[0]
         raise InputError(
             f"{flag} {name}: config.json doesn't fit the weights: {key} has shape {tuple(found)}, not {tuple(wanted)}. "
             "Use the config.json that was saved with them."

@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput
 from rlhf.models.adapters import refuse_prompt_learning
 from rlhf.models.precision import exact
 from rlhf.models.prefix import CANNOT, logits_at, prefill, reraise_out_of_memory, same
+from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.tokenizers import end_ids
 
 
@@ -266,7 +267,13 @@ def generate(
     """
     refuse_prompt_learning(model, "--model_name_or_path")
     loop = functools.partial(sample, uniforms=uniforms, way=way_to_decode(model, batch))
-    return _generate(model, batch, config, loop, stopping_criteria=stopping_criteria)
+    if not model.config.is_encoder_decoder:
+        return _generate(model, batch, config, loop, stopping_criteria=stopping_criteria)
+    inputs, config = generation_inputs(model, batch, config)
+    samples = _generate(model, inputs, config, loop, stopping_criteria=stopping_criteria)
+    each = batch["input_ids"].repeat_interleave(len(samples.lengths) // len(batch["input_ids"]), 0)
+    replies = samples.sequences[:, inputs["decoder_input_ids"].shape[1] :]
+    return samples._replace(sequences=torch.cat([each, replies], 1))
 
 
 def _generate(

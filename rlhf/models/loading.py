@@ -1,20 +1,22 @@
 """Weights: language models, reward models and the policy that PPO trains."""
 
 import copy
+import inspect
 import os
 import warnings
+from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
     PeftModel,
     TaskType,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,28 +28,41 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, new_adapter
 from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_adapter, check_loaded, loading
-from rlhf.models.sources import Source, base_config, base_revision, saved_rows, saved_shapes
+from rlhf.models.generation import seeded
+from rlhf.models.seq2seq import decoder_prefix
+from rlhf.models.sources import (
+    Source,
+    base_config,
+    base_revision,
+    language_model_class,
+    saved_rows,
+    saved_shapes,
+)
 from rlhf.models.tokenizers import end_ids
-
-# weights that a language model lacks and a sequence classifier of its architecture has
-HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "pooler.", "head.")
 
 
 def _load_base(
     source: Source,
     model_args: ModelConfig,
-    auto_class: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
-    new: tuple[str, ...] = (),
+    auto_class: Any,
+    *,
+    new_head: bool = False,
     **options: int,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
     """The base, with the embeddings of the size that the adapter was saved with.
 
     Args:
-        new: see `check_loaded`.
+        new_head: see `check_loaded`.
         options: see `base_config`.
+
+    Returns:
+        the model, and the names of weights that are new.
     """
     dtype = model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype)
     config = base_config(source, **options)
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird's sparse attention depends on the padding of a batch, and a short batch switches it off for good
+        config.attention_type = "original_full"
     with loading(source.flag, source.name, "the model"):
         model, info = auto_class.from_pretrained(
             source.base,
@@ -61,13 +76,13 @@ def _load_base(
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )
-    check_loaded(model, info, source.flag, source.name, new)
+    check_loaded(model, info, source.flag, source.name, new_head=new_head)
     rows = saved_rows(source)
     if rows not in (None, model.get_input_embeddings().weight.shape[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
     if model_args.attn_implementation is None:
         group_attention(model)
-    return model
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 def _with_adapter(source: Source, model: PreTrainedModel, trainable: bool) -> PeftModel:
@@ -82,7 +97,7 @@ def _with_adapter(source: Source, model: PreTrainedModel, trainable: bool) -> Pe
 def load_causal_lm(
     source: Source, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = True
 ) -> PreTrainedModel | PeftModel:
-    """A language model to train or to sample from.
+    """A language model to train or to sample from: a causal one, or an encoder-decoder.
 
     Training continues an adapter's own weights. With `model_args.use_peft` a full model gets a new LoRA adapter;
     without, all its weights are trained.
@@ -95,7 +110,9 @@ def load_causal_lm(
         raise InputError(f"{source.flag} {source.name}: is a reward adapter; a language model is needed here.")
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
-    model = _load_base(source, model_args, AutoModelForCausalLM)
+    model, _ = _load_base(source, model_args, language_model_class(source))
+    if model.config.is_encoder_decoder:
+        decoder_prefix(model)  # refuses a model without a start token
     model.generation_config.eos_token_id = end_ids(model, tokenizer)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # With a frozen head, torch multiplies a slice of the hidden states row by row and copies the head for each row. A
@@ -113,7 +130,8 @@ def load_causal_lm(
     if not trainable:
         return place(model)
     if model_args.use_peft:
-        return new_adapter(model, _lora_config(model_args, TaskType.CAUSAL_LM))
+        task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+        return new_adapter(model, _lora_config(model_args, task_type))
     return model
 
 
@@ -147,9 +165,10 @@ def load_reward_model(
     trainable: bool = True,
     seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
-    """A sequence classifier with one output, the score.
+    """A sequence classifier with one output, the score; or with two labels (`one_score` of rlhf/rewards/model.py).
 
-    A reward adapter or a full classifier keeps its head. A language model or its adapter gets a new one.
+    A reward adapter or a full classifier keeps its head. Other models and adapters get a new one, and so does a
+    classifier with another number of labels, if it is to be trained.
 
     Args:
         seed: of a new head.
@@ -165,24 +184,62 @@ def load_reward_model(
         )
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
-    with suppress_seqcls_warning():  # the warning says that the head is new; it is drawn or loaded below
-        model = _load_base(source, model_args, AutoModelForSequenceClassification, HEADS, num_labels=1)
+    config = base_config(source)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and "auto_map" not in vars(config):
+        raise InputError(
+            f"{source.flag} {source.name}: transformers has no sequence classifier of type {config.model_type}. Give "
+            "another model."
+        )
+    labels = 1 if trainable else score_labels(source)
+    new_head = trainable or source.is_reward_adapter
+    with suppress_seqcls_warning(), seeded(seed):  # the warning says that the head is new
+        model, new = _load_base(
+            source, model_args, AutoModelForSequenceClassification, new_head=new_head, num_labels=labels
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     if source.is_reward_adapter:
-        return _with_adapter(source, model, trainable)
-    if source.adapter is not None:
-        draw_score_head(model.score, seed)
-        return _reward_adapter_from(source, model)
-    if not _is_classifier(model):
-        draw_score_head(model.score, seed)
-    if trainable and model_args.use_peft:
-        return new_adapter(model, _lora_config(model_args, TaskType.SEQ_CLS))
+        model = _with_adapter(source, model, trainable)
+    else:
+        if isinstance(getattr(model, "score", None), nn.Linear) and "score.weight" in new:
+            draw_score_head(model.score, seed)
+        if source.adapter is not None:
+            model = _reward_adapter_from(source, model, new)
+        elif trainable and model_args.use_peft:
+            lora = _lora_config(model_args, TaskType.SEQ_CLS)
+            lora.modules_to_save = _head_modules(model, new, lora.modules_to_save)
+            model = new_adapter(model, lora)
+    _without_use_cache(model)
     return model
 
 
-def _is_classifier(model: PreTrainedModel) -> bool:
-    """Whether the weights were saved as those of a sequence classifier, with a head."""
-    return "SequenceClassification" in (model.config.architectures or [""])[0]
+def score_labels(source: Source) -> int:
+    """The number of outputs of a classifier that was saved, full or as an adapter."""
+    heads = [shape[0] for key, shape in saved_shapes(source).items() if ".lora_" not in key and len(shape) == 2]
+    return min(heads, default=1) if source.is_reward_adapter else base_config(source).num_labels
+
+
+def _head_modules(model: PreTrainedModel, new: set[str], named: list[str] | None) -> list[str] | None:
+    """Modules that are trained whole and saved with an adapter: the head, and a pooler that the checkpoint lacks.
+
+    PEFT itself adds `score` and `classifier`, but knows no other names. LoRA must not be put on them.
+    """
+    body = f"{model.base_model_prefix}."
+    heads = {name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
+    inner = {name.rpartition(".")[0] for name in new if name.startswith(body)}
+    return named if heads | inner <= {"score"} else sorted({*heads, *inner, *(named or [])})
+
+
+def _without_use_cache(model: PreTrainedModel | PeftModel) -> None:
+    """Let a classifier without `use_cache` be called with it: TRL's RewardTrainer always passes it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    taken = inspect.signature(base.forward).parameters
+    if "use_cache" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        return
+
+    def drop(_model: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {name: value for name, value in settings.items() if name != "use_cache"}
+
+    model.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 def draw_score_head(head: nn.Linear, seed: int) -> None:
@@ -196,24 +253,26 @@ def draw_score_head(head: nn.Linear, seed: int) -> None:
     head.weight.data.copy_(weight.to(head.weight.device, head.weight.dtype))
 
 
-def _reward_adapter_from(source: Source, classifier: PreTrainedModel) -> PeftModel:
+def _reward_adapter_from(source: Source, classifier: PreTrainedModel, new: set[str]) -> PeftModel:
     """A new adapter with the LoRA weights of a language model's adapter and the classifier's score head.
 
     Its task type is SEQ_CLS: under CAUSAL_LM, PEFT would neither train the head nor save it.
+
+    Args:
+        new: names of the weights that the base's checkpoint lacks.
     """
     assert source.peft_config is not None
     config = copy.deepcopy(source.peft_config)
-    if config.is_prompt_learning:
-        raise InputError(
-            f"{source.flag} {source.name}: is an adapter of virtual tokens ({config.peft_type.value}), which can't become "
-            "a reward model. Give its base, a LoRA adapter or a full model."
-        )
     config.task_type, config.inference_mode = TaskType.SEQ_CLS, False
-    head = classifier.score.weight.detach().clone()
+    config.modules_to_save = _head_modules(classifier, new, config.modules_to_save)
     model = new_adapter(classifier, config)
     with loading(source.flag, source.name, "the adapter"):
         weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
-    weights["base_model.model.score.weight"] = head
+    body, outer = f"base_model.model.{classifier.base_model_prefix}.", "base_model.model."
+    # the classifiers of T5 and its relatives have the layers one level deeper than the language models
+    weights = {key if key.startswith(body) else key.replace(outer, body, 1): weight for key, weight in weights.items()}
+    own = get_peft_model_state_dict(model)
+    weights |= {key: weight for key, weight in own.items() if not key.startswith(body) or ".pooler." in key}
     with loading(source.flag, source.name, "the adapter"):
         set_peft_model_state_dict(model, weights)
     check_adapter(

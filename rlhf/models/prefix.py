@@ -42,6 +42,18 @@ def rows_of(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, 
     return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
 
 
+def without_gaps(input_ids: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor) -> Rows:
+    """Rows of tokens (B, L) with any padding, also between prompt and completion, without a gap."""
+    mask = attention_mask.bool()
+    totals = mask.sum(1)
+    width = int(totals.max())
+    packed = torch.zeros(len(mask), width, dtype=torch.long, device=mask.device)
+    kept = torch.arange(width, device=mask.device) < totals[:, None]
+    # 0 stands for padding: a pad token may lie outside of the embeddings, and no masked token matters
+    packed[kept] = input_ids[mask]
+    return Rows(packed, kept.long(), lengths)
+
+
 class Computed(NamedTuple):
     """What `forward_sharing_prefix` returns."""
 

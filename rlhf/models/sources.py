@@ -12,8 +12,13 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import PeftConfig, TaskType
 from peft import __version__ as peft_version
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
 from trl import ModelConfig
 
 from rlhf.data.paths import need_model
@@ -320,9 +325,10 @@ def first_position(model_type: str, pad_token_id: int | None) -> int:
 
 
 def usable_context(config: PreTrainedConfig) -> int | None:
-    """A model's context length in tokens, or None if its config sets no limit."""
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    """A model's context length in tokens; None if its config sets no limit. An encoder-decoder's is the encoder's."""
+    text = config.get_text_config()
+    config = getattr(config, "encoder", text) if config.is_encoder_decoder else text
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_encoder_position_embeddings", None))
     return positions and positions - first_position(config.model_type, config.pad_token_id)
 
 
@@ -355,3 +361,39 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     """Whether the architecture is a causal language model and not also a masked one."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def reads_pairs(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> bool:
+    """Whether a classifier reads prompt and reply as a pair of texts: an encoder without a chat template.
+
+    Encoder-decoders (T5, BART) always do: they read the score at the last eos token and need equally many in all rows.
+    A chat template puts one behind each turn.
+    """
+    return bool(config.is_encoder_decoder) or (tokenizer.chat_template is None and not is_decoder(config))
+
+
+def language_model_class(source: Source) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """The class that loads a language model: a causal one, or an encoder-decoder.
+
+    Raises:
+        InputError: if the model is something else: a classifier, an encoder, or half of an encoder-decoder. As a
+            language model it would get a random head, or see the tokens that it should predict.
+    """
+    config, what = base_config(source), f"{source.flag} {source.name}"
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("Classification", "QuestionAnswering", "MultipleChoice", "SentencePrediction")):
+        raise InputError(
+            f"{what}: is a {architecture}; a language model is needed here. A classifier can be a reward "
+            "(--reward_model_path), or a base of recipes/reward.py."
+        )
+    kind, remote = config.model_type, getattr(config, "auto_map", None) or {}
+    known = [auto for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) if type(config) in auto._model_mapping]
+    known += [auto for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) if auto.__name__ in remote]
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
+    if not known or architecture.endswith("EncoderModel") or (encoder and not config.is_encoder_decoder):
+        raise InputError(
+            f"{what}: {architecture or kind} is an encoder or another model that predicts no next token; a language "
+            "model is needed here. Give a decoder (Llama, GPT-2, ...) or an encoder-decoder (T5, BART, ...). Encoders "
+            "are bases of recipes/reward.py and recipes/finetune.py."
+        )
+    return known[-1] if config.is_encoder_decoder else known[0]

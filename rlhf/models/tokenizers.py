@@ -9,7 +9,16 @@ from rlhf.data.encoding import control_ids, encode_messages
 from rlhf.data.paths import TEMPLATE_FILES, need_file
 from rlhf.errors import InputError
 from rlhf.models.checks import loading
-from rlhf.models.sources import Source, base_config, base_revision, hub_file, resolve, saved_rows
+from rlhf.models.sources import (
+    Source,
+    base_config,
+    base_revision,
+    hub_file,
+    is_decoder,
+    language_model_class,
+    resolve,
+    saved_rows,
+)
 
 # Tokens that model families reserve for padding or never use, in order of preference.
 PAD_CANDIDATES = (
@@ -52,26 +61,37 @@ def load_tokenizer(
     eos_token: str | None = None,
     pad_token: str | None = None,
     chat_template_path: str | None = None,
+    classifier: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token that differs from eos and with a chat template.
+    """The model's tokenizer, with a pad token that differs from eos and, for a decoder, with a chat template.
 
     A tokenizer saved with an adapter is preferred to the base's. If pad is missing or equals eos, an unused token of
     the vocabulary becomes pad. If they were equal, every end of a reply would be masked as padding, and the model would
     never learn to stop.
 
+    The tokenizer of an encoder or encoder-decoder is left without a template if it has none (rlhf/data/pairs.py and
+    rlhf/data/encoding.py say what is read then).
+
     Args:
         chat_template_path: a .jinja file, or a model that has the template.
+        classifier: it is a reward model's. An encoder then needs no eos token.
 
     Raises:
-        InputError: if it can't be loaded, `pad_token` is eos, one of the two isn't in the vocabulary or can't be found,
+        InputError: if the model is neither a language model nor, with `classifier`, a base of a reward model; or if the
+            tokenizer can't be loaded, `pad_token` is eos, one of the two isn't in the vocabulary or can't be found,
             a token has no embedding, or the chat template ends replies with a token other than `eos_token`.
     """
+    config = base_config(source)
+    if not classifier:
+        language_model_class(source)  # refuses other models
+    generates = not classifier or (is_decoder(config) and not config.is_encoder_decoder)
     tokenizer = read_tokenizer(source)
+    tokenizer.is_encoder_decoder = bool(config.is_encoder_decoder)  # for `encode_prompt`
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise InputError(f"--eos_token {eos_token!r}: not in the vocabulary of {source.name}.")
         tokenizer.eos_token = eos_token
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and generates:
         raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
     set_pad_token(tokenizer, source, pad_token)
     if chat_template_path and chat_template_path.endswith(TEMPLATE_FILES):
@@ -80,12 +100,13 @@ def load_tokenizer(
     elif chat_template_path:
         other = resolve(chat_template_path, "--chat_template_path", weights=False)
         tokenizer.chat_template = read_tokenizer(other).chat_template
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and generates and not config.is_encoder_decoder:
         print(
             f"{source.name} has no chat template; using 'User: ... Assistant: ...' (change it: --chat_template_path)."
         )
         tokenizer.chat_template = PLAIN_TEMPLATE
-    _end_turns_with_eos(tokenizer, source)
+    if tokenizer.chat_template is not None and generates:
+        _end_turns_with_eos(tokenizer, source)
     if eos_token not in (None, tokenizer.eos_token):
         raise InputError(
             f"--eos_token {eos_token!r}: the chat template ends a reply with {tokenizer.eos_token!r}. Leave it off, or "

@@ -86,7 +86,9 @@ def load_roles(
         model = load_policy(source, model_args, tokenizer)
         if source.adapter is not None and ref_model is None and args.ref_adapter_name is None:
             args.ref_adapter_name = REFERENCE
+    assert not isinstance(model, str)
     check_pad_token(tokenizer)
+    tokenizer.is_encoder_decoder = model.config.is_encoder_decoder  # for encode_prompt
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise InputError("peft_config: the model is a PeftModel already. Leave it out, or merge_and_unload first.")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
+from rlhf.models.seq2seq import decoder_outputs
 
 Entropy = Literal["none", "value", "graph"]
 
@@ -50,7 +51,7 @@ class PolicyAndValue(nn.Module):
     """What PPO trains: the policy, and the value function in one of three forms.
 
     Args:
-        policy: a causal language model or a PeftModel of one.
+        policy: a causal or an encoder-decoder language model, or a PeftModel of one.
         value_model: a sequence classifier with one output, trained beside the policy.
         value_adapter: without a `value_model`, the policy's adapter that becomes the value function, with a head. None
             puts the head on the policy's own trunk.
@@ -159,15 +160,21 @@ def _policy_outputs(
         return caught[-1][exists][None]
 
     tokens = rows.input_ids.gather(1, (positions + 1).clamp(max=rows.input_ids.shape[1] - 1))
-    with before_head(model, select):
-        logits = _run(model, trunk(model), rows).output.logits
-    found = token_logprobs(logits[0], tokens[exists], temperature, entropy)
+    if model.config.is_encoder_decoder:
+        logits, hidden = decoder_outputs(model, rows)
+    else:
+        with before_head(model, select):
+            logits = _run(model, trunk(model), rows).output.logits[0]
+        hidden = caught[-1]
+    found = token_logprobs(logits, tokens[exists], temperature, entropy)
     spread = tuple(torch.zeros(exists.shape, device=exists.device).masked_scatter(exists, values) for values in found)
-    return (spread[0], spread[1]), caught[-1]
+    return (spread[0], spread[1]), hidden
 
 
 def _trunk_hidden(model: PreTrainedModel | PeftModel, rows: Rows) -> torch.Tensor:
     """Last hidden states (B, T, d) at the positions before the completion tokens."""
+    if model.config.is_encoder_decoder:
+        return decoder_outputs(model, rows).hidden
     computed = _run(trunk(model), trunk(model), rows)
     return computed.at(computed.output[0], _before_completions(rows)[0])
 

@@ -7,8 +7,9 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.encoding import tokens_needed
 from rlhf.errors import InputError
 from rlhf.models.adapters import VALUE, add_value_adapter, recompute_with_same_adapter
 from rlhf.models.tokenizers import end_ids
@@ -20,6 +21,11 @@ from rlhf.rewards import RewardFunction
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
+def _has_token_scores(classifier: Model) -> bool:
+    """Whether a sequence classifier scores hidden states, as a decoder's does. Others pool them first."""
+    return hasattr(classifier, "score") and not classifier.config.is_encoder_decoder
+
+
 def check_models(
     model: str | Model, ref_model: str | Model | None, reward_model: str | Model | None, value_model: str | Model | None
 ) -> None:
@@ -28,9 +34,14 @@ def check_models(
         raise InputError("ref_model is the policy itself. Pass a copy, or None.")
     if reward_model is not None and value_model is reward_model and not isinstance(value_model, str):
         raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
+    if isinstance(value_model, PreTrainedModel | PeftModel) and not _has_token_scores(value_model):
+        raise InputError(
+            f"value_model: {type(value_model).__name__} gives no value for each token. Pass a decoder's sequence "
+            "classifier, or None, which puts the value function on the policy."
+        )
     for name, classifier in (("reward_model", reward_model), ("value_model", value_model)):
         labels = getattr(getattr(classifier, "config", None), "num_labels", 1)
-        if labels != 1:
+        if labels != 1 and not (name == "reward_model" and labels == 2):
             raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
 
 
@@ -57,12 +68,14 @@ def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | 
         raise InputError(f"ptx_dataset: needs a column input_ids, and perhaps labels; found {ptx.column_names}.")
 
 
-def check_prompts(dataset: Dataset, name: str, response_length: int, context: int | None) -> None:
+def check_prompts(
+    dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, response_length: int, context: int | None
+) -> None:
     """Raise InputError for prompts without tokens, or prompts that leave no room for a response."""
     longest = max(len(ids) for ids in dataset["input_ids"])
     if longest == 0 or min(len(ids) for ids in dataset["input_ids"]) == 0:
         raise InputError(f"{name}: has a prompt without tokens.")
-    if context is not None and longest + response_length > context:
+    if context is not None and tokens_needed(tokenizer, longest, response_length) > context:
         raise InputError(
             f"--response_length {response_length}: the longest prompt of {name} has {longest} tokens, together more "
             f"than the model's context of {context}. Shorten one of them."

@@ -184,8 +184,9 @@ class PPOTrainer(TrainerConventions):
         Raises:
             InputError: if it has no prompts, or a prompt leaves no room for a response.
         """
-        rows = tokenized(dataset, name, self.processing_class, self.args.response_length, self.context)
-        check_prompts(rows, name, self.args.response_length, self.context)
+        limits = (self.processing_class, self.args.response_length, self.context)
+        rows = tokenized(dataset, name, *limits)
+        check_prompts(rows, name, *limits)
         return rows
 
     # ------------------------------------------------------------------------------------------ the algorithm

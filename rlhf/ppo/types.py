@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf.comparisons import Prompt
-from rlhf.models.prefix import Rows
+from rlhf.models.prefix import Rows, without_gaps
 
 
 class Rollout(NamedTuple):
@@ -106,11 +106,4 @@ class LossSums:
 
 def pack(rollout: Rollout, rows: torch.Tensor) -> Rows:
     """Rows of a rollout with each completion right after its prompt, padded on the right to the longest row."""
-    mask = rollout.attention_mask[rows].bool()
-    totals = mask.sum(1)
-    width = int(totals.max())
-    packed = torch.zeros(len(rows), width, dtype=torch.long, device=mask.device)
-    kept = torch.arange(width, device=mask.device) < totals[:, None]
-    # 0 stands for padding: a pad token may lie outside of the embeddings, and no masked token matters
-    packed[kept] = rollout.input_ids[rows][mask]
-    return Rows(packed, kept.long(), rollout.completion_mask[rows].sum(1))
+    return without_gaps(rollout.input_ids[rows], rollout.attention_mask[rows], rollout.completion_mask[rows].sum(1))

@@ -107,7 +107,13 @@ class PtxBatch(NamedTuple):
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # (B, L - 1) bool: which tokens count, without a row's first token
+    lengths: torch.Tensor  # (B,) int64: tokens from the first one on that counts, which is never a row's first token
+    loss_mask: torch.Tensor  # (B, T) bool: which of these T tokens count
+
+
+def _first_learned(labels: list[int]) -> int:
+    """The first token that counts; at least 1, and at most the last one."""
+    return next((n for n, label in enumerate(labels[1:], 1) if label != -100), max(1, len(labels) - 1))
 
 
 def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: torch.device) -> Iterator[PtxBatch]:
@@ -120,10 +126,11 @@ def ptx_batches(dataset: Dataset | None, batch_size: int, seed: int, device: tor
     while dataset is not None:
         rows = [dataset[n] for n in torch.randint(len(dataset), (batch_size,), generator=generator).tolist()]
         ids = [torch.tensor(row["input_ids"]) for row in rows]
-        labels = [torch.tensor(row.get("labels") or row["input_ids"]) for row in rows]
+        labels = [row.get("labels") or row["input_ids"] for row in rows]
+        counted = [torch.tensor(row[_first_learned(row) :]) != -100 for row in labels]
         ones = [torch.ones_like(tokens) for tokens in ids]
-        counted = [kept[1:] != -100 for kept in labels]
-        yield PtxBatch(*(pad_sequence(part, batch_first=True).to(device) for part in (ids, ones, counted)))
+        inputs, mask, loss_mask = (pad_sequence(part, batch_first=True).to(device) for part in (ids, ones, counted))
+        yield PtxBatch(inputs, mask, torch.tensor([len(row) for row in counted], device=device), loss_mask)
 
 
 def update(
@@ -216,8 +223,7 @@ def micro_batch_losses(
 
 def language_model_loss(forward: Callable[..., TokenOutputs], batch: PtxBatch) -> torch.Tensor:
     """Mean negative log-probability of the masked tokens, at temperature 1."""
-    lengths = batch.attention_mask.sum(1) - 1  # every token but the first is a completion token
-    new = forward(Rows(batch.input_ids, batch.attention_mask, lengths), 1.0, with_values=False)
+    new = forward(Rows(batch.input_ids, batch.attention_mask, batch.lengths), 1.0, with_values=False)
     return -(new.logprobs * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
 
 

@@ -9,22 +9,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.comparisons import Prompt, as_message
 from rlhf.data.encoding import encode_messages, encode_text_with_end
+from rlhf.data.pairs import Encoded, encode_pair
 from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.prefix import Rows, forward_sharing_prefix
-from rlhf.models.sources import usable_context
+from rlhf.models.sources import reads_pairs, usable_context
 from rlhf.rewards.answers import Completion, completion_text
 
 
 class RewardModel:
     """A trained reward model as a reward function, with its own tokenizer and chat template.
 
-    It scores texts, so the policy's tokenizer doesn't matter. A completion is scored as a finished reply, without the
-    tokens after the stop token. If prompt and reply exceed the model's context, the beginning of the prompt is cut off;
-    that is printed once.
+    It scores texts, so the policy's tokenizer doesn't matter. A decoder reads a conversation under its chat template;
+    an encoder without a template reads prompt and reply as a pair (rlhf/data/pairs.py). A completion is scored as a
+    finished reply, without the tokens after the stop token. If prompt and reply exceed the model's context, the
+    beginning of the prompt is cut off; that is printed once.
 
     Args:
-        model: a sequence classifier with one output. Or the policy, together with `adapter` and `head`: the reward
-            model is then an adapter and a head over the policy's own base, and no second base is in memory.
+        model: a sequence classifier with one output, or with two labels (see `one_score`). Or the policy, together with
+            `adapter` and `head`: the reward model is then an adapter and a head over the policy's own base, and no
+            second base is in memory.
         adapter: the name of the policy's adapter that scores.
         head: from the last hidden state (…, d) to the score (…, 1).
     """
@@ -41,34 +44,45 @@ class RewardModel:
         self.model, self.tokenizer, self.batch_size, self.__name__ = model, tokenizer, batch_size, name
         self.adapter, self.head = adapter, head
         self.longest, self._cut_something = usable_context(model.config), False
+        self.pairs = head is None and reads_pairs(tokenizer, model.config)
         if adapter is None:
             model.eval().requires_grad_(False)
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
-        """Token ids of a prompt and a completion, ending with the token at which the score is read."""
-        if isinstance(prompt, str):
-            ids = encode_text_with_end(self.tokenizer, prompt + completion)
+        """Token ids of a prompt and a completion. A decoder's end with the token at which the score is read."""
+        return self.features(prompt, completion)["input_ids"]
+
+    def features(self, prompt: Prompt, completion: str) -> Encoded:
+        """A prompt and a completion as the model reads them: `input_ids`, and `token_type_ids` if it has them."""
+        if self.pairs:
+            whole = encode_pair(self.tokenizer, prompt, completion)
+        elif isinstance(prompt, str):
+            whole = {"input_ids": encode_text_with_end(self.tokenizer, prompt + completion)}
         else:
-            ids = encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])
+            whole = {"input_ids": encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])}
+        ids = whole["input_ids"]
         if self.longest is None or len(ids) <= self.longest:
-            return ids
+            return whole
         if not self._cut_something:
             print(f"{self.__name__}: {len(ids)} tokens of prompt and reply are more than the reward model's context of "
                   f"{self.longest}: it sees the end of such prompts only.")  # fmt: skip
             self._cut_something = True
-        return [ids[0], *ids[len(ids) - self.longest + 1 :]]  # the first token is where an encoder reads its score
+        if self.pairs:
+            return encode_pair(self.tokenizer, prompt, completion, self.longest)
+        # the first token is where an encoder reads its score
+        return {"input_ids": [ids[0], *ids[len(ids) - self.longest + 1 :]]}
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: object) -> list[float]:
         """One score per completion."""
         texts = [completion_text(completion) for completion in completions]
-        rows = [self.encode(*pair) for pair in zip(prompts, texts, strict=True)]
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        rows = [self.features(*pair) for pair in zip(prompts, texts, strict=True)]
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = self.tokenizer.pad(
-                {"input_ids": [rows[number] for number in numbers]}, padding_side="right", return_tensors="pt"
+                [rows[number] for number in numbers], padding_side="right", return_tensors="pt"
             ).to(self.model.device)
             for number, score in zip(numbers, self._scores(**batch).tolist(), strict=True):
                 scores[number] = score
@@ -77,13 +91,13 @@ class RewardModel:
     def _reads_the_last_token(self) -> bool:
         """Whether the score is read at the last token, as decoders do. An encoder pools in its own way."""
         classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return self.head is not None or hasattr(classifier, "score")
+        return self.head is not None or (isinstance(getattr(classifier, "score", None), nn.Linear) and not self.pairs)
 
-    def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: object) -> torch.Tensor:
+    def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """Scores (B,) float32."""
         self.model.eval()
         if not self._reads_the_last_token():
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()[:, 0]
+            return one_score(self.model(input_ids=input_ids, attention_mask=attention_mask, **more).logits)
         body = trunk(self.model)
         # the id of a pad token may lie outside of the embeddings; masked positions can have any id
         ids = input_ids.masked_fill(attention_mask == 0, 0)
@@ -93,5 +107,17 @@ class RewardModel:
         hidden = computed.at(computed.output[0], attention_mask.sum(1, keepdim=True) - 1)[:, 0]
         if self.head is None:
             classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            return classifier.score(hidden).float()[:, 0]
+            return one_score(classifier.score(hidden))
         return self.head.to(hidden.device)(hidden.float())[:, 0]
+
+
+def one_score(logits: torch.Tensor) -> torch.Tensor:
+    """Scores (B,) float32 of a classifier's logits: its one output, or of two labels the log-odds of the second.
+
+    >>> one_score(torch.tensor([[1.5], [0.0]])).tolist(), one_score(torch.tensor([[0.5, 2.0]])).tolist()
+    ([1.5, 0.0], [1.5])
+
+    The softmax of two logits a, b is the logistic function of b - a, so b - a is a Bradley-Terry model's score.
+    """
+    logits = logits.float()
+    return logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.trainer.utils import get_config_model_id
 
 from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
 from rlhf.models.adapters import REWARD, add_frozen_adapter, fits_beside
-from rlhf.models.loading import load_reward_model, place
-from rlhf.models.sources import Source, base_config, resolve
+from rlhf.models.loading import load_reward_model, place, score_labels
+from rlhf.models.sources import Source, base_config, is_decoder, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.answers import Completion, completion_text
 from rlhf.rewards.calling import ARGUMENTS, RewardFunction, check_reward_function, reward_name
@@ -55,7 +55,7 @@ def resolve_reward(
         name: `starter`, or a reward model (folder or Hub id).
         flag: the flag that gave the name, for error messages.
         allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
-        base: the policy's base model, which a reward adapter has to share.
+        base: the policy's base model, which the reward adapter of a decoder has to share.
         columns: the dataset's columns, which a function may need.
         trust_remote_code: see `resolve`.
 
@@ -141,25 +141,37 @@ def _imported(name: str, flag: str, columns: Sequence[str] | None) -> RewardFunc
 def _resolve_reward_model(name: str, flag: str, base: str | None, trust_remote_code: bool) -> Source:
     source = resolve(name, flag, trust_remote_code=trust_remote_code)
     if source.peft_config is None:
-        config = base_config(source)
-        architecture = (config.architectures or ["none"])[0]
-        if "SequenceClassification" not in architecture or config.num_labels != 1:
+        architecture = (base_config(source).architectures or ["none"])[0]
+        if "SequenceClassification" not in architecture:
             raise InputError(
-                f"{flag} {name}: a reward model is a sequence classifier with one output; found "
-                f"{architecture} with {config.num_labels}. Train one with recipes/reward.py."
+                f"{flag} {name}: a reward model is a sequence classifier; found {architecture}. Train one with "
+                "recipes/reward.py."
             )
-        return source
-    if not source.is_reward_adapter:
+    elif not source.is_reward_adapter:
         raise InputError(
             f"{flag} {name}: a reward adapter has task type SEQ_CLS; found "
             f"{source.peft_config.task_type}. Train one with recipes/reward.py."
         )
-    if base is not None and source.base != base:
+    elif base is not None and source.base != base and is_decoder(base_config(source)):
         raise InputError(
             f"{flag} {name}: this adapter belongs to the base {source.base}, the policy to {base}. Train "
             "a reward adapter on the policy's base, or merge this one into a full model (merge_and_unload)."
         )
+    labels = score_labels(source)
+    if labels > 2:
+        raise InputError(
+            f"{flag} {name}: has {labels} labels; a score needs one output, or two labels (the log-odds of one). "
+            "Train a reward model with recipes/reward.py, or make a score of the labels in a function (--reward_funcs)."
+        )
     return source
+
+
+def _say_what_two_labels_score(source: RewardSource, config: PreTrainedConfig) -> None:
+    names = config.id2label
+    print(
+        f"{source.name}: has two labels; the score is the log-odds of {names[1]!r} against {names[0]!r}. A negative "
+        "weight (--reward_weights) turns it around."
+    )
 
 
 def load_reward(
@@ -178,11 +190,13 @@ def load_reward(
     if source.model is None:
         assert source.function is not None
         return source.function
-    tokenizer = load_tokenizer(source.model)
+    tokenizer = load_tokenizer(source.model, classifier=True)
     if isinstance(policy, PeftModel) and fits_beside(policy, source.model, REWARD):
         head = add_frozen_adapter(policy, source.model, REWARD)
         return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
     model = load_reward_model(source.model, model_args, tokenizer, trainable=False)
+    if model.config.num_labels == 2:
+        _say_what_two_labels_score(source, model.config)
     return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
 
 
@@ -242,10 +256,12 @@ def _reward_model(
     model: PreTrainedModel | PeftModel, where: str, tokenizer: PreTrainedTokenizerBase | None, batch_size: int
 ) -> RewardModel:
     name = get_config_model_id(model.config)
-    if model.config.num_labels != 1:
-        raise InputError(f"{where}: a reward model has one output; found num_labels={model.config.num_labels}.")
+    if model.config.num_labels not in (1, 2):
+        raise InputError(
+            f"{where}: a reward model has one output, or two labels; found num_labels={model.config.num_labels}."
+        )
     if tokenizer is None and not name:
         raise InputError(f"{where}: the reward model has no name to load a tokenizer by. Give "
                          "reward_processing_classes.")  # fmt: skip
-    tokenizer = tokenizer or load_tokenizer(resolve(name, where, weights=False))
+    tokenizer = tokenizer or load_tokenizer(resolve(name, where, weights=False), classifier=True)
     return RewardModel(place(model), tokenizer, batch_size, Path(name).name or "reward_model")
