@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -426,10 +428,11 @@ def serve(tmp_path):
 
 def open_page(browser, server, **context):
     page = browser.new_context(**context).new_page()
-    page.problems, page.asked = [], []
+    page.problems, page.asked, page.sent = [], [], []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
     page.on("request", lambda request: page.asked.append(request.url))
+    page.on("request", lambda request: page.sent.append(request.post_data) if request.url.count("queue/join") else None)
     page.goto(server.url)
     page.wait_for_selector("textarea")
     return page
@@ -486,6 +489,21 @@ def test_two_models_on_the_page(browser, serve, tmp_path):
     page.wait_for_function("!document.querySelector('#talk').innerText.includes('Hello')")
     assert local(page, server)
     assert page.problems == []
+
+    event = json.loads(page.sent[0])  # forged: in the name of that tab, from elsewhere, and with wrong values
+    other = {"session_hash": "x"}
+    for changes, headers, code in (
+        ({}, {}, 403), (other, {"Origin": "http://evil.example"}, 403), (other, {"Host": "evil.example"}, 403),
+        (other, {"Content-Type": "text/plain"}, 415), ({"fn_index": 99}, {}, 400), ({"fn_index": "0"}, {}, 400),
+        ({"data": []}, {}, 400), ({"data": ["Hi"]}, {}, 400), ({"data": {"0": "Hi"}}, {}, 400),
+    ):  # fmt: skip
+        request = urllib.request.Request(
+            f"{server.url}gradio_api/queue/join", json.dumps(event | changes).encode(),
+            {"Content-Type": "application/json", **headers},
+        )  # fmt: skip
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == code, changes
 
 
 def test_two_models_on_a_phone(browser, serve):

@@ -52,11 +52,13 @@ def launch(playwright):
 class Server:
     """The page over the tasks and votes of a folder."""
 
-    def __init__(self, folder, ratings=False, overlap=1.0, port=None):
+    def __init__(self, folder, ratings=False, overlap=1.0, port=None, errors=None):
         self.folder, self.port = folder, port or free_port()
         command = [sys.executable, "-c", SERVER, str(folder), str(self.port), str(ratings), str(overlap)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment
+        )
         self.url = present(self.process.stdout).readline().strip()
         assert self.url.startswith("http://127.0.0.1"), self.url
 

@@ -35,9 +35,9 @@ class ChatPage:
     def __init__(self, chat: Chat) -> None:
         self.chat, self.two = chat, len(chat.speakers) > 1
 
-    def send(self, text: str, conversation: Conversation) -> Iterator[Updates]:
+    def send(self, text: str | None, conversation: Conversation) -> Iterator[Updates]:
         """Take the user's message and stream the replies, A's before B's."""
-        if not text.strip():
+        if not text or not text.strip():
             yield {self.status: ""}
             return
         try:

@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
@@ -66,9 +66,11 @@ class Guard:
         app: the ASGI application behind it.
         server_name: the address that the page is served at.
         port: names the cookie, because cookies of one host reach all its ports.
+        inputs: how many values each event of the page sends, by Gradio's number of the event.
     """
 
-    def __init__(self, app: App, server_name: str, port: int) -> None:
+    def __init__(self, app: App, server_name: str, port: int, inputs: Mapping[int, int]) -> None:
+        self.inputs = inputs
         self.app, self.server_name, self.cookie = app, server_name.strip("[]").lower(), f"rlhf-session-{port}"
         self._key = secrets.token_bytes(32)
         self._sessions: dict[str, str] = {}  # by Gradio's random name of a tab
@@ -92,7 +94,10 @@ class Guard:
                 session = self._sign(secrets.token_urlsafe(16))
                 cookie = f"{self.cookie}={session}; Path=/; HttpOnly; SameSite=Strict"
             body = await _body(headers, receive)
-            self._claim_tab(json.loads(body).get("session_hash"), session)
+            content = json.loads(body)
+            if scope["path"].rstrip("/") == f"{API}/queue/join":
+                self._check_event(content.get("fn_index"), content.get("data"))
+            self._claim_tab(content.get("session_hash"), session)
             receive = _replay(body, receive)
         else:
             name = scope["path"].removeprefix(f"{API}/heartbeat/") if "/heartbeat/" in scope["path"] else None
@@ -169,6 +174,11 @@ class Guard:
                 return found.value
         return None
 
+    def _check_event(self, event: object, data: object) -> None:
+        """Refuse an event that Gradio would run and fail with a traceback."""
+        if type(event) is not int or not isinstance(data, list) or len(data) != self.inputs.get(event):
+            raise Refused(400, "This page has no such event.")
+
     def _claim_tab(self, tab: object, session: str) -> None:
         if not isinstance(tab, str) or not 0 < len(tab) <= 64:
             raise Refused(400, "This request lacks its session_hash.")
@@ -236,7 +246,7 @@ async def _body(headers: dict[str, list[str]], receive: Receive) -> bytes:
     if headers.get("content-type", [""])[0].partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "A request must be application/json.")
     length = headers.get("content-length", ["0"])[0]
-    if not length.isdecimal() or int(length[:20]) > LONGEST_BODY:
+    if not length.isdecimal() or int(length[:20]) > 64 * LONGEST_BODY:
         raise Refused(413, f"A request has at most {LONGEST_BODY} bytes.")
     try:
         body = await asyncio.wait_for(_receive_all(receive), LONGEST_WAIT)
@@ -251,15 +261,17 @@ async def _body(headers: dict[str, list[str]], receive: Receive) -> bytes:
 
 
 async def _receive_all(receive: Receive) -> bytes:
-    body, more = b"", True
+    body, length, more = b"", 0, True
     while more:
         message = await receive()
         if message["type"] != "http.request":
             raise Refused(400, "The request ended early.")
-        body += message.get("body", b"")
+        length += len(message.get("body", b""))
+        # a body that is too large is read to its end, without keeping it: a client that still sends hears no answer
+        body = body + message.get("body", b"") if length <= LONGEST_BODY else b""
         more = message.get("more_body", False)
-        if len(body) > LONGEST_BODY:
-            raise Refused(413, f"A request has at most {LONGEST_BODY} bytes.")
+    if length > LONGEST_BODY:
+        raise Refused(413, f"A request has at most {LONGEST_BODY} bytes.")
     return body
 
 

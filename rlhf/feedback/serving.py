@@ -46,9 +46,10 @@ def serve(blocks: gr.Blocks, server_name: str, server_port: int) -> str:
         fastapi.FastAPI(openapi_url=None), blocks, "/", server_name=server_name, server_port=port,
         theme=THEME, footer_links=[], run_history=False, ssr_mode=False, show_error=False,
     )  # fmt: skip
+    inputs = {event["id"]: len(event["inputs"]) for event in blocks.config["dependencies"]}
     config = uvicorn.Config(
-        Guard(app, server_name, port), log_level="critical", access_log=False, server_header=False,
-        proxy_headers=False, ws="none", timeout_graceful_shutdown=1,
+        Guard(app, server_name, port, inputs), log_level="critical", access_log=False, server_header=False,
+        proxy_headers=False, http="h11", ws="none", timeout_graceful_shutdown=1,
     )  # fmt: skip
     # what `launch` sets and `close` reads; `launch` would leave no place for a guard before its own middleware
     blocks.app = blocks.server_app = app.routes[-1].app
