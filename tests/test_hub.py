@@ -80,3 +80,36 @@ def test_no_path_of_this_machine_is_public_wherever_a_setting_has_it(tmp_path):
     assert public_value([secret, "starter", 0.5]) == "reward, starter, 0.5"
     assert public_value(f"sft={secret}") == "sft=reward" and public_value("you/model") == "you/model"
     assert public_value([secret], {(tmp_path / "secret" / "reward").resolve(): "round-1/reward"}) == "round-1/reward"
+
+
+PUSH = """
+import sys
+from datasets import Dataset
+from rlhf.ppo import PPOConfig, PPOTrainer
+args = PPOConfig(
+    sys.argv[2], push_to_hub=True, hub_model_id="you/policy", hub_token="hf_secret", max_steps=2, save_strategy="steps",
+    save_steps=1, response_length=4, per_device_train_batch_size=2, num_ppo_epochs=1, report_to="none", bf16=False,
+    num_sample_generations=0,
+)
+rows = Dataset.from_list([{"prompt": "Tea is"}, {"prompt": "Rain is"}])
+ones = lambda completions: [1.0] * len(completions)
+trainer = PPOTrainer(args, model=sys.argv[1], reward_funcs=ones, train_dataset=rows)
+trainer.train()
+trainer.save_model()
+"""
+
+
+def test_the_trainer_in_python_pushes_the_policy_and_no_token(tiny, tmp_path):
+    with local_hub() as hub:
+        environment = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        words = [sys.executable, "-c", PUSH, tiny, str(tmp_path / "out")]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        content = hub.repos["models/you/policy"]
+        assert {"model.safetensors", "tokenizer.json", "README.md"} <= set(content)
+        assert b"ppo" in content["README.md"]
+        files = [*content.values(), *(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())]
+        assert not any(b"hf_secret" in data for data in files)

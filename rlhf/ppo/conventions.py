@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerControl
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import HubStrategy, TrainOutput, speed_metrics
+from transformers.utils import PushInProgress
 from trl.trainer.utils import print_prompt_completions_sample
 
 from rlhf.data.paths import need_checkpoint
@@ -360,3 +361,16 @@ class TrainerConventions(TRLPPOTrainer):
             self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Start to push the model as it is now, unless the last push goes on.
+
+        Trainer's own push also sends its pickled arguments, which hold the Hub token.
+        """
+        args = self.args
+        going_on = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if args.hub_strategy == HubStrategy.END or (going_on and not args.hub_always_push):
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        job = self.push_to_hub(commit_message=message, blocking=False, revision=args.hub_revision)
+        self.push_in_progress = PushInProgress([job]) if self.is_world_process_zero() else None

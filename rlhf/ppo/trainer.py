@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
@@ -152,6 +152,10 @@ class PPOTrainer(TrainerConventions):
         """The trained module, its optimizer and the sizes, once transformers' Trainer has been set up."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("PPO runs on one process or under DDP; FSDP and DeepSpeed don't work with it yet.")
+        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise InputError(
+                f"--hub_strategy {self.args.hub_strategy.value}: checkpoints stay here. Use every_save or end."
+            )
         args, policy = self.args, roles.policy
         set_sizes(args, self.train_dataset_len, self.accelerator.num_processes)
         self.is_peft_model = isinstance(policy, PeftModel)
