@@ -11,6 +11,7 @@ from conftest import LORA, ROOT, count_a, load_script, present, run, user
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
+from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
 from eval.curves import read_curves
@@ -299,3 +300,43 @@ def test_too_few_prompts_are_refused_before_the_folder_is_claimed(tiny, files, t
     with pytest.raises(InputError, match=r"prompts\.jsonl: 7 prompts; a batch of 64"):
         module.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_functions_written_for_grpo_work_and_what_they_log_arrives(sft, tmp_path):
+    seen = []
+
+    async def judge(prompts, completions, completion_ids, number, trainer_state, log_metric, log_extra, **given):
+        seen.append((trainer_state.global_step, sorted(given)))
+        log_metric("judge/number", sum(number) / len(number))
+        if trainer_state.global_step:  # the table has no such column for the first batch
+            log_extra("verdict", [f"row {n}" for n in number])
+        completions[0].clear()
+        return [None if n else float(len(ids)) for n, ids in zip(number, completion_ids, strict=True)]
+
+    with pytest.warns(UserWarning, match="'judge': all returned None for some completions"):
+        rloo = trainer(sft, tmp_path, [judge])
+        rloo.train()
+    assert seen == [(0, []), (1, [])]
+    assert [entry["judge/number"] for entry in logged(rloo)] == [0.5, 0.5]
+    assert {"rewards/judge/mean", "rewards/judge/std"} <= set(logged(rloo)[0])
+    table = rloo._logs
+    assert len(table["prompt"]) == len(table["extra"]["verdict"]) == len(table["rewards"]["judge"]) == 8
+    assert {*table["extra"]["verdict"]} == {"row 0", "row 1"}
+    twice = trainer(sft, tmp_path, [count_a, count_a])
+    assert twice.reward_func_names == ["count_a_1", "count_a_2"]
+    wrong = trainer(sft, tmp_path, [lambda completions, log_extra: [log_extra("x", [1]) or 0.0] * len(completions)])
+    with pytest.raises(RewardError, match=r"log_extra\('x', ...\) .*values for 8 completions"):
+        wrong.train()
+
+
+def test_a_name_a_function_and_prompts_are_enough_for_rloo(tiny, reward_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_list([{"prompt": "Tea is"}, {"prompt": "Rain is"}] * 4)
+    assert RLOOTrainer(tiny, count_a, None, rows).args.output_dir == f"{tiny.split('/')[-1]}-RLOO"
+    rloo = RLOOTrainer(tiny, [reward_adapter, "starter"], config(tmp_path, max_steps=1), rows)
+    rloo.train()
+    assert f"rewards/{reward_adapter.split('/')[-1]}/mean" in logged(rloo)[0]
+    with pytest.raises(InputError, match=r"args: give an rlhf\.rloo\.RLOOConfig"):
+        RLOOTrainer(tiny, count_a, TRLRLOOConfig(str(tmp_path), bf16=False), rows)
+    with pytest.raises(InputError, match="reward_funcs: print: takes"):
+        RLOOTrainer(tiny, print, config(tmp_path), rows)
