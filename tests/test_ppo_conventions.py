@@ -142,9 +142,9 @@ def test_reward_models_are_taken_as_grpo_takes_them(tiny, tokenizer, tmp_path):
         assert isinstance(ppo.reward_funcs[0], RewardModel) and ppo.reward_funcs[0].model is judge
     with pytest.raises(InputError, match="reward_processing_classes: 1 for 2 rewards"):
         PPOTrainer(reward_funcs=[judge, lengths], reward_processing_classes=tokenizer, **given)
-    two = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2)
-    with pytest.raises(InputError, match="reward_funcs: a reward model has one output; found num_labels=2"):
-        PPOTrainer(reward_funcs=two, **given)
+    three = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=3)
+    with pytest.raises(InputError, match="reward_funcs: a reward model has one output, or two labels; found num_labels=3"):
+        PPOTrainer(reward_funcs=three, **given)
 
 
 def test_what_would_be_ignored_is_refused(tiny, tokenizer, tmp_path):

@@ -64,6 +64,7 @@ class TrainerConventions(TRLPPOTrainer):
     mixed_precision: str
     # of the run that goes on
     has_begun: bool
+    push_in_progress: PushInProgress | None
     last_metrics: dict[str, float]  # of the last update
     reward_metrics: dict[str, list[float]]  # what reward functions logged since the last log
     remarked: dict[str, int]  # the update of the monitor's last remark, by rule
