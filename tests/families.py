@@ -245,7 +245,7 @@ def outputs(model: Any, rows: list[list[int]], replies: bool = False) -> list[to
     model.eval()
     inputs = [{"input_ids": torch.tensor([row])} for row in rows]
     if replies and model.config.is_encoder_decoder:
-        inputs = [{**one, "decoder_input_ids": one["input_ids"]} for one in inputs]
+        inputs = [{**one, "decoder_input_ids": one["input_ids"], "use_cache": False} for one in inputs]
     return [model(**one).logits[0].float() for one in inputs]
 
 
