@@ -173,6 +173,11 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "led": {
+        "attention_window": 8,
+        "max_encoder_position_embeddings": CONTEXT,
+        "max_decoder_position_embeddings": CONTEXT,
+    },
     "fsmt": {"decoder_start_token_id": BOS, "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY},
     "marian": {"decoder_start_token_id": PAD, "decoder_vocab_size": VOCABULARY},
     "prophetnet": {"decoder_start_token_id": BOS, "ngram": 2},

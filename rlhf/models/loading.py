@@ -208,7 +208,7 @@ def load_reward_model(
             lora = _lora_config(model_args, TaskType.SEQ_CLS)
             lora.modules_to_save = _head_modules(model, new, lora.modules_to_save)
             model = new_adapter(model, lora)
-    _without_use_cache(model)
+    _take_what_is_known(model)
     return model
 
 
@@ -229,17 +229,16 @@ def _head_modules(model: PreTrainedModel, new: set[str], named: list[str] | None
     return named if heads | inner <= {"score"} else sorted({*heads, *inner, *(named or [])})
 
 
-def _without_use_cache(model: PreTrainedModel | PeftModel) -> None:
-    """Let a classifier without `use_cache` be called with it: TRL's RewardTrainer always passes it."""
+def _take_what_is_known(model: PreTrainedModel | PeftModel) -> None:
+    """Let a classifier be called with arguments that it has not: TRL's RewardTrainer always passes `use_cache`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    taken = inspect.signature(base.forward).parameters
-    if "use_cache" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values()):
-        return
+    unknown = {"use_cache", "attention_mask", "token_type_ids"} - {*inspect.signature(base.forward).parameters}
 
     def drop(_model: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return inputs, {name: value for name, value in settings.items() if name != "use_cache"}
+        return inputs, {name: value for name, value in settings.items() if name not in unknown}
 
-    model.register_forward_pre_hook(drop, with_kwargs=True)
+    if unknown:
+        model.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 def draw_score_head(head: nn.Linear, seed: int) -> None:

@@ -44,6 +44,7 @@ class RewardModel:
         self.model, self.tokenizer, self.batch_size, self.__name__ = model, tokenizer, batch_size, name
         self.adapter, self.head = adapter, head
         self.longest, self._cut_something = usable_context(model.config), False
+        self._padding_is_right: bool | None = None  # not tried yet
         self.pairs = head is None and reads_pairs(tokenizer, model.config)
         if adapter is None:
             model.eval().requires_grad_(False)
@@ -79,14 +80,33 @@ class RewardModel:
         rows = [self.features(*pair) for pair in zip(prompts, texts, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
         scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            numbers = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad(
-                [rows[number] for number in numbers], padding_side="right", return_tensors="pt"
-            ).to(self.model.device)
-            for number, score in zip(numbers, self._scores(**batch).tolist(), strict=True):
+        alike = self._pads_rightly(rows, order)
+        start = 0
+        while start < len(order):
+            length = len(rows[order[start]]["input_ids"])
+            numbers = [
+                number for number in order[start : start + self.batch_size]
+                if alike or len(rows[number]["input_ids"]) == length
+            ]  # fmt: skip
+            for number, score in zip(numbers, self._padded_scores([rows[n] for n in numbers]), strict=True):
                 scores[number] = score
+            start += len(numbers)
         return scores
+
+    def _padded_scores(self, rows: list[Encoded]) -> list[float]:
+        batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.model.device)
+        return self._scores(**batch).tolist()
+
+    def _pads_rightly(self, rows: list[Encoded], order: list[int]) -> bool:
+        """Whether padding leaves a row's score alone; tried once. Some encoders mix or sample all positions (FNet)."""
+        if self._reads_the_last_token() or len(order) < 2:
+            return True
+        short, long = rows[order[0]], rows[order[-1]]
+        if self._padding_is_right is None and len(short["input_ids"]) < len(long["input_ids"]):
+            (alone,), (padded, _) = self._padded_scores([short]), self._padded_scores([short, long])
+            close = 1e-4 if self.model.dtype == torch.float32 else 1e-2
+            self._padding_is_right = abs(alone - padded) <= close * max(1.0, abs(alone))
+        return self._padding_is_right is not False
 
     def _reads_the_last_token(self) -> bool:
         """Whether the score is read at the last token, as decoders do. An encoder pools in its own way."""
