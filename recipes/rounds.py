@@ -84,8 +84,9 @@ def main() -> None:
     # Arguments
     (args,) = parse(__file__, RoundsArguments)
     need_one_process(__file__)
-    for name, (script, folder, flags) in (*stages_of(args, 1).items(), *stages_of(args, args.rounds).items()):
-        check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
+    for number in sorted({1, args.rounds}):  # the others have flags between theirs
+        for name, (script, folder, flags) in stages_of(args, number).items():
+            check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
 
     # Model
     check_start(

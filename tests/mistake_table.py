@@ -574,7 +574,7 @@ STAGES = (
     ("recipes/rounds", "collect_config"), ("recipes/rounds", "reward_config"), ("recipes/rounds", "compare_config"),
 )  # fmt: skip
 for command, flag in STAGES:
-    number = {"compare_config": "best_of_n", "collect_config": "num_generations"}.get(flag, "learning_rate")
+    number = {"compare_config": "best_of_n", "collect_config": "num_generations"}.get(flag, "weight_decay")
     for name, content, *says in (
         ("not YAML", "a: [\n", "not readable as YAML"),
         ("a list", "- a\n", "flag: value"),

@@ -148,6 +148,7 @@ def try_mistake(mistake: Mistake, root: Path, made: Path) -> tuple[Result, Path]
     """Run a wrong command, and the corrected one if that is to finish. Also the folder that both ran in."""
     folder = Path(tempfile.mkdtemp(dir=root))
     (folder / "made").symlink_to(made)
+    (folder / "recipes").symlink_to(ROOT / "recipes")  # whose configurations are the defaults
     for name, content in mistake.files.items():
         write(folder, name, content)
     answer = run_command(mistake, mistake.wrong, folder, fresh=mistake.early)

@@ -26,6 +26,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, new_adapter
+from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_adapter, check_loaded, loading
 from rlhf.models.generation import seeded
@@ -110,6 +111,9 @@ def load_causal_lm(
         raise InputError(f"{source.flag} {source.name}: is a reward adapter; a language model is needed here.")
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
+    new = trainable and model_args.use_peft and source.adapter is None
+    lora = _lora_config(model_args, TaskType.CAUSAL_LM) if new else None
+    check_architecture(source, language_model_class(source), model_args.attn_implementation, lora)
     model, _ = _load_base(source, model_args, language_model_class(source))
     if model.config.is_encoder_decoder:
         decoder_prefix(model)  # refuses a model without a start token
@@ -190,6 +194,9 @@ def load_reward_model(
             f"{source.flag} {source.name}: transformers has no sequence classifier of type {config.model_type}. Give "
             "another model."
         )
+    lora = _lora_config(model_args, TaskType.SEQ_CLS) if trainable and model_args.use_peft else None
+    new_lora = lora if source.adapter is None else None
+    check_architecture(source, AutoModelForSequenceClassification, model_args.attn_implementation, new_lora)
     labels = 1 if trainable else score_labels(source)
     new_head = trainable or source.is_reward_adapter
     with suppress_seqcls_warning(), seeded(seed):  # the warning says that the head is new

@@ -70,7 +70,8 @@ def check_stage(script: Path, flag: str, config: str, output_dir: Path, flags: d
         values = {name: value for part in parsed for name, value in vars(part).items() if name not in flags}
         check_paths(values, {})
     except InputError as error:
-        raise InputError(f"{flag} {config}: {str(error).removeprefix(f'--config {config}: ')}") from error
+        said = str(error).removeprefix("--config ").removeprefix(f"{config}: ")
+        raise InputError(f"{flag} {config}: {said}") from error
     return parsed
 
 

@@ -20,6 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import new_adapter
+from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_finite, loading
 from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
@@ -140,6 +141,8 @@ def load_finetuning_model(
     head_class = kind.auto_class._model_mapping.get(type(config), None)
     if head_class is None:
         raise InputError(f"--model_name_or_path {source.name}: {config.model_type} has no {kind.auto_class.__name__}.")
+    lora = get_peft_config(model_args) if model_args.use_peft else None
+    check_architecture(source, kind.auto_class, model_args.attn_implementation, lora)
     config.pad_token_id = tokenizer.pad_token_id
     common = {
         "dtype": model_args.dtype if model_args.dtype in ("auto", None) else getattr(torch, model_args.dtype),

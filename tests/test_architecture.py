@@ -1,0 +1,40 @@
+"""Flags against a model's architecture, refused before its weights are read."""
+
+import shutil
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.errors import InputError
+from rlhf.models.architecture import check_architecture
+from rlhf.models.sources import resolve
+
+
+@pytest.fixture
+def weightless(tiny, tmp_path):
+    """A model's folder without its weights."""
+    shutil.copy(f"{tiny}/config.json", tmp_path)
+    return resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("attention", "lora", "said"),
+    [
+        ("warp", {}, "--attn_implementation warp: "),
+        ("flash_attention_2", {}, "--attn_implementation flash_attention_2: "),
+        (None, {"target_modules": "no_such_layer"}, "--lora_target_modules no_such_layer: "),
+        (None, {"target_modules": ["q_proj", "no_such"]}, "--lora_target_modules no_such: .* It has .*q_proj"),
+        (None, {"target_modules": ["q_proj"], "modules_to_save": ["gone"]}, "--lora_modules_to_save gone: "),
+    ],
+)
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_what_the_architecture_lacks_is_refused_without_weights(attention, lora, said, auto_class, weightless):
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_architecture(weightless, auto_class, attention, LoraConfig(**lora) if lora else None)
+
+
+def test_what_fits_passes(weightless):
+    fitting = LoraConfig(target_modules=["q_proj", "mlp.up_proj"], modules_to_save=["lm_head"])
+    for attention, lora in (("eager", None), ("sdpa", fitting), (None, LoraConfig(target_modules="all-linear"))):
+        check_architecture(weightless, AutoModelForCausalLM, attention, lora)
