@@ -13,9 +13,11 @@ from rlhf.models.sources import resolve
 
 @pytest.fixture
 def weightless(tiny, tmp_path):
-    """A model's folder without its weights."""
-    shutil.copy(f"{tiny}/config.json", tmp_path)
-    return resolve(str(tmp_path))
+    """A model whose weights are gone since it was looked for."""
+    shutil.copytree(tiny, tmp_path / "model")
+    source = resolve(str(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    return source
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,7 @@ from rlhf.errors import InputError
 from rlhf.models.sources import Source, base_config
 
 
-def check_architecture(
-    source: Source,
-    auto_class: Any,
-    attention: str | None,
-    lora: LoraConfig | None,
-) -> None:
+def check_architecture(source: Source, auto_class: Any, attention: str | None, lora: LoraConfig | None) -> None:
     """Refuse an attention that the architecture lacks, and an adapter that would fit none of its layers.
 
     A model that can't be built this way passes: its loading says why.
