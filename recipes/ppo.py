@@ -30,6 +30,7 @@ from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo.config import check_stop_tokens
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
 
@@ -53,6 +54,7 @@ def main() -> None:
     held_out = training_args.eval_reward_funcs
     eval_sources = resolve_reward_functions(held_out, "--eval_reward_funcs", columns=test.column_names, **trust)
     tokenizer = load_tokenizer(source)
+    check_stop_tokens(training_args, tokenizer)
     sizes = (training_args.response_length, context_length(source))
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
     test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes)

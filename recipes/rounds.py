@@ -7,8 +7,7 @@ In each round a labeler compares replies of the newest policy, a reward model is
 continues from the newest policy, and every round's policy is compared on held-out prompts. The reference of PPO stays
 the SFT model, so the KL is the distance from it. The stages are the other recipes with their own configurations. To ask
 people, give a collect.yaml with `labeler: human`. Output: round-<r>/{preferences,comparisons,reward,ppo,comparison},
-rounds.json, rounds.png and report.html. After an interruption, run the same command again to continue, also with more
---rounds.
+rounds.json, rounds.png and report.html. The same command continues after an interruption, also with more --rounds.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -22,7 +21,14 @@ from typing import Any
 
 from eval.report import write_report
 from rlhf.errors import report_errors
-from rlhf.feedback.rounds import ROUNDS_FILE, check_start, gather_comparisons, round_verdicts, summarize_rounds
+from rlhf.feedback.rounds import (
+    ROUNDS_FILE,
+    check_reward_functions,
+    check_start,
+    gather_comparisons,
+    round_verdicts,
+    summarize_rounds,
+)
 from rlhf.models.sources import resolve
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -86,12 +92,12 @@ def main() -> None:
     need_one_process(__file__)
     for number in sorted({1, args.rounds}):  # the others have flags between theirs
         for name, (script, folder, flags) in stages_of(args, number).items():
-            check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
+            stage = check_stage(script, f"--{name}_config", getattr(args, f"{name}_config"), folder, flags)
+            check_reward_functions(stage, f"--{name}_config")
 
     # Model
-    check_start(
-        resolve(args.model_name_or_path, trust_remote_code=args.trust_remote_code), args.ppo_config, args.rounds
-    )
+    start = resolve(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    check_start(start, args.ppo_config, args.rounds)
     more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
     if not start_run(__file__, args.output_dir, args, more=more):
         return

@@ -25,7 +25,11 @@ def weightless(tiny, tmp_path):
     [
         ("warp", {}, "--attn_implementation warp: "),
         ("flash_attention_2", {}, "--attn_implementation flash_attention_2: "),
-        (None, {"target_modules": "no_such_layer"}, "--lora_target_modules no_such_layer: "),
+        (
+            None,
+            {"target_modules": "no_such_layer"},
+            "--lora_target_modules: PEFT can't give llama such an adapter .*no_such_layer",
+        ),
         (None, {"target_modules": ["q_proj", "no_such"]}, "--lora_target_modules no_such: .* It has .*q_proj"),
         (None, {"target_modules": ["q_proj"], "modules_to_save": ["gone"]}, "--lora_modules_to_save gone: "),
     ],

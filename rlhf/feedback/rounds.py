@@ -8,6 +8,7 @@ import yaml
 
 from rlhf.errors import InputError
 from rlhf.models.sources import Source
+from rlhf.rewards import resolve_reward_functions
 from rlhf.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
@@ -50,6 +51,21 @@ def check_start(sft: Source, ppo_config: str, rounds: int) -> None:
             f"--ppo_config {ppo_config}: trains {sft.name} whole (use_peft is not true), and round 2 can only start "
             "from an adapter. Set use_peft: true there, or give an SFT adapter as --model_name_or_path."
         )
+
+
+def check_reward_functions(stage: tuple[Any, ...], config: str) -> None:
+    """Refuse reward models and functions that a stage would not find.
+
+    Args:
+        stage: its dataclasses of flags.
+        config: the flag that names their file.
+
+    Raises:
+        InputError: naming the file and the reward.
+    """
+    for part in stage:
+        for flag in ("reward_funcs", "eval_reward_funcs"):
+            resolve_reward_functions(getattr(part, flag, None), f"{config}: {flag}")
 
 
 def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
+from rlhf.models.adapters import new_adapter
 from rlhf.models.sources import Source, base_config
 
 
@@ -48,12 +49,7 @@ def _check_adapter(source: Source, model: PreTrainedModel, lora: LoraConfig) -> 
         gone = [word for word in listed if not any(name == word or name.endswith(f".{word}") for name in names)]
         if gone:
             raise InputError(f"--lora_{flag} {gone[0]}: {source.name} has no such layer. {_layers(model)}")
-    try:
-        get_peft_model(model, lora)
-    except ValueError as error:
-        raise InputError(
-            f"--lora_target_modules {lora.target_modules}: don't fit {source.name} ({error}). {_layers(model)}"
-        ) from error
+    new_adapter(model, lora)
 
 
 def _layers(model: PreTrainedModel) -> str:

@@ -194,9 +194,9 @@ def load_reward_model(
             f"{source.flag} {source.name}: transformers has no sequence classifier of type {config.model_type}. Give "
             "another model."
         )
-    lora = _lora_config(model_args, TaskType.SEQ_CLS) if trainable and model_args.use_peft else None
-    new_lora = lora if source.adapter is None else None
-    check_architecture(source, AutoModelForSequenceClassification, model_args.attn_implementation, new_lora)
+    fresh = trainable and model_args.use_peft and source.adapter is None
+    tried = _lora_config(model_args, TaskType.SEQ_CLS) if fresh else None
+    check_architecture(source, AutoModelForSequenceClassification, model_args.attn_implementation, tried)
     labels = 1 if trainable else score_labels(source)
     new_head = trainable or source.is_reward_adapter
     with suppress_seqcls_warning(), seeded(seed):  # the warning says that the head is new

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
@@ -154,3 +155,16 @@ class PPOConfig(TRLPPOConfig):
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("--missing_eos_penalty and --missing_eos_score: give one of them.")
+
+
+def check_stop_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a stop token that no reply can have.
+
+    Raises:
+        InputError: naming the token id.
+    """
+    for token in args.stop_token_id or []:
+        if token >= len(tokenizer):
+            raise InputError(
+                f"--stop_token_id {token}: the tokenizer has {len(tokenizer)} tokens, 0 to {len(tokenizer) - 1}."
+            )
