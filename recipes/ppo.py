@@ -56,8 +56,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     check_stop_tokens(training_args, tokenizer)
     sizes = (training_args.response_length, context_length(source))
-    train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes)
-    test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes)
+    train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)

@@ -5,13 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from conftest import ENVIRONMENT, ROOT, make_adapter, save_tiny
-from recipe_process import run_recipe, start
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForSequenceClassification
-
-from rlhf.starter.model import starter_model
-
 WORDS = ("tea", "rain", "music", "pizza", "snow", "chess", "apples", "trains")
 SHORT = "--dtype float32 --bf16 false --lora_r 4 --max_steps 1 --per_device_train_batch_size 4 --save_steps 1"
 PPO = (
@@ -58,6 +51,14 @@ FUNCTION = "def length(prompts, completions, **columns):\n    return [float(len(
 
 def make_inputs(folder: Path, runs: dict[str, str] = FINISHED) -> Path:
     """Make everything that the commands read, in `folder`: models, data and these finished runs."""
+    # here, because a process that is forked for a command reads this file too
+    import torch
+    from conftest import ENVIRONMENT, ROOT, make_adapter, save_tiny
+    from recipe_process import run_recipe, start
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForSequenceClassification
+
+    from rlhf.starter.model import starter_model
+
     (folder / "data").mkdir(parents=True)
     for name, rows in ROWS.items():
         (folder / "data" / f"{name}.jsonl").write_text(lines(rows))
