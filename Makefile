@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench optimum kills families mistakes people test lint format
+.PHONY: setup chromium demo road docs bench optimum kills families templates mistakes people test lint format
 
 setup: $(SETUP)
 
@@ -47,6 +47,10 @@ kills: $(DEV)
 # every family of language models that transformers has, tiny, against plain transformers; writes docs/families.md
 families: $(DEV)
 	$(BIN)/python tests/families.py
+
+# every chat template that TRL ships, and others, by their labels; writes docs/templates.md
+templates: $(DEV)
+	$(BIN)/python tests/templates.py
 
 # wrong commands: each ends in one line, and the corrected one runs; make mistakes ONLY=yaml: those of this kind or name
 mistakes: $(DEV)

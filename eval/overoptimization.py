@@ -32,8 +32,8 @@ from eval.report import write_report
 from eval.stats.fits import KEEP_RULE, CurveKind, ScoredPoint, best_of_n, best_of_n_kl, fit_curve, to_keep
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.comparisons import Prompt, as_message
-from rlhf.data.datasets import load_test_split
-from rlhf.data.encoding import encode_prompt
+from rlhf.data.datasets import load_test_split, refuse_columns
+from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError, report_errors
 from rlhf.models.generation import Sampling
@@ -230,6 +230,7 @@ def main() -> None:
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])
     room = context_length(sources["start"])
+    refuse_columns(test, script_args.dataset_name, dict.fromkeys(OPTION_COLUMNS, "isn't used here. Remove it."))
     prompts = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)["prompt"][:]
     if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
         return

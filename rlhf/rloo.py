@@ -25,7 +25,8 @@ from trl.trainer.utils import get_config_model_id
 
 from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import Row
-from rlhf.data.encoding import encode_prompt
+from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt, options_of_rows
+from rlhf.data.rendering import TemplateOptions
 from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
 from rlhf.models.generation import generate, left_pad
@@ -114,6 +115,7 @@ class RLOOTrainer(TRLRLOOTrainer):
     args: RLOOConfig
     accelerator: Accelerator
     generation_config: GenerationConfig
+    _options: list[TemplateOptions] | None = None  # of the rows at hand
 
     def __init__(
         self,
@@ -167,8 +169,9 @@ class RLOOTrainer(TRLRLOOTrainer):
                     disable_dropout(module)
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
-        """As in the other recipes: a control token inside a message stays text."""
-        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
+        """As in the other recipes: a control token inside a message stays text, and a row may have its own tools."""
+        pairs = zip(prompts, self._options or [TemplateOptions()] * len(prompts), strict=True)
+        return [encode_prompt(self.processing_class, prompt, options) for prompt, options in pairs], None, {}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: object, multimodal_fields: object
@@ -274,8 +277,14 @@ class RLOOTrainer(TRLRLOOTrainer):
             table[column].extend(extra.get(column, [None] * rows))
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, object]:
-        """With the two additional log entries."""
+        """With the two additional log entries, and with what each row gives to the chat template."""
+        columns = {column: [row.get(column) for row in inputs] for column in OPTION_COLUMNS}
+        self._options = [
+            options._replace(variables={**self.chat_template_kwargs, **options.variables})
+            for options in options_of_rows(columns, len(inputs))
+        ]
         output = super()._generate_and_score_completions(inputs)
+        self._options = None
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.beta:
             # TRL's mean over tokens times the mean length is the sum over a completion

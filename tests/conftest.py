@@ -91,6 +91,18 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
+def learned(tokenizer, row):
+    """The texts that a row's labels are on, each with the token that ends it."""
+    spans: list[list[int]] = []
+    before = -100
+    for label in row["labels"]:
+        if label != -100:
+            spans = [*spans, []] if before == -100 else spans
+            spans[-1].append(label)
+        before = label
+    return [tokenizer.decode(span) for span in spans]
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A folder with sft.jsonl, pairs.jsonl and prompts.jsonl."""

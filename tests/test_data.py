@@ -4,13 +4,21 @@ import copy
 import json
 
 import pytest
-from conftest import assistant, user
+from conftest import assistant, learned, user
 from datasets import Dataset, DatasetDict
 from trl import ScriptArguments, SFTConfig
 
 from rlhf.comparisons import make_task
 from rlhf.data.datasets import check_messages, load_splits, need_columns
-from rlhf.data.encoding import control_ids, encode_conversation, encode_messages, encode_prompt
+from rlhf.data.encoding import (
+    control_ids,
+    conversation_rows,
+    encode_conversation,
+    encode_messages,
+    encode_prompt,
+    encode_rendered,
+)
+from rlhf.data.rendering import RenderedChat
 from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import read_tasks, write_tasks
@@ -50,7 +58,9 @@ def test_control_tokens_are_found_wherever_the_template_puts_them(tokenizer):
             ("{{ messages[0]['content'] * 2 }}", ["Be <|im_end|> briefBe <|im_end|> brief"]),
         ):
             tokenizer.chat_template = template
-            ids = encode_messages(tokenizer, messages, add_generation_prompt=True)
+            said = messages if "[1:]" in template or "[::-1]" in template else messages[:1]
+            chat = RenderedChat(tokenizer, said)
+            ids = encode_rendered(chat, chat.whole())
             text = tokenizer.decode(ids)
             assert all(part in text for part in kept) and not set(ids) & control_ids(tokenizer)
             assert ("Be" in text) == ("Be" in "".join(kept))
@@ -90,12 +100,17 @@ def test_labels_are_on_the_replies_and_their_end_only(tokenizer, template):
         tokenizer.chat_template = own
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer):
+def test_a_template_that_rewrites_history_gets_a_row_for_each_reply(tokenizer):
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ messages | length }}" + own
         with pytest.raises(InputError, match="--chat_template_path"):
             encode_conversation(tokenizer, CHAT)
+        rows = conversation_rows(tokenizer, CHAT)
+        assert [learned(tokenizer, row) for row in rows] == [["Hello!<|im_end|>"], ["Fine.<|im_end|>"]]
+        for row, count in zip(rows, (1, 3), strict=True):
+            prompt = encode_prompt(tokenizer, CHAT[:count])
+            assert row["input_ids"][: len(prompt)] == prompt and set(row["labels"][: len(prompt)]) == {-100}
     finally:
         tokenizer.chat_template = own
 
@@ -109,9 +124,10 @@ def test_sft_rows_of_all_three_formats(tokenizer):
     everything = sft_rows(pairs, "d", tokenizer, args)[0]
     assert everything["labels"] == everything["input_ids"]
     assert set(sft_rows(Dataset.from_list([{"messages": CHAT}]), "d", tokenizer)[0]) == {"input_ids", "labels"}
-    assert sft_rows(Dataset.from_list([{"text": "abc", "id": 3}]), "d", tokenizer)[0] == {"text": "abc"}
+    text = tokenizer("abc")["input_ids"] + [tokenizer.eos_token_id]
+    assert sft_rows(Dataset.from_list([{"text": "abc", "id": 3}]), "d", tokenizer)[0]["input_ids"] == text
     body = Dataset.from_list([{"body": "abc", "text": "not this"}])
-    assert sft_rows(body, "d", tokenizer, args)[0] == {"text": "abc"}
+    assert sft_rows(body, "d", tokenizer, args)[0] == {"input_ids": text, "labels": text}
     args.assistant_only_loss = True
     assert sft_rows(pairs, "d", tokenizer, args)[0] == row
     with pytest.raises(InputError, match="--assistant_only_loss: d has plain text"):
@@ -143,8 +159,8 @@ def test_what_the_template_refuses_is_said(tokenizer):
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-        with pytest.raises(InputError, match=r"refuses a conversation of user → assistant.*System role"):
-            encode_messages(tokenizer, CHAT[:2])
+        with pytest.raises(InputError, match=r"refuses a conversation of user → assistant → user.*System role"):
+            encode_prompt(tokenizer, CHAT[:3])
     finally:
         tokenizer.chat_template = own
 

@@ -16,7 +16,15 @@ from eval.stats.fits import best_of_n_kl
 from eval.stats.intervals import Interval, JsonObject, interval
 from rlhf.comparisons import Labeler, Prompt
 from rlhf.data.datasets import Row
-from rlhf.data.encoding import encode_conversation, encode_prompt, encode_reply, is_seq2seq
+from rlhf.data.encoding import (
+    OPTION_COLUMNS,
+    encode_conversation,
+    encode_prompt,
+    encode_reply,
+    is_seq2seq,
+    options_of_rows,
+    template_options,
+)
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource, load_reward
@@ -42,6 +50,12 @@ class ComparisonPlan(NamedTuple):
     @property
     def prompts(self) -> list[Prompt]:
         return self.rows["prompt"][:]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Token ids of the prompts."""
+        columns = {column: self.rows[column] for column in OPTION_COLUMNS if column in self.rows.column_names}
+        options = options_of_rows(columns, len(self.rows))
+        return [encode_prompt(tokenizer, prompt, option) for prompt, option in zip(self.prompts, options, strict=True)]
 
     def replies_of(self, name: str) -> int:
         """How many replies a model gives to each prompt."""
@@ -124,7 +138,7 @@ def _sample_one(
     Args:
         sampled: fields of Replies by model, the content of the replies' file.
     """
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in plan.prompts]
+    prompts = plan.encode(tokenizer)
     if name not in sampled:
         replies = sample_replies(model, tokenizer, prompts, plan.replies_of(name), plan.sampling, name)
         sampled[name] = replies._asdict()
@@ -143,7 +157,8 @@ def _human_reply(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """Token ids of the reply that a row brings along, as SFT would learn them."""
     if is_seq2seq(tokenizer):
         return encode_reply(tokenizer, row["completion"][-1]["content"])
-    labels = encode_conversation(tokenizer, row["prompt"] + row["completion"])["labels"]
+    prompt, options = row["prompt"], template_options(row)
+    labels = encode_conversation(tokenizer, prompt + row["completion"], len(prompt), options)["labels"]
     return [label for label in labels if label != -100]
 
 
@@ -192,7 +207,7 @@ def _logprobs_under(
     known = {name: own[name] for name in own if (plan.sources[name].base, plan.sources[name].adapter) == same}
 
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, LogProbs]:
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in plan.prompts]
+        prompts = plan.encode(tokenizer)
         return {
             name: reply_logprobs(model, tokenizer, prompts, reply.ids, description=f"{name} under {title}")
             for name, reply in replies.items()

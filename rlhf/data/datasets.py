@@ -7,18 +7,33 @@ are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
 - prompts: `prompt` (text or messages); other columns are kept
 - preference pairs: `chosen` and `rejected` (text or messages), and optionally `prompt`
 - problems: `prompt`, and optionally `answer` and `solution` (see rlhf/tasks/problems.py)
+
+With messages, the columns `tools` and `chat_template_kwargs` go to the chat template. Messages may be written as JSON
+text, for example in a CSV file. Errors name a row as `datasets` counts them: the first is row 0, without the header.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
 from rlhf.comparisons import Prompt
+from rlhf.data.files import read_rows
 from rlhf.data.paths import DATA_FILES, need_dataset
 from rlhf.errors import InputError
 from rlhf.starter.model import STARTER
@@ -26,6 +41,8 @@ from rlhf.starter.splits import starter_splits
 
 Row = dict[str, Any]  # a dataset's row, by column
 SPLIT_SEED = 20
+OWN_FILES = (".jsonl", ".json", ".csv")
+CHAT_COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected"}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -124,7 +141,15 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
                 raise InputError(f"--dataset_name {name}: files end in {', '.join(DATA_FILES)}; found {path.suffix!r}.")
             if path.stat().st_size == 0:
                 raise InputError(f"--dataset_name {name}: the file is empty.")
-            loaded = load_dataset(DATA_FILES[path.suffix], data_files=str(path))
+            own = path.suffix in OWN_FILES
+            loaded = read_rows(path, name) if own else load_dataset("parquet", data_files=str(path))
+        elif config is None and (files := _files_by_split(path)):
+            loaded = DatasetDict(
+                {
+                    split: concatenate_datasets([read_rows(file, name) for file in found])
+                    for split, found in files.items()
+                }
+            )
         else:
             need_dataset(name)
             loaded = load_dataset(name, config)
@@ -136,7 +161,59 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             f"--dataset_name {name}: can't be read ({type(cause).__name__}: {str(cause)[:200]}). Give a Hub id "
             f"(needs the network), a folder saved by datasets, a {'/'.join(DATA_FILES)} file, or 'starter'."
         ) from error
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    return {split: _with_parsed_chats(rows, name) for split, rows in splits.items()}
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The .jsonl, .json and .csv files of a folder by split, as `datasets` finds them; none if it has others too."""
+    if not folder.is_dir() or "configs:" in _card(folder):
+        return {}
+    try:
+        patterns = get_data_patterns(str(folder.resolve()))
+    except EmptyDatasetError:
+        return {}
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
+    files = {str(split): [Path(file) for file in files] for split, files in found.items()}
+    files = {split: [file for file in named if file.suffix in DATA_FILES] for split, named in files.items()}
+    files = {split: named for split, named in files.items() if named}
+    own = all(file.suffix in OWN_FILES for named in files.values() for file in named)
+    return files if own else {}
+
+
+def _card(folder: Path) -> str:
+    card = folder / "README.md"
+    return card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0] if card.is_file() else ""
+
+
+def _with_parsed_chats(dataset: Dataset, name: str) -> Dataset:
+    """Columns of messages that arrive as JSON text, such as those of a CSV file, as messages."""
+    for column in CHAT_COLUMNS & set(dataset.column_names):
+        if dataset.features[column] != Value("string") or not len(dataset) or not _is_chat_text(dataset[0][column]):
+            continue
+
+        def parse(row: Row, number: int, column: str = column, dataset: Dataset = dataset) -> Row:
+            try:
+                return {column: json.loads(row[column] or "null")}
+            except ValueError as error:
+                place = f"--dataset_name {name}: column {column!r}, {place_of(dataset, number)}"
+                raise InputError(f"{place}: messages written as text must be JSON ({error}).") from error
+
+        features = Features({**dataset.features, column: Json()})
+        dataset = dataset.map(parse, with_indices=True, features=features, desc=f"Reading {column}")
+    return dataset
+
+
+def _is_chat_text(value: object) -> bool:
+    return isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value) is not None
+
+
+def place_of(dataset: Dataset, number: int) -> str:
+    """Where a row stands in the file or split that it was read from. `datasets` keeps that in its index."""
+    index = dataset._indices
+    row = number if index is None else index.column(0)[number].as_py()
+    split = str(dataset.split or "train")
+    return f"row {row}" if split == "train" else f"row {row} of split {split!r}"
 
 
 def need_columns(dataset: Dataset, name: str, choices: list[set[str]]) -> set[str]:
@@ -153,28 +230,62 @@ def need_columns(dataset: Dataset, name: str, choices: list[set[str]]) -> set[st
     raise InputError(f"--dataset_name {name}: needs column {wanted}; found {sorted(found)}. Rename or add columns.")
 
 
+def refuse_columns(dataset: Dataset, name: str, reasons: dict[str, str]) -> None:
+    """Raise InputError if the dataset has one of these columns; the message gives its reason."""
+    for column, reason in reasons.items():
+        if column in dataset.column_names:
+            raise InputError(f"--dataset_name {name}: column {column!r}: {reason}")
+
+
 def check_messages(dataset: Dataset, name: str, columns: set[str]) -> None:
     """Check every row of the text-or-messages columns.
 
     Raises:
-        InputError: on an empty text, a list of something else than messages, an unknown role, or an empty message.
-            The error names the column and the row.
+        InputError: on an empty text, a list of something else than messages, an unknown role, an empty message, a
+            content that isn't text, or a column with texts and messages. The error names the column and the row.
     """
     for column in sorted(columns):
+        before: type | None = None
         for number, value in enumerate(dataset[column]):
-            where = f"--dataset_name {name}: column {column!r}, row {number}"
-            if isinstance(value, str) and value.strip():
-                continue
-            if value is None or value == [] or isinstance(value, str):
-                raise InputError(f"{where} is empty. Remove the row or fill it.")
-            if not isinstance(value, list):
-                raise InputError(f"{where}: text or a list of messages is needed; found {type(value).__name__}.")
-            for message in value:
-                if not isinstance(message, dict) or "role" not in message or "content" not in message:
-                    raise InputError(
-                        f"{where}: a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}."
-                    )
-                if message["role"] not in ROLES:
-                    raise InputError(f"{where}: role {message['role']!r} is unknown. Roles are {', '.join(ROLES)}.")
-                if not isinstance(message["content"], str) or not message["content"].strip():
-                    raise InputError(f"{where}: the {message['role']} message has no text. Remove the row or fill it.")
+            if problem := _problem(value, before, column):
+                raise InputError(f"--dataset_name {name}: column {column!r}, {place_of(dataset, number)}{problem}")
+            before = type(value)
+
+
+def _problem(value: object, before: type | None, column: str) -> str | None:
+    """What is wrong with a text or a list of messages, if anything.
+
+    Args:
+        before: the type of the row before.
+    """
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return " is empty. Remove the row or fill it."
+    if not isinstance(value, (str, list)):
+        return f": text or a list of messages is needed; found {type(value).__name__}."
+    if before not in (None, type(value)):
+        found, others = ("text", "messages") if isinstance(value, str) else ("messages", "text")
+        return f" is {found}, and the rows before are {others}. Make all rows the same."
+    if isinstance(value, str):
+        if column == "messages" or _is_chat_text(value):
+            return f" is the text {value[:40]!r}, and not JSON. Give a list of messages."
+        return None
+    return next(filter(None, map(_message_problem, value)), None)
+
+
+def _message_problem(message: object) -> str | None:
+    if not isinstance(message, dict) or "role" not in message or not ({"content", "tool_calls"} & set(message)):
+        return f": a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}."
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        return f": role {role!r} is unknown. Roles are {', '.join(ROLES)}."
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                found = part.get("type", part) if isinstance(part, dict) else part
+                return f": the {role} message has a part {str(found)[:40]!r}; only text is taken here."
+        content = "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        return f": the {role} message's content is {type(content).__name__}; text is needed."
+    if (content or "").strip() or message.get("tool_calls") or (role in ("system", "tool") and content is not None):
+        return None
+    return f": the {role} message has no text. Remove the row or fill it."

@@ -1,35 +1,69 @@
 """Datasets → the rows that each trainer takes."""
 
 from collections.abc import Callable
+from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ScriptArguments, SFTConfig, is_conversational
+from trl import ScriptArguments, SFTConfig
 from trl.data_utils import maybe_extract_prompt
 
-from rlhf.data.datasets import Row, check_messages, load_splits, need_columns
+from rlhf.comparisons import Messages
+from rlhf.data.datasets import Row, check_messages, load_splits, need_columns, place_of, refuse_columns
 from rlhf.data.encoding import (
-    encode_conversation,
+    OPTION_COLUMNS,
+    continued,
+    conversation_rows,
     encode_messages,
     encode_prompt,
     encode_reply,
+    encode_text,
     encode_text_with_end,
     is_seq2seq,
+    template_options,
     tokens_needed,
 )
 from rlhf.data.pairs import Encoded, encode_pair
 from rlhf.errors import InputError
 
+MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio"), "these recipes train on text alone. Remove it.")
+TOKENIZED = dict.fromkeys(
+    ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"),
+    "is a name that the trainer uses for tokens; the recipe makes them itself. Rename or remove it.",
+)
+PAIR_TOKENS = dict.fromkeys(("chosen_ids", "rejected_ids", "input_ids"), TOKENIZED["input_ids"])
+REWARD_ARGUMENTS = dict.fromkeys(
+    ("functions", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
+    "is a name of reward functions' own arguments. Rename it.",
+)
+PROMPT_TOKENS = {key: TOKENIZED[key] for key in ("input_ids", "attention_mask")}
+
 
 def _map(
     dataset: Dataset,
-    function: Callable[[Row], Row],
-    keep: set[str],
+    name: str,
+    function: Callable[[Row], list[Row]],
     what: str,
+    keep: set[str] | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    columns = [column for column in dataset.column_names if column not in keep]
-    return dataset.map(function, remove_columns=columns, desc=what, num_proc=num_proc)
+    """What `function` makes of each row, one or several; `keep` needs one. An InputError of it gets the row's place."""
+
+    def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        rows = []
+        for values, number in zip(zip(*batch.values(), strict=True), numbers, strict=True):
+            row = dict(zip(batch, values, strict=True))
+            try:
+                rows += function(row)
+            except InputError as error:
+                raise InputError(f"--dataset_name {name}: {place_of(dataset, number)}: {error}") from error
+        return {key: [row[key] for row in rows] for key in rows[0]}
+
+    columns = [column for column in dataset.column_names if column not in (keep or ())]
+    return dataset.map(
+        encode, batched=True, with_indices=True, remove_columns=columns, desc=what, num_proc=num_proc, batch_size=200
+    )
 
 
 def sft_rows(
@@ -39,41 +73,108 @@ def sft_rows(
     args: SFTConfig | None = None,
     context_length: int | None = None,
 ) -> Dataset:
-    """Rows for SFTTrainer: conversations as `input_ids` and `labels`, plain text in the column `text`.
+    """Rows for SFTTrainer: `input_ids` and `labels`.
 
-    The loss of a conversation is taken on the assistant's messages; with `prompt` + `completion`, on those of the
-    completion.
+    The loss of a conversation is taken on the assistant's messages; with `prompt` + `completion`, on the completion;
+    with plain text, on all of it. A conversation becomes several rows where the chat template renders earlier turns
+    differently once later ones follow. Rows without anything to learn, also because `max_length` cuts it, are left out
+    and counted.
 
     Args:
         args: if its `completion_only_loss` is False, and `assistant_only_loss` too, the loss is taken on all tokens.
         context_length: of an encoder-decoder model, for `seq2seq_rows`.
 
     Raises:
-        InputError: if columns are missing, a conversation has no reply, or `assistant_only_loss` meets plain text.
+        InputError: if columns are missing or can't be used, a row can't be encoded, nothing is left, or
+            `assistant_only_loss` meets plain text.
     """
     if is_seq2seq(tokenizer):
         return seq2seq_rows(dataset, name, tokenizer, args, context_length)
     replies_only = args is None or args.assistant_only_loss or args.completion_only_loss is not False
     field = args.dataset_text_field if args else "text"
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {field}])
+    _refuse_for_sft(dataset, name)
     check_messages(dataset, name, columns)
-    dataset = dataset.select_columns(sorted(columns))
-    if not is_conversational(dataset[0]):
-        if args and args.assistant_only_loss:
-            raise InputError(f"--assistant_only_loss: {name} has plain text, and no assistant in it. Leave it off.")
-        # TRL adds the end-of-text token and takes the loss on the completion
-        return dataset.rename_column(field, "text") if columns == {field} != {"text"} else dataset
+    chat = isinstance(dataset[0][min(columns)], list)
+    if not chat and args and args.assistant_only_loss:
+        raise InputError(f"--assistant_only_loss: {name} has plain text, and no assistant in it. Leave it off.")
+    options = {column for column in OPTION_COLUMNS if column in dataset.column_names and chat}
 
-    def encode(row: Row) -> Row:
-        prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
-        if not any(message["role"] == "assistant" for message in completion):
-            raise InputError(
-                f"--dataset_name {name}: a conversation without an assistant message has nothing to learn."
-            )
-        encoded = encode_conversation(tokenizer, prompt + completion, first=len(prompt))
-        return encoded if replies_only else {**encoded, "labels": list(encoded["input_ids"])}
+    def encode(row: Row) -> list[Row]:
+        made = _encode_chat(tokenizer, row) if chat else [_encode_text(tokenizer, row, field)]
+        return made if replies_only else [{**part, "labels": list(part["input_ids"])} for part in made]
 
-    return _map(dataset, encode, set(), "Tokenizing conversations", args and args.dataset_num_proc)
+    num_proc = args.dataset_num_proc if args else None
+    rows = _map(dataset.select_columns(sorted(columns | options)), name, encode, "Tokenizing", num_proc=num_proc)
+    return _learnable(rows, len(dataset), name, args)
+
+
+def _refuse_for_sft(dataset: Dataset, name: str) -> None:
+    refuse_columns(dataset, name, {**MEDIA, **TOKENIZED})
+    if "label" in dataset.column_names and str(getattr(dataset.features["label"], "dtype", "")) == "bool":
+        refuse_columns(
+            dataset, name, {"label": "says which completions are good; SFT would learn all. Keep the good ones only."}
+        )
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
+    """Rows of a conversation; one row without tokens if it has nothing to learn."""
+    prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ([], row["messages"])
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise InputError("one of 'prompt' and 'completion' is text and the other messages. Make both messages.")
+    if not any(message["role"] == "assistant" for message in completion):
+        return [{"input_ids": [], "labels": []}]
+    rows = conversation_rows(tokenizer, prompt + completion, len(prompt), template_options(row))
+    return [dict(part) for part in rows]
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, row: Row, field: str) -> Row:
+    if "completion" not in row:
+        ids = encode_text_with_end(tokenizer, row[field])
+        return {"input_ids": ids, "labels": list(ids)}
+    if not isinstance(row["completion"], str):
+        raise InputError("'prompt' is text and 'completion' messages. Make both text or both messages.")
+    ids = encode_text_with_end(tokenizer, row["prompt"], row["completion"])
+    before = len(encode_text(tokenizer, row["prompt"]))
+    return {"input_ids": ids, "labels": [-100] * before + ids[before:]}
+
+
+def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None) -> Dataset:
+    """Rows that have a label within `max_length`. Prints how many are left out, cut or added.
+
+    Args:
+        count: number of rows of the dataset.
+    """
+    lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist() if len(rows) else []
+    full = [number for number, length in enumerate(lengths) if length]
+    empty = len(lengths) - len(full)
+    if len(lengths) > count:
+        print(
+            f"{name}: {count} conversations are {len(lengths)} rows: the chat template renders earlier turns "
+            "differently once later ones follow, so those replies stand in rows of their own, as they would be sampled."
+        )
+    limit = args.max_length if args else None
+    long = {number for number in full if limit is not None and lengths[number] > limit}
+    if long and args and args.packing and args.packing_strategy != "bfd":
+        long = set()  # packed in pieces
+    lost = set()
+    part = slice(-(limit or 0), None) if args and args.truncation_mode == "keep_end" else slice(limit)
+    for number in sorted(long):
+        kept = rows[number]["labels"][part]
+        if all(label == -100 for label in kept):
+            lost.add(number)
+    if empty:
+        print(f"{name}: left out {empty} of {count} rows: without an assistant's message there is nothing to learn.")
+    if long:
+        print(
+            f"{name}: --max_length {limit} cuts {len(long)} of {len(lengths)} rows"
+            + (f", {len(lost)} of them before anything that is learned; those are left out." if lost else ".")
+        )
+    kept_rows = [number for number in full if number not in lost]
+    if not kept_rows:
+        why = f"--max_length {limit} cuts off all that is learned" if lost else "no assistant's message is"
+        raise InputError(f"--dataset_name {name}: {why} in all {count} rows of a split, so nothing is left to learn.")
+    return rows if len(kept_rows) == len(lengths) else rows.select(kept_rows)
 
 
 def seq2seq_rows(
@@ -89,40 +190,40 @@ def seq2seq_rows(
     before it. Prompts and replies longer than `args.max_length` or the context are cut at their end, and counted.
 
     Raises:
-        InputError: if columns are missing, or a conversation has no reply.
+        InputError: if columns are missing or can't be used, or a row can't be encoded or has no reply.
     """
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}])
+    _refuse_for_sft(dataset, name)
     check_messages(dataset, name, columns)
+    known = columns | {column for column in OPTION_COLUMNS if column in dataset.column_names}
 
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        rows: dict[str, list] = {"input_ids": [], "labels": []}
-        for number in range(len(next(iter(batch.values())))):
-            row = {column: batch[column][number] for column in batch}
-            prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
-            if isinstance(completion, str):
-                turns = [(prompt, completion)]
-            else:
-                every = prompt + completion
-                turns = [(every[:n], message["content"]) for n, message in enumerate(every)
-                         if message["role"] == "assistant" and n >= max(1, len(prompt))]  # fmt: skip
-            if not turns:
-                raise InputError(
-                    f"--dataset_name {name}: a conversation without an assistant message has nothing to learn."
-                )
-            rows["input_ids"] += [encode_prompt(tokenizer, before) for before, _ in turns]
-            rows["labels"] += [encode_reply(tokenizer, reply) for _, reply in turns]
-        return rows
+    def encode(row: Row) -> list[Row]:
+        prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
+        if isinstance(prompt, str) != isinstance(completion, str) and prompt:
+            raise InputError("one of 'prompt' and 'completion' is text and the other messages. Make both the same.")
+        if isinstance(completion, str):
+            turns = [(prompt, completion)]
+        else:
+            every = prompt + completion
+            turns = [(every[:n], _plain(message.get("content"))) for n, message in enumerate(every)
+                     if message["role"] == "assistant" and n >= max(1, len(prompt))]  # fmt: skip
+        if not turns:
+            raise InputError("a conversation without an assistant message has nothing to learn.")
+        options = template_options(row)
+        return [
+            {"input_ids": encode_prompt(tokenizer, before, options), "labels": encode_reply(tokenizer, reply)}
+            for before, reply in turns
+        ]
 
-    selected = dataset.select_columns(sorted(columns))
-    rows = selected.map(encode, batched=True, remove_columns=selected.column_names, desc="Tokenizing conversations",
-                        num_proc=args and args.dataset_num_proc)  # fmt: skip
+    selected = dataset.select_columns(sorted(known))
+    rows = _map(selected, name, encode, "Tokenizing conversations", num_proc=args.dataset_num_proc if args else None)
     limit = min((n for n in (args and args.max_length, context_length) if n is not None), default=None)
     if limit is None:
         return rows
     long = sum(max(len(a), len(b)) > limit for a, b in zip(rows["input_ids"], rows["labels"], strict=True))
     if long:
         print(f"{name}: cut {long} of {len(rows)} rows, whose prompt or reply has more than {limit} tokens.")
-    return _map(rows, lambda row: {key: ids[:limit] for key, ids in row.items()}, set(), "Cutting")
+    return rows.map(lambda row: {key: ids[:limit] for key, ids in row.items()}, desc="Cutting")
 
 
 def texts_of(dataset: Dataset, name: str) -> list[str]:
@@ -132,10 +233,15 @@ def texts_of(dataset: Dataset, name: str) -> list[str]:
         InputError: if there is neither, or a row is empty.
     """
     columns = need_columns(dataset, name, [{"text"}, {"messages"}])
+    refuse_columns(dataset, name, MEDIA)
     check_messages(dataset, name, columns)
     if columns == {"text"}:
         return dataset["text"][:]
-    return ["\n".join(message["content"] for message in messages) for messages in dataset["messages"]]
+    return ["\n".join(_plain(message["content"]) for message in messages) for messages in dataset["messages"]]
+
+
+def _plain(content: str | list[dict[str, str]] | None) -> str:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> Dataset:
@@ -152,15 +258,9 @@ def language_model_rows(name: str | None, tokenizer: PreTrainedTokenizerBase, co
         if is_seq2seq(tokenizer):
             prompt, reply = row["input_ids"], row["labels"]
             return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-        if "text" in row:
-            row = {"prompt": "", "completion": row["text"]}
-        if "completion" in row:
-            ids = encode_text_with_end(tokenizer, row["prompt"] + row["completion"])
-            before = len(encode_text_with_end(tokenizer, row["prompt"])) - 1 if row["prompt"] else 0
-            row = {"input_ids": ids, "labels": [-100] * before + ids[before:]}
-        return {key: row[key][:context_length] for key in ("input_ids", "labels")}
+        return {key: ids[:context_length] for key, ids in row.items()}
 
-    return _map(rows, encode, set(), "Tokenizing texts")
+    return rows.map(encode, desc="Cutting texts")
 
 
 def preference_rows(
@@ -172,10 +272,10 @@ def preference_rows(
     context_length: int | None = None,
     pairs: bool = False,
 ) -> Dataset:
-    """Rows for RewardTrainer: `chosen_ids` and `rejected_ids`. Pairs that are too long are dropped and counted.
+    """Rows for RewardTrainer: `chosen_ids`, `rejected_ids` and perhaps `margin`.
 
-    TRL's RewardTrainer turns a row into the loss -log σ(score of chosen - score of rejected). It ignores other columns,
-    such as `certainty`.
+    Pairs that are too long, or whose two sides are the same, are left out and counted. TRL's RewardTrainer turns a row
+    into the loss -log σ(score of chosen - score of rejected - margin). It ignores other columns, such as `certainty`.
 
     Args:
         max_length: the limit that the user sets.
@@ -184,56 +284,77 @@ def preference_rows(
             `chosen_token_type_ids` and `rejected_token_type_ids`, if the tokenizer makes these.
 
     Raises:
-        InputError: if columns are missing or no pair fits.
+        InputError: if columns are missing or can't be used, a row can't be encoded, or no pair is left.
     """
     columns = need_columns(dataset, name, [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}])
+    refuse_columns(dataset, name, {**MEDIA, **PAIR_TOKENS})
     check_messages(dataset, name, columns)
+    known = columns | {column for column in (*OPTION_COLUMNS, "margin") if column in dataset.column_names}
 
-    def encode(row: Row) -> Encoded:
-        row = maybe_extract_prompt(row) if pairs and "prompt" not in row else row
-        encoded = {column: _encode_preference(row, column, name, tokenizer, pairs) for column in ("chosen", "rejected")}
-        return {
-            f"{column}_{key.removeprefix('input_')}": ids for column, one in encoded.items() for key, ids in one.items()
-        }
+    def encode(row: Row) -> list[Row]:
+        if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+            raise InputError("one of 'chosen' and 'rejected' is text and the other messages. Make both the same.")
+        margin = {"margin": _margin(row["margin"])} if "margin" in row else {}
+        row = maybe_extract_prompt(row) if pairs and "prompt" not in row else row  # pairs have no template
+        sides = {side: _encode_side(tokenizer, row, side, pairs) for side in ("chosen", "rejected")}
+        ids = {f"{side}_{key.removeprefix('input_')}": part for side, one in sides.items() for key, part in one.items()}
+        return [{**ids, **margin}]
 
-    selected = dataset.select_columns(sorted(columns))
-    encoded = _map(selected, encode, set(), "Tokenizing preference pairs", num_proc)
-    limits = [limit for limit in (max_length, context_length) if limit is not None]
-    if not limits:
-        return encoded
-    limit, longest = min(limits), longest_of_pairs(encoded)
-    kept = [number for number, length in enumerate(longest) if length <= limit]
+    encoded = _map(dataset.select_columns(sorted(known)), name, encode, "Tokenizing pairs", num_proc=num_proc)
+    return _usable_pairs(encoded, name, max_length, context_length)
+
+
+def _usable_pairs(encoded: Dataset, name: str, max_length: int | None, context_length: int | None) -> Dataset:
+    """Pairs with two different sides that aren't too long. Prints how many are left out."""
+    both = zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)
+    same = {number for number, (chosen, rejected) in enumerate(both) if chosen == rejected}
+    longest = longest_of_pairs(encoded)
+    limit = min((limit for limit in (max_length, context_length) if limit is not None), default=None)
+    long = {number for number, length in enumerate(longest) if limit is not None and length > limit}
     name_of_limit = f"--max_length {limit}" if limit == max_length else f"the model's context of {limit} tokens"
+    if len(same) == len(longest):
+        raise InputError(
+            f"--dataset_name {name}: 'chosen' and 'rejected' are the same in every pair, so there is nothing to learn."
+        )
+    if same:
+        print(f"{name}: left out {len(same)} of {len(longest)} pairs, whose 'chosen' and 'rejected' are the same.")
+    kept = [number for number in range(len(longest)) if number not in same | long]
     if not kept:
         raise InputError(
             f"--dataset_name {name}: every pair is longer than {name_of_limit}; the shortest has {min(longest)}. "
             + ("Raise it." if limit == max_length else "Give shorter texts or another model.")
         )
-    if len(kept) < len(longest):
-        print(f"{name}: left out {len(longest) - len(kept)} of {len(longest)} pairs, longer than {name_of_limit}.")
-    return encoded.select(kept)
-
-
-def _encode_preference(row: Row, column: str, name: str, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> Encoded:
-    """The prompt of a row and the reply in one of its columns."""
-    prompt, reply = row.get("prompt"), row[column]
-    if isinstance(reply, str):
-        if isinstance(prompt, list):
-            raise InputError(f"--dataset_name {name}: 'prompt' is messages and {column!r} text. Make both messages.")
-        if pairs:
-            return encode_pair(tokenizer, prompt or "", reply)
-        return {"input_ids": encode_text_with_end(tokenizer, (prompt or "") + reply)}
-    # a conversation may repeat its prompt, or have it as a text in another column, as in UltraFeedback
-    whole = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
-    messages = reply if whole else prompt + reply
-    if pairs:
-        return encode_pair(tokenizer, messages[:-1], messages[-1]["content"])
-    return {"input_ids": encode_messages(tokenizer, messages)}
+    if long:
+        print(f"{name}: left out {len(long)} of {len(longest)} pairs, longer than {name_of_limit}.")
+    return encoded if len(kept) == len(longest) else encoded.select(kept)
 
 
 def longest_of_pairs(encoded: Dataset) -> list[int]:
     """The number of tokens of each pair's longer reply, prompt included."""
     return [max(len(a), len(b)) for a, b in zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)]
+
+
+def _encode_side(tokenizer: PreTrainedTokenizerBase, row: Row, side: str, pairs: bool) -> Encoded:
+    """The prompt of a pair and the reply on one side; for a decoder, ending where its score is read."""
+    prompt, reply = row.get("prompt"), row[side]
+    if isinstance(reply, str):
+        if isinstance(prompt, list):
+            raise InputError(f"'prompt' is messages and {side!r} text. Make both messages.")
+        if pairs:
+            return encode_pair(tokenizer, prompt or "", reply)
+        return {"input_ids": encode_text_with_end(tokenizer, prompt or "", reply)}
+    # a conversation may repeat its prompt, or have it as a text in another column, as in UltraFeedback
+    repeated = not isinstance(prompt, list) or reply[: len(prompt)] == prompt
+    messages: Messages = reply if repeated else continued(row["prompt"], reply)
+    if pairs:
+        return encode_pair(tokenizer, messages[:-1], _plain(messages[-1].get("content")))
+    return {"input_ids": encode_messages(tokenizer, messages, options=template_options(row))}
+
+
+def _margin(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise InputError(f"column 'margin': a number is needed; found {value!r}.")
+    return float(value)
 
 
 def prompt_rows(
@@ -242,26 +363,35 @@ def prompt_rows(
     """Rows with `prompt`, its `input_ids`, and the dataset's other columns.
 
     Without a column `prompt`, the prompt is all of `messages` before the last assistant message, or the beginning that
-    `chosen` and `rejected` share.
+    `chosen` and `rejected` share. A prompt that ends with the assistant's message is continued.
 
     Raises:
-        InputError: if a prompt and `max_new_tokens` don't fit into the model's context together.
+        InputError: if columns are missing or can't be used, a row can't be encoded, or a prompt and `max_new_tokens`
+            don't fit into the model's context together.
     """
     columns = need_columns(dataset, name, [{"prompt"}, {"messages"}, {"chosen", "rejected"}])
+    refuse_columns(dataset, name, {**MEDIA, **PROMPT_TOKENS, **REWARD_ARGUMENTS})
     check_messages(dataset, name, columns)
 
-    def encode(row: Row) -> Row:
+    def encode(row: Row) -> list[Row]:
         if "prompt" not in row and "messages" in row:
             messages = row["messages"]
             row["prompt"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        row = maybe_extract_prompt(row)
-        return {"prompt": row["prompt"], "input_ids": encode_prompt(tokenizer, row["prompt"])}
+        prompt = maybe_extract_prompt(row)["prompt"]
+        if not prompt:
+            raise InputError("there is no prompt in front of the reply.")
+        ids = encode_prompt(tokenizer, prompt, template_options(row) if isinstance(prompt, list) else None)
+        if not ids:
+            raise InputError("the prompt has no tokens.")
+        return [{"prompt": prompt, "input_ids": ids}]
 
-    rows = _map(dataset, encode, set(dataset.column_names) - {"messages"}, "Tokenizing prompts")
-    longest = max(len(ids) for ids in rows["input_ids"])
+    rows = _map(dataset, name, encode, "Tokenizing prompts", keep=set(dataset.column_names) - {"messages"})
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = max(lengths)
     if context_length is not None and tokens_needed(tokenizer, longest, max_new_tokens) > context_length:
         raise InputError(
-            f"--dataset_name {name}: the longest prompt has {longest} tokens and the reply up to {max_new_tokens}, "
-            f"more than the model's context of {context_length}. Shorten the prompts or the reply length."
+            f"--dataset_name {name}: the longest prompt ({place_of(dataset, lengths.index(longest))}) has {longest} "
+            f"tokens and the reply up to {max_new_tokens}, more than the model's context of {context_length}. Shorten "
+            "the prompts or the reply length."
         )
     return rows

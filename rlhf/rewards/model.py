@@ -7,9 +7,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.comparisons import Prompt, as_message
-from rlhf.data.encoding import encode_messages, encode_text_with_end
+from rlhf.comparisons import Messages, Prompt
+from rlhf.data.encoding import continued, encode_messages, encode_text_with_end, options_of_rows
 from rlhf.data.pairs import Encoded, encode_pair
+from rlhf.data.rendering import TemplateOptions
 from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import reads_pairs, usable_context
@@ -53,14 +54,15 @@ class RewardModel:
         """Token ids of a prompt and a completion. A decoder's end with the token at which the score is read."""
         return self.features(prompt, completion)["input_ids"]
 
-    def features(self, prompt: Prompt, completion: str) -> Encoded:
+    def features(self, prompt: Prompt, completion: str, options: TemplateOptions | None = None) -> Encoded:
         """A prompt and a completion as the model reads them: `input_ids`, and `token_type_ids` if it has them."""
         if self.pairs:
             whole = encode_pair(self.tokenizer, prompt, completion)
         elif isinstance(prompt, str):
-            whole = {"input_ids": encode_text_with_end(self.tokenizer, prompt + completion)}
+            whole = {"input_ids": encode_text_with_end(self.tokenizer, prompt, completion)}
         else:
-            whole = {"input_ids": encode_messages(self.tokenizer, [*prompt, *as_message(prompt, completion)])}
+            reply: Messages = [{"role": "assistant", "content": completion}]
+            whole = {"input_ids": encode_messages(self.tokenizer, continued(prompt, reply), options=options)}
         ids = whole["input_ids"]
         if self.longest is None or len(ids) <= self.longest:
             return whole
@@ -75,9 +77,10 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: object) -> list[float]:
-        """One score per completion."""
+        """One score per completion. The columns `tools` and `chat_template_kwargs` go to the chat template."""
         texts = [completion_text(completion) for completion in completions]
-        rows = [self.features(*pair) for pair in zip(prompts, texts, strict=True)]
+        options = options_of_rows(columns, len(prompts))
+        rows = [self.features(*parts) for parts in zip(prompts, texts, options, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
         scores = [0.0] * len(rows)
         alike = self._pads_rightly(rows, order)
