@@ -82,7 +82,8 @@ class CompareArguments:
 
 def compared_models(arguments: CompareArguments) -> dict[str, str]:
     """The models of --models by name, the reference among them."""
-    pairs = dict(named_models(arguments.models))
+    # the columns of samples.jsonl, and the row of best-of-n
+    pairs = dict(named_models(arguments.models, taken=("prompt", f"best_of_{arguments.best_of_n}")))
     if arguments.reference not in pairs:
         raise InputError(f"--reference {arguments.reference}: not among --models; found {', '.join(pairs)}.")
     return pairs

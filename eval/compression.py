@@ -134,7 +134,9 @@ def main() -> None:
     need_one_process(__file__)
     refuse_single_model(model_args)
     trust = args.trust_remote_code
-    sources = {name: resolve(path, "--models", trust_remote_code=trust) for name, path in named_models(args.models)}
+    # the results' other rows
+    pairs = named_models(args.models, taken=("xz", "xz_primed", f"{args.ngram_order}-gram"))
+    sources = {name: resolve(path, "--models", trust_remote_code=trust) for name, path in pairs}
     for name, source in sources.items():
         refuse_look_ahead(name, source)
     train, test = load_splits(script_args, "pretrain")

@@ -40,7 +40,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path, config, message):
         resolve(str(tmp_path))
 
 
-def test_models_are_given_as_pairs_of_name_and_model():
+def test_models_are_given_as_pairs_of_name_and_model(tmp_path):
     assert named_models(["a=b=c", "a=d"], repeated=True) == [("a", "b=c"), ("a", "d")]
     for words in ([], ["a"], ["=a"], ["a="], ["a=b", "a=c"]):
         with pytest.raises(InputError, match=" ".join(["--models", *words]) + ": give name=model pairs with different"):
@@ -48,6 +48,10 @@ def test_models_are_given_as_pairs_of_name_and_model():
     for words in ([""], ["=a"], ["a="], ["a", "a"]):
         with pytest.raises(InputError, match="give name=model pairs"):
             named_models(words, bare=True)
+    with pytest.raises(InputError, match="--models xz=a: the results call something else 'xz'"):
+        named_models(["b=a", "xz=a"], taken=("xz",))
+    (tmp_path / "lr=1").mkdir()
+    assert named_models([f"{tmp_path}/lr=1"], bare=True) == [(f"{tmp_path}/lr=1",) * 2]
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path):

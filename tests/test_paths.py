@@ -19,6 +19,11 @@ VALUES = {"dataset_name": None, "ptx_dataset_name": None, "model_name_or_path": 
         ({"chat_template_path": 5}, "--chat_template_path 5: needs a name or a path; found int"),
         ({"models": ["sft=./gone"]}, "--models ./gone: no such model folder"),
         ({"models": [5]}, "--models 5: needs a name or a path; found int"),
+        ({"models": ["a/b=you/model"]}, "--models 'a/b=you/model': a name has up to 60 characters, no slash"),
+        ({"models": ["a\nb=you/model"]}, "--models 'a\\nb=you/model': a name has up to 60 characters"),
+        ({"models": ["a\u202eb=you/model"]}, "no control character"),
+        ({"models": [" a=you/model"]}, "no space at its ends"),
+        ({"models": ["a" * 61 + "=you/model"]}, "a name has up to 60 characters"),
     ],
 )
 def test_what_is_missing_or_no_path_is_one_line(changes, said):

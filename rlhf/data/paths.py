@@ -10,6 +10,9 @@ from rlhf.starter.model import STARTER
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # and what `datasets` calls them
 TEMPLATE_FILES = (".jinja", ".j2")
 HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?", re.ASCII)
+NAME_LENGTH = 60  # of a model's name in tables and pictures
+# control characters, line ends, and embeddings that turn the text around them
+NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PATH_FLAGS = (
     "dataset_name", "ptx_dataset_name", "templates", "tokenizer_name", "chat_template_path", "models",
     "model_name_or_path", "sft_model_path", "reward_model_path",
@@ -83,6 +86,22 @@ def need_checkpoint(asked: Any) -> None:
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
 
 
+def need_name(word: str, flag: str) -> None:
+    """Refuse the name in `name=model` if it has a slash or can't stand in a table or picture.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    name, equals, _ = word.partition("=")
+    if Path(word).expanduser().is_dir():  # a folder alone, whose name has a `=`
+        return
+    if equals and (NOT_IN_NAMES.search(name) or name != name.strip() or len(name) > NAME_LENGTH):
+        raise InputError(
+            f"{flag} {word!r}: a name has up to {NAME_LENGTH} characters, no slash, no control character and no space "
+            "at its ends. Give name=model pairs, as in: sft=outputs/sft."
+        )
+
+
 def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     """Refuse flags whose file or folder is missing, with the error line of the code that reads it.
 
@@ -113,6 +132,7 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
         need_dataset(given["dataset_name"])
     for word in given.get("models", []):
         name = word.partition("=")[2] or word
+        need_name(word, "--models")
         if name != STARTER:
             need_model(name, "--models")
     # a command with --models refuses --model_name_or_path for another reason

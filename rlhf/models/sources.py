@@ -5,6 +5,7 @@ adapter is found from its `adapter_config.json`.
 """
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from trl import ModelConfig
 
-from rlhf.data.paths import need_model
+from rlhf.data.paths import need_model, need_name
 from rlhf.errors import InputError
 from rlhf.models.checks import (
     ADAPTER_WEIGHTS,
@@ -268,7 +269,12 @@ def base_revision(source: Source) -> str | None:
 
 
 def named_models(
-    words: list[str], flag: str = "--models", *, repeated: bool = False, bare: bool = False
+    words: list[str],
+    flag: str = "--models",
+    *,
+    repeated: bool = False,
+    bare: bool = False,
+    taken: Collection[str] = (),
 ) -> list[tuple[str, str]]:
     """(name, model) for each of a flag's words `name=model`.
 
@@ -278,14 +284,21 @@ def named_models(
     Args:
         repeated: a name may occur several times, for one method with several seeds.
         bare: a word may be a model alone, which is then its own name.
+        taken: names that the results give to something else.
 
     Raises:
-        InputError: if there is no word, a name or model is missing, or a name is repeated.
+        InputError: if there is no word, a name or model is missing, a name is repeated or taken, or it has a slash or
+            a character that can't be printed.
     """
     pairs = []
     for word in words:
         name, equals, model = word.partition("=")
+        if bare and Path(word).expanduser().is_dir():
+            name, equals = word, ""
         pairs.append((name, model if equals or not bare else name))
+        need_name(word, flag)
+        if name in taken:
+            raise InputError(f"{flag} {word}: the results call something else {name!r}. Give another name.")
     distinct = repeated or len(dict(pairs)) == len(pairs)
     if not pairs or not distinct or not all(name and model for name, model in pairs):
         raise InputError(
