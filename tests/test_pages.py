@@ -15,7 +15,9 @@ from conftest import present
 from playwright.sync_api import sync_playwright
 
 from rlhf.comparisons import make_task
+from rlhf.errors import InputError
 from rlhf.feedback.sampling import write_tasks
+from rlhf.feedback.serving import need_free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -228,12 +230,16 @@ def test_eight_labelers_at_once(serve):
     assert len({task for _, task in keys}) == 12
 
 
-def test_a_port_in_use_is_a_clear_error(tmp_path):
-    write_tasks(str(tmp_path), [make_task("train", "p", ["a", "b"], ["m", "m"])])
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        command = [sys.executable, "-c", SERVER, str(tmp_path), str(taken.getsockname()[1]), "False", "1.0"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
-    assert "in use. Give another one." in result.stderr.splitlines()[-1]
+def test_an_address_that_is_not_free_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--server_port {port}: in use. Give another one"):
+            need_free_port("127.0.0.1", port)
+    need_free_port("127.0.0.1", port)
+    for name in ("no.such.host.invalid", "", "a" * 300, "a..b", "http://127.0.0.1", "127.0.0.1.", "999.1.1.1"):
+        with pytest.raises(InputError, match=f"--server_name {name}: no such address"):
+            need_free_port(name, port)
+    with pytest.raises(InputError, match=r"--server_name 8\.8\.8\.8: no address of this machine"):
+        need_free_port("8.8.8.8", port)
+    with pytest.raises(InputError, match="--server_port 99999: must be from 0 to 65535"):
+        need_free_port("127.0.0.1", 99999)

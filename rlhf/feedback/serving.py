@@ -84,8 +84,10 @@ def _listen(server_name: str, server_port: int) -> socket.socket:
     name = server_name.strip("[]")
     try:
         if not name:
-            raise UnicodeError("an empty name")
-        return socket.create_server((name, server_port), family=socket.AF_INET6 if ":" in name else socket.AF_INET)
+            raise ValueError("it is empty")
+        # asked first, because create_server hides which of the two is wrong
+        family = socket.getaddrinfo(name, server_port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((name, server_port), family=family)
     except (socket.gaierror, UnicodeError, ValueError) as error:
         raise InputError(f"--server_name {server_name}: no such address ({error}). Give 127.0.0.1.") from error
     except OverflowError as error:
