@@ -1,5 +1,6 @@
 """Attacks on the voting page: foreign web pages in a real Chromium, forged and malformed requests, a full disk."""
 
+import asyncio
 import contextlib
 import http.client
 import http.server
@@ -13,6 +14,7 @@ from playwright.sync_api import sync_playwright
 from test_pages import FLAGS, Server, answered, launch
 
 from rlhf.comparisons import make_task
+from rlhf.feedback.guard import Guard
 from rlhf.feedback.sampling import write_tasks
 
 API = "/gradio_api/component_server/"
@@ -303,6 +305,43 @@ def test_addresses_of_this_machine_are_served_and_cannot_be_framed(server):
         head = said.partition(b"\r\n\r\n")[0].lower()
         assert b"x-frame-options: deny" in head and b"frame-ancestors 'none'" in head
         assert b"unsafe-inline'; img" in head and b"access-control" not in head
+
+
+@pytest.mark.parametrize(
+    ("server_name", "own", "foreign"),
+    [("127.0.0.1", ["127.0.0.1:7860", "localhost", "[::1]:1"], ["192.168.1.5:7860", "box.lan", "127.0.0.1.x.io", ":1"]),
+     ("::1", ["[::1]:7860", "localhost:7860"], ["[fe80::1]:7860", "[::1", "[localhost]"]),
+     ("[::1]", ["[::1]:7860"], ["[::2]:7860"]),
+     ("192.168.1.5", ["192.168.1.5:7860", "localhost"], ["192.168.1.6:7860", "192.168.1.5.evil.example"]),
+     ("Box.lan", ["box.lan:7860", "BOX.LAN", "127.0.0.1"], ["evil.lan", "box.lan.evil", "xbox.lan", "box.lan:7860:1"]),
+     ("0.0.0.0", ["192.168.1.5:7860", "[2001:db8::1]", socket.gethostname()], ["evil.example", "0.0.0.0.x"])],
+)  # fmt: skip
+def test_the_chosen_address_is_served_and_no_other_name(server_name, own, foreign):
+    async def page(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"page"})
+
+    guard = Guard(page, server_name, 7860, {})
+
+    def status(host, origin=None):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        headers = [(b"host", host.encode()), *([(b"origin", origin.encode())] if origin else [])]
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": headers}
+        asyncio.run(guard(scope, receive, send))
+        return sent[0]["status"]
+
+    assert [status(host) for host in own] == [status(host, f"http://{host}") for host in own] == [200] * len(own)
+    assert [status(host) for host in foreign] == [403] * len(foreign)
+    assert {status(own[0], origin) for origin in ("null", f"https://{own[0]}", f"http://{own[0]}1", "http://x")} == {
+        403
+    }
 
 
 def test_slow_clients_hold_up_nobody(server):

@@ -220,6 +220,10 @@ def test_foreign_folders_are_refused_and_left_alone(tmp_path):
         with pytest.raises(InputError, match="--output_dir"):
             ChatVotes(str(folder), "me")
         assert sorted(str(path) for path in folder.rglob("*")) == before
+    for content in ('{"recipe": "coll', '{"recipe": "collect", "finished": true}', "[]"):
+        (unsampled / "run.json").write_text(content)
+        with pytest.raises(InputError, match=r"unsampled/run\.json: "):
+            ChatVotes(str(unsampled), "me")
     result = talk(["Hi"], "--models", "a=starter", "b=starter", "--output_dir", pairs)
     assert (result.returncode, "--output_dir" in result.stderr.splitlines()[-1]) == (2, True)
     assert jsonl(pairs / "train.jsonl") == [{"chosen": "a", "rejected": "b"}]
