@@ -143,7 +143,9 @@ def test_reward_models_are_taken_as_grpo_takes_them(tiny, tokenizer, tmp_path):
     with pytest.raises(InputError, match="reward_processing_classes: 1 for 2 rewards"):
         PPOTrainer(reward_funcs=[judge, lengths], reward_processing_classes=tokenizer, **given)
     three = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=3)
-    with pytest.raises(InputError, match="reward_funcs: a reward model has one output, or two labels; found num_labels=3"):
+    with pytest.raises(
+        InputError, match="reward_funcs: a reward model has one output, or two labels; found num_labels=3"
+    ):
         PPOTrainer(reward_funcs=three, **given)
 
 
