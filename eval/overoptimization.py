@@ -17,8 +17,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_early(__file__, model_name_or_path="no run of recipes/ppo.py. Give its output folder.")
 
 import functools
-import math
-import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +38,14 @@ from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
-from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward_functions, resolve_rewards
+from rlhf.rewards import (
+    RewardSource,
+    call_rewards,
+    load_reward,
+    resolve_reward_functions,
+    resolve_rewards,
+    total_scores,
+)
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
@@ -113,9 +118,8 @@ class Scorer:
         """Gold and proxy score of each reply."""
         completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies.texts, strict=True)]
         columns = call_rewards(self.functions, prompts, completions, replies.ids)
-        sums = [[math.fsum(s) if isinstance(s, list) else s or 0.0 for s in column] for column in columns]
-        proxy = [sum(map(operator.mul, self.weights, row)) for row in zip(*sums[1:], strict=True)]
-        return sums[0], proxy
+        gold = total_scores(self.functions[:1], columns[:1], [1.0], completions)
+        return gold, total_scores(self.functions[1:], columns[1:], self.weights, completions)
 
 
 def _sample_policy(

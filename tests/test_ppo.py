@@ -257,6 +257,8 @@ def test_every_logged_metric_is_in_the_glossary(sft, tokenizer, prompts, tmp_pat
 def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path):
     for changes, message in (
         ({"kl_estimator": "k3"}, "--kl_estimator"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha: has no effect"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel: has no effect"),
         ({"num_mini_batches": 3}, "--num_mini_batches"),
         ({"missing_eos_penalty": -1.0}, "--missing_eos_penalty"),
         ({"temperature": 0.0}, "--temperature"),

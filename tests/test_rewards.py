@@ -24,12 +24,14 @@ from rlhf.ppo.types import Rewards
 from rlhf.rewards import (
     Completion,
     RewardError,
+    RewardFunction,
     RewardLog,
     RewardModel,
     call_rewards,
     completion_text,
     resolve_reward,
     resolve_rewards,
+    total_scores,
 )
 
 PROMPTS: list[Prompt] = ["p", "q", "r"]
@@ -435,3 +437,10 @@ def test_a_reward_model_sees_the_end_of_what_is_longer_than_its_context(tokenize
     assert scores[0] == pytest.approx(reward.model(input_ids=torch.tensor([seen])).logits.item(), abs=1e-5)
     said = capsys.readouterr().out
     assert said.count("judge:") == 1 and "context of 32" in said
+
+
+def test_what_has_no_score_is_not_compared():
+    functions: list[RewardFunction] = [length, lambda completions: [0.0] * len(completions)]
+    assert total_scores(functions, [[1.0, None], [None, [0.5, 0.25]]], [2.0, 4.0], TEXTS[:2]) == [2.0, 3.0]
+    with pytest.raises(RewardError, match=r"'length', '<lambda>': returned None for the completion 'bb' \(number 1"):
+        total_scores(functions, [[1.0, None], [1.0, None]], [1.0, 1.0], TEXTS[:2])

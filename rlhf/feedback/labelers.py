@@ -1,6 +1,5 @@
 """The labelers behind `--labeler`: a simulation, a score, a judge model, people."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward_functions
+from rlhf.rewards import RewardFunction, call_rewards, load_reward, resolve_reward_functions, total_scores
 from rlhf.run.ranges import NonNegativeFloat
 from rlhf.starter.labeler import SimulatedLabeler
 from rlhf.starter.model import STARTER
@@ -127,23 +126,15 @@ class ScoreLabeler:
     def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
         functions: list[RewardFunction] = [load_reward(source, self.model_args) for source in self.sources]
         texts = [text for task in tasks for text in task.completions]
+        completions = [as_message(task.prompt, text) for task in tasks for text in task.completions]
         columns = call_rewards(
             functions,
             [task.prompt for task in tasks for _ in task.completions],
-            [as_message(task.prompt, text) for task in tasks for text in task.completions],
+            completions,
             self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
         )
-        totals = iter([math.fsum(map(_total, scores)) for scores in zip(*columns, strict=True)])
+        totals = iter(total_scores(functions, columns, [1.0] * len(functions), completions))
         return [prefer_higher([next(totals) for _ in task.completions], self.name, self.temperature) for task in tasks]
-
-
-def _total(score: float | list[float] | None) -> float:
-    """One number: per-token scores are added, None is 0.
-
-    >>> _total([0.5, 0.25]), _total(None)
-    (0.75, 0.0)
-    """
-    return math.fsum(score) if isinstance(score, list) else score or 0.0
 
 
 class JudgeLabeler:

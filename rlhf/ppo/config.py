@@ -10,6 +10,12 @@ from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
+# Settings of transformers' training loop that PPO's own loop doesn't read, and the values that ask for nothing.
+UNUSED = {
+    "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "auto_find_batch_size": False,
+    "use_liger_kernel": False, "include_num_input_tokens_seen": "no",
+}  # fmt: skip
+
 
 @dataclass
 class PPOConfig(TRLPPOConfig):
@@ -153,6 +159,9 @@ class PPOConfig(TRLPPOConfig):
                 "--save_strategy, --logging_strategy and --eval_strategy: PPO has steps, not epochs. Use 'steps' or "
                 "'no'."
             )
+        for name, value in UNUSED.items():
+            if getattr(self, name) != value:
+                raise InputError(f"--{name}: has no effect in PPO. Leave it out.")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("--missing_eos_penalty and --missing_eos_score: give one of them.")
 

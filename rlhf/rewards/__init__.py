@@ -9,6 +9,7 @@ from rlhf.rewards.calling import (
     need_scores,
     reward_name,
     reward_names,
+    total_scores,
 )
 from rlhf.rewards.log import RewardLog
 from rlhf.rewards.model import RewardModel
@@ -48,4 +49,5 @@ __all__ = [
     "reward_name",
     "reward_names",
     "starter_reward",
+    "total_scores",
 ]

@@ -14,6 +14,8 @@ rewards for a completion, one per token of its `completion_ids`.
 import copy
 import functools
 import inspect
+import math
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,3 +240,27 @@ def need_scores(functions: Sequence[RewardFunction], scored: int, completions: i
             f"Reward functions {names}: all returned None for some completions. Nothing is learned from those.",
             stacklevel=2,
         )
+
+
+def total_scores(
+    functions: Sequence[RewardFunction], scores: list[list[Score]], weights: list[float], completions: list[Completion]
+) -> list[float]:
+    """The weighted sum of the functions' scores for each completion. Rewards per token are added; None adds nothing.
+
+    Args:
+        scores: as `call_rewards` returns them.
+
+    Raises:
+        RewardError: if all functions returned None for a completion, so that it can't be compared with others.
+    """
+    totals = []
+    for number, (completion, row) in enumerate(zip(completions, zip(*scores, strict=True), strict=True)):
+        if all(score is None for score in row):
+            names = ", ".join(map(repr, reward_names(functions)))
+            raise RewardError(
+                f"Reward functions {names}: returned None for the completion {completion_text(completion)[:200]!r} "
+                f"(number {number} of the batch), which can't be compared without a score."
+            )
+        sums = [math.fsum(score) if isinstance(score, list) else score or 0.0 for score in row]
+        totals.append(math.fsum(map(operator.mul, weights, sums)))
+    return totals
