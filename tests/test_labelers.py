@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import present
+from transformers import LlamaConfig
 from trl import ModelConfig
 
 import rlhf.feedback.labelers
@@ -41,7 +42,7 @@ class OneSided(torch.nn.Module):
 
     def __init__(self, tokenizer, share):
         super().__init__()
-        self.device = torch.device("cpu")
+        self.device, self.config = torch.device("cpu"), LlamaConfig()
         logits = torch.full((len(tokenizer),), -30.0)
         for letter, probability in zip("AB", share, strict=True):
             logits[tokenizer.encode(letter, add_special_tokens=False)[0]] = torch.tensor(probability).log()

@@ -340,8 +340,8 @@ def test_defect_33_prompts_and_models_that_can_t_work_are_refused(sft, tiny, tok
         ppo_trainer(sft, tokenizer, prompts, tmp_path, response_length=300)
     policy = AutoModelForCausalLM.from_pretrained(tiny)
     args = ppo_config(tmp_path, ref_adapter_name=None)
-    with pytest.raises(InputError, match="reward_model: needs one output, found num_labels=2"):
-        PPOTrainer(args, tokenizer, policy, None, classifier(tiny, num_labels=2), prompts, classifier(tiny))
+    with pytest.raises(InputError, match="reward_model: needs one output, found num_labels=3"):
+        PPOTrainer(args, tokenizer, policy, None, classifier(tiny, num_labels=3), prompts, classifier(tiny))
 
 
 def test_defect_33_text_columns_and_the_padding_side_do_no_harm(sft, tokenizer, prompts, tmp_path):
