@@ -15,6 +15,7 @@ class Hub(ThreadingHTTPServer):
         self.commits = {}  # the same -> commit id
         self.uploads = {}  # sha256 -> bytes
         self.tokens = set()
+        self.denied = {}  # repo -> status and error code of every answer
 
     @property
     def url(self):
@@ -110,6 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         key = self.key(parts)
         branches = [name for name in self.server.repos if name.startswith(f"{key}@")]
+        if key in self.server.denied:
+            status, code = self.server.denied[key]
+            return self.answer(b"", status, X_Error_Code=code)
         key = next((name for name in branches if {name.partition("@")[2], self.server.commits[name]} & set(parts)), key)
         files = self.server.repos.get(key)
         if files is None:
@@ -125,6 +129,9 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             name = key.split("/", 1)[1]
             return self.answer({"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
+        revision = parts[parts.index("resolve") + 1]
+        if revision not in ("main", commit, key.partition("@")[2]):
+            return self.answer(b"", 404, X_Error_Code="RevisionNotFound")
         name = "/".join(parts[parts.index("resolve") + 2 :])
         if name not in files:
             return self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)

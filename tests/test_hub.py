@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from conftest import TINY_PPO, TINY_TRAINING, run
@@ -20,6 +21,74 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
 torch.save(model(torch.tensor([[5, 6, 7]])).logits, sys.argv[3])
 """
+
+
+RESOLVE = """
+import sys
+from trl import ModelConfig
+from rlhf.errors import InputError
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
+from rlhf.models.tokenizers import load_tokenizer
+for word in sys.argv[1:]:
+    name, _, revision = word.partition("@")
+    try:
+        source = resolve(name, "--sft_model_path", revision or None)
+        load_causal_lm(source, ModelConfig(dtype="float32"), load_tokenizer(source), trainable=False)
+        print("loaded")
+    except InputError as error:
+        print(" ".join(str(error).split()))
+"""
+
+
+def test_what_the_hub_refuses_is_one_line_each(tiny, sft, tmp_path):
+    """Gated, forbidden, missing and broken repos; a revision that isn't there; an adapter of a gated base."""
+    model = {path.name: path.read_bytes() for path in Path(tiny).iterdir()}
+    adapter = {path.name: path.read_bytes() for path in Path(sft).iterdir()}
+    config = json.loads(adapter["adapter_config.json"])
+    pickled = {"pytorch_model.bin" if name == "model.safetensors" else name: data for name, data in model.items()}
+    words = {
+        "you/fine": "loaded",
+        "you/fine@v9": "--sft_model_path you/fine: the Hub repo has no revision 'v9'",
+        "you/gated": "--sft_model_path you/gated: no such local folder, and the Hub says no: it doesn't",
+        "you/forbidden": "the Hub says no: it doesn't exist, is gated or needs a token",
+        "you/login": "the Hub says no: it doesn't exist, is gated or needs a token",
+        "you/missing": "the Hub says no: it doesn't exist, is gated or needs a token",
+        "you/down": "--sft_model_path you/down: no such local folder, and the Hub ",
+        "you/empty": "this Hub repo has neither config.json nor adapter_config.json",
+        "you/pickled": "you/pickled: model.safetensors is missing; found pytorch_model.bin.",
+        "you/adapter": "--sft_model_path you/adapter: the adapter's base model is missing.",
+    }  # fmt: skip
+    with local_hub() as hub:
+        hub.repos = {
+            "models/you/fine": model,
+            "models/you/empty": {"README.md": b"none"},
+            "models/you/pickled": pickled,
+            "models/you/adapter": {
+                **adapter,
+                "adapter_config.json": json.dumps(config | {"base_model_name_or_path": "you/gated"}).encode(),
+            },
+        }
+        hub.commits = dict.fromkeys(hub.repos, "1" * 40)
+        hub.denied = {
+            "models/you/gated": (403, "GatedRepo"),
+            "models/you/forbidden": (403, ""),
+            "models/you/login": (401, ""),
+            "models/you/down": (500, ""),
+        }
+        environment = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret",
+        }  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, "-c", RESOLVE, *words], env=environment, capture_output=True, text=True, timeout=500
+        )
+    lines = result.stdout.strip().splitlines()
+    assert len(lines) == len(words), result.stdout + result.stderr[-3000:]
+    for line, (word, expected) in zip(lines, words.items(), strict=True):
+        assert expected in line, (word, line)
+        assert "hf_secret" not in line
+    print(result.stdout)
 
 
 def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):

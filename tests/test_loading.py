@@ -153,7 +153,10 @@ BROKEN_ADAPTERS = {
         "missing; found adapter_model.bin",
     ),
     "weights cut off": (lambda a: cut(a / "adapter_model.safetensors"), "is damaged or incomplete"),
-    "another rank": (lambda a: settings(a, "adapter_config.json", r=3), "the adapter can't be loaded"),
+    "another rank": (
+        lambda a: settings(a, "adapter_config.json", r=3),
+        r"the adapter can't be loaded .*size mismatch for .*lora_A",
+    ),
     "layers that the base lacks": (
         lambda a: weights(
             a,

@@ -11,14 +11,18 @@ import torch
 from conftest import save_tiny
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import draw_score_head, load_causal_lm, load_policy, load_reward_model
-from rlhf.models.sources import named_models, resolve
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.sources import Source, named_models, resolve
+from rlhf.models.tokenizers import load_tokenizer, set_pad_token
 from rlhf.rewards import resolve_reward
 
 ARGS = ModelConfig(dtype="float32", use_peft=True, lora_r=4, lora_target_modules=["all-linear"], lora_dropout=0.0)
@@ -109,7 +113,7 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
     code = """
 from rlhf.models.sources import resolve
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.tokenizers import load_tokenizer, set_pad_token
 source = resolve('you/tiny')
 print(source.base, len(load_tokenizer(source)))
 """
@@ -188,3 +192,24 @@ def test_quantized_base_is_loaded_in_four_bits(tokenizer, tmp_path):
     assert any(p.dtype == torch.uint8 for p in model.parameters())
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_vocabulary_of_bytes_has_a_pad_token(tmp_path):
+    """GPT-2 has no unused token. The byte 0xFF is in its vocabulary and in no text."""
+    bare = Tokenizer(BPE())
+    bare.pre_tokenizer, bare.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(ByteLevel.alphabet())
+    bare.train_from_iterator(["ÿ a"], BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    bare = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    source = Source("bare", str(tmp_path), None, None, None)
+    set_pad_token(bare, source, None)
+    assert bare.pad_token == "ÿ" and bare.decode([bare.pad_token_id]) == "\ufffd"
+
+
+def test_a_pad_token_that_ends_replies_is_no_longer_pad(tiny, tmp_path):
+    """A base model that pads with <|im_end|>, with which its chat template ends replies."""
+    base = AutoTokenizer.from_pretrained(tiny)
+    base.eos_token, base.pad_token = "<|endoftext|>", "<|im_end|>"
+    save_tiny(tmp_path, base)
+    repaired = load_tokenizer(resolve(str(tmp_path)))
+    assert repaired.eos_token == "<|im_end|>" != repaired.pad_token

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,8 @@ def _why(error: Exception, what: str) -> str:
     if isinstance(error, HfHubHTTPError) and status in DENIED:
         return "the Hub says no: it doesn't exist, is gated, or needs a token (hf auth login)."
     kind = "" if isinstance(error, OSError | ImportError) else f"{type(error).__name__}: "
-    return f"{what} can't be loaded ({kind}{_first_line(text)})."
+    misfit = [line for line in text.splitlines() if "size mismatch" in line]  # torch names them after a headline
+    return f"{what} can't be loaded ({kind}{_first_line(misfit[0] if misfit else text)})."
 
 
 def _first_line(text: str) -> str:
@@ -124,14 +126,7 @@ def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> N
         files = [folder / shard for shard in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
-            others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
-            raise InputError(
-                f"{flag} {name}: {file.name} is missing" + (f"; found {', '.join(others[:3])}. " if others else ". ")
-                + "Weights are read from safetensors only. " + (
-                    "To convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), in Python."
-                    if others else "Copy or download it again."
-                )
-            )  # fmt: skip
+            raise missing_weights(file.name, [path.name for path in folder.iterdir()], flag, name)
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
@@ -139,6 +134,30 @@ def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> N
             raise InputError(
                 f"{flag} {name}: {file.name} is damaged or incomplete ({error}). Copy or download it again."
             ) from error
+
+
+def check_repo(repo: str, revision: str | None, flag: str, name: str, weights: str = WEIGHTS) -> None:
+    """Refuse a Hub repo without weights in safetensors. Nothing is said offline: the cache may hold all.
+
+    Raises:
+        InputError: naming the file and what to do.
+    """
+    try:
+        files = list_repo_files(repo, revision=revision)
+    except (HfHubHTTPError, OSError, ValueError):  # loading says what is wrong
+        return
+    if not {weights, f"{weights}.index.json"} & set(files):
+        raise missing_weights(weights, files, flag, name)
+
+
+def missing_weights(wanted: str, files: list[str], flag: str, name: str) -> InputError:
+    """The error of a folder or repo without a file of weights, with what it has instead."""
+    others = sorted(file for file in files for pattern in OTHER_WEIGHTS if Path(file).match(pattern))
+    found, advice = "", "Copy or download it again."
+    if others:
+        found = f"; found {', '.join(others[:3])}"
+        advice = "To convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), in Python."
+    return InputError(f"{flag} {name}: {wanted} is missing{found}. Weights are read from safetensors only. {advice}")
 
 
 def check_quantization(config: object, flag: str, name: str) -> None:

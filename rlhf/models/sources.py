@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, TaskType
 from peft import __version__ as peft_version
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -27,9 +33,11 @@ from rlhf.errors import InputError
 from rlhf.models.checks import (
     ADAPTER_WEIGHTS,
     DENIED,
+    WEIGHTS,
     adapter_shapes,
     check_files,
     check_quantization,
+    check_repo,
     loading,
     read_settings,
 )
@@ -128,10 +136,12 @@ def _resolve_repo(name: str, flag: str, revision: str | None) -> Source:
 def _check_source(source: Source) -> None:
     """Raise InputError if config or headers show that the model can't be loaded."""
     check_quantization(base_config(source), source.flag, source.name)
-    if Path(source.base).is_dir():
-        check_files(Path(source.base), source.flag, source.name)
-    if source.adapter is not None and Path(source.adapter).is_dir():
-        check_files(Path(source.adapter), source.flag, source.name, ADAPTER_WEIGHTS)
+    places = [(source.base, base_revision(source), WEIGHTS), (source.adapter, source.revision, ADAPTER_WEIGHTS)]
+    for place, revision, weights in places:
+        if place is not None and Path(place).is_dir():
+            check_files(Path(place), source.flag, source.name, weights)
+        elif place is not None:
+            check_repo(place, revision, source.flag, source.name, weights)
 
 
 def base_config(source: Source, **options: object) -> PreTrainedConfig:
@@ -173,18 +183,26 @@ def hub_file(repo: str, file: str, flag: str, revision: str | None) -> bool:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         if in_cache:  # the repo was downloaded before and lacks this file
             return False
+        if answer := getattr(error.__cause__, "response", None):
+            raise InputError(f"{flag} {repo}: {_refusal(answer.status_code, error.__cause__)}.") from error
         raise InputError(
             f"{flag} {repo}: not a local folder, and the Hub can't be reached to look for it there. Go online, "
             "download it before, or give a local folder or 'starter'."
         ) from error
     except EntryNotFoundError:
         return False
+    except RevisionNotFoundError as error:
+        raise InputError(f"{flag} {repo}: the Hub repo has no revision {revision!r} (--model_revision).") from error
     except (HfHubHTTPError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        why = "it doesn't exist, is gated or needs a token (hf auth login)" if status in DENIED else str(error)[:150]
-        raise InputError(f"{flag} {repo}: no such local folder, and the Hub says no: {why}.") from error
+        raise InputError(f"{flag} {repo}: {_refusal(status, error)}.") from error
     except OSError as error:
         raise InputError(f"{flag} {repo}: no such local folder, and the Hub can't be reached ({error}).") from error
+
+
+def _refusal(status: int | None, error: BaseException | None) -> str:
+    why = "it doesn't exist, is gated or needs a token (hf auth login)" if status in DENIED else str(error)[:150]
+    return f"no such local folder, and the Hub says no: {why}"
 
 
 def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -> Source:

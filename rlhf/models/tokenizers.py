@@ -26,6 +26,8 @@ PAD_CANDIDATES = (
     "<|padding|>", "<|fim_pad|>", "<|vision_pad|>", "<|image_pad|>", "<|endoftext|>", "<|endofprompt|>",
     "<empty_output>",
 )  # fmt: skip
+# The byte 0xFF, which no text in UTF-8 has, in SentencePiece's and in GPT-2's spelling.
+IMPOSSIBLE = ("<0xFF>", "\u00ff")
 # For base models without a chat template: plain words, so that no new token must be learned.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
@@ -92,8 +94,10 @@ def load_tokenizer(
             raise InputError(f"--eos_token {eos_token!r}: not in the vocabulary of {source.name}.")
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token is None and generates:
-        raise InputError(f"The tokenizer of {source.name} has no eos_token, so replies could never end. Set one.")
-    set_pad_token(tokenizer, source, pad_token)
+        raise InputError(
+            f"The tokenizer of {source.name} has no eos_token, so replies could never end. Name one of its "
+            "tokens with --eos_token (sft.py, reward.py), or set it in the tokenizer_config.json of a local copy."
+        )
     if chat_template_path and chat_template_path.endswith(TEMPLATE_FILES):
         need_file(chat_template_path, "--chat_template_path")
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
@@ -112,6 +116,7 @@ def load_tokenizer(
             f"--eos_token {eos_token!r}: the chat template ends a reply with {tokenizer.eos_token!r}. Leave it off, or "
             "give a template that agrees with --chat_template_path."
         )
+    set_pad_token(tokenizer, source, pad_token)  # when the eos token is known, from which it must differ
     need_embeddings(tokenizer, source)
     return tokenizer
 
@@ -161,7 +166,7 @@ def _end_turns_with_eos(tokenizer: PreTrainedTokenizerBase, source: Source) -> N
     The chat template of many base models ends turns with <|im_end|>, which is not their eos token.
     """
     last = encode_messages(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
-    if last != tokenizer.eos_token_id and last in control_ids(tokenizer) and last != tokenizer.pad_token_id:
+    if last != tokenizer.eos_token_id and last in control_ids(tokenizer):
         token = tokenizer.convert_ids_to_tokens(last)
         print(
             f"{source.name}: its chat template ends a reply with {token!r}; eos was {tokenizer.eos_token!r}, now that."
@@ -191,6 +196,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: Source, pad_token:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         unused = [token for token in PAD_CANDIDATES if token in vocabulary and token not in taken]
+        unused += [token for token in IMPOSSIBLE if tokenizer.decode(vocabulary.get(token, 0)) == "\ufffd"]
         if not unused:
             raise InputError(
                 f"The pad token of {source.name} is {tokenizer.pad_token!r} and its eos token {tokenizer.eos_token!r}; "
