@@ -113,7 +113,7 @@ def test_a_model_in_the_cache_works_offline(tiny, tmp_path):
     (tmp_path / "hub" / "models--you--tiny" / "refs" / "main").write_text("a" * 40)
     code = """
 from rlhf.models.sources import resolve
-from rlhf.models.tokenizers import load_tokenizer, set_pad_token
+from rlhf.models.tokenizers import load_tokenizer
 source = resolve('you/tiny')
 print(source.base, len(load_tokenizer(source)))
 """
