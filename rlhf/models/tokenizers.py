@@ -98,12 +98,8 @@ def load_tokenizer(
             f"The tokenizer of {source.name} has no eos_token, so replies could never end. Name one of its "
             "tokens with --eos_token (sft.py, reward.py), or set it in the tokenizer_config.json of a local copy."
         )
-    if chat_template_path and chat_template_path.endswith(TEMPLATE_FILES):
-        need_file(chat_template_path, "--chat_template_path")
-        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-    elif chat_template_path:
-        other = resolve(chat_template_path, "--chat_template_path", weights=False)
-        tokenizer.chat_template = read_tokenizer(other).chat_template
+    if chat_template_path:
+        tokenizer.chat_template = _template_of(chat_template_path)
     if tokenizer.chat_template is None and generates and not config.is_encoder_decoder:
         print(
             f"{source.name} has no chat template; using 'User: ... Assistant: ...' (change it: --chat_template_path)."
@@ -119,6 +115,14 @@ def load_tokenizer(
     set_pad_token(tokenizer, source, pad_token)  # when the eos token is known, from which it must differ
     need_embeddings(tokenizer, source)
     return tokenizer
+
+
+def _template_of(path: str) -> str | None:
+    """The chat template in a .jinja file, or of a model."""
+    if not path.endswith(TEMPLATE_FILES):
+        return read_tokenizer(resolve(path, "--chat_template_path", weights=False)).chat_template
+    need_file(path, "--chat_template_path")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def need_embeddings(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
