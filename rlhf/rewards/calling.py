@@ -168,7 +168,8 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, TrainerState):
         state = copy.copy(value)
-        state.__dict__ = {name: _copied(item) for name, item in value.__dict__.items()}
+        rest = {name: _copied(item) for name, item in vars(value).items() if name != "log_history"}
+        vars(state).update(rest, log_history=[dict(entry) for entry in value.log_history])  # it may be long
         return state
     try:
         return copy.deepcopy(value)
