@@ -8,6 +8,14 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlhf.errors import InputError
 
+# what TRL's trainers measure in an evaluation, by their config
+MEASURED = {
+    "SFTConfig": ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
+    "RewardConfig": ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"),
+}
+# these take their own flags and ignore --optim_args
+WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+
 
 def try_optimizer(args: TrainingArguments) -> None:
     """Refuse an optimizer or a schedule that can't be made with these flags.
@@ -18,6 +26,8 @@ def try_optimizer(args: TrainingArguments) -> None:
     weight = torch.nn.Linear(1, 1)
     name = args.optim.value
     given = f"--optim {name}" + (f" with --optim_args {args.optim_args}" if args.optim_args else "")
+    if args.optim_args and name in WITHOUT_ARGUMENTS:
+        raise InputError(f"{given}: {name} takes none. Leave them out, or give another optimizer.")
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, weight)
         optimizer = kind(weight.parameters(), **options)
@@ -47,4 +57,7 @@ def check_training(args: TrainingArguments) -> None:
     """
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise InputError("--dataloader_persistent_workers true: needs --dataloader_num_workers 1 or more.")
+    best, measured = args.metric_for_best_model, MEASURED.get(type(args).__name__, ())
+    if best is not None and measured and best.removeprefix("eval_") not in measured:
+        raise InputError(f"--metric_for_best_model {best}: isn't measured. Give one of {', '.join(measured)}.")
     try_optimizer(args)

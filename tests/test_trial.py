@@ -1,0 +1,46 @@
+"""The optimizer and the schedule are tried before a model is loaded."""
+
+import pytest
+from transformers import TrainingArguments
+from trl import RewardConfig, SFTConfig
+
+from rlhf.errors import InputError
+from rlhf.models.sources import named_models
+from rlhf.run.trial import check_training
+
+
+def training(kind=TrainingArguments, **changes):
+    return kind(output_dir="never", use_cpu=True, bf16=False, report_to="none", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim": "galore_adamw", "optim_target_modules": ["q"]}, "--optim galore_adamw"),
+        ({"optim_args": "speed=3"}, "--optim adamw_torch_fused with --optim_args speed=3: .* takes none"),
+        ({"optim": "adamw_torch", "optim_args": "speed"}, "--optim adamw_torch with --optim_args speed"),
+        ({"lr_scheduler_kwargs": {"speed": 3}}, "--lr_scheduler_type linear with --lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "--lr_scheduler_type warmup_stable_decay"),
+        ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers true"),
+        ({"kind": SFTConfig, "metric_for_best_model": "eval_beauty"}, "--metric_for_best_model eval_beauty"),
+        ({"kind": RewardConfig, "metric_for_best_model": "entropy"}, "--metric_for_best_model entropy: .*accuracy"),
+    ],
+)
+def test_what_a_trainer_would_refuse_late(changes, said):
+    args = training(**changes)
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_training(args)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse_sqrt", "reduce_lr_on_plateau"])
+def test_what_works_passes(optim, schedule):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1} if schedule == "reduce_lr_on_plateau" else {}
+    check_training(training(SFTConfig, optim=optim, lr_scheduler_type=schedule, **evaluated))
+
+
+def test_names_of_models_stand_in_tables_and_files():
+    for word in ("a/b=made", "a\\b=made", "a\nb=made"):
+        with pytest.raises(InputError, match="without slashes"):
+            named_models([word])
+    assert named_models(["you/model"], bare=True) == [("you/model", "you/model")]
