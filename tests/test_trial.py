@@ -5,7 +5,6 @@ from transformers import TrainingArguments
 from trl import RewardConfig, SFTConfig
 
 from rlhf.errors import InputError
-from rlhf.models.sources import named_models
 from rlhf.run.trial import check_training
 
 
@@ -37,10 +36,3 @@ def test_what_a_trainer_would_refuse_late(changes, said):
 def test_what_works_passes(optim, schedule):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1} if schedule == "reduce_lr_on_plateau" else {}
     check_training(training(SFTConfig, optim=optim, lr_scheduler_type=schedule, **evaluated))
-
-
-def test_names_of_models_stand_in_tables_and_files():
-    for word in ("a/b=made", "a\\b=made", "a\nb=made"):
-        with pytest.raises(InputError, match="without slashes"):
-            named_models([word])
-    assert named_models(["you/model"], bare=True) == [("you/model", "you/model")]
