@@ -122,7 +122,8 @@ def read_row(model: PreTrainedModel | PeftModel, ids: list[int], length: int) ->
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: caught.append(inputs[0]))
     logits = model(input_ids=torch.tensor([ids])).logits / TEMPERATURE
     hook.remove()
-    return logits[0, -length - 1 : -1].float().log_softmax(-1), caught[-1][0, -length - 1 : -1]
+    hidden = caught[-1] if caught[-1].ndim == 3 else model.base_model(input_ids=torch.tensor([ids]))[0]
+    return logits[0, -length - 1 : -1].float().log_softmax(-1), hidden[0, -length - 1 : -1]
 
 
 # ------------------------------------------------------------------------------------------------ PPO
@@ -264,7 +265,12 @@ def check_sft(folder: Path, model_args: ModelConfig, scratch: Path) -> str:
         model=model, args=SFTConfig(output_dir=str(scratch), **TRAINING), processing_class=tokenizer,
         train_dataset=learned, eval_dataset=learned,
     )  # fmt: skip
-    trainer.train()
+    found = torch.tensor(trainer.train().training_loss)
+    losses = [
+        torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="none")
+        for logits, row in zip(first, rows, strict=True)
+    ]
+    agree("SFT's loss", found, torch.cat(losses).mean())
     trainer.save_model()
     trained = outputs(trainer.model, rows, True)
     if all(torch.equal(*pair) for pair in zip(first, trained, strict=True)):
@@ -353,6 +359,7 @@ def check_family(name: str, checks: list[str], result: Path) -> None:
         try:
             tiny_model(model_type, kind).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(folder)
         except Exception as error:
             traceback.print_exc()
             outcomes["built"] = f"{type(error).__name__}: {one_line(error)}"

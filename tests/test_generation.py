@@ -1,9 +1,11 @@
 """Sampling: right distribution, HF semantics, nothing leaking in."""
 
+import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.models.generation import Sampling, draw_tokens, generate, left_pad, sample_completions
+from rlhf.models.generation import Sampling, Way, draw_tokens, generate, left_pad, sample_completions, way_to_decode
 from rlhf.models.prefix import positions_of
 
 
@@ -77,3 +79,13 @@ def test_same_seed_same_completions_in_the_prompts_order(tiny, tokenizer):
     other = sample_completions(model, tokenizer, prompts, Sampling(5, batch_size=2, seed=4), num_return_sequences=2)
     assert first == again != other
     assert [len(several) for several in first] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "way"),
+    [("llama", Way.TOGETHER), ("gpt2", Way.TOGETHER), ("mistral", Way.TOGETHER), ("jamba", Way.TOGETHER),
+     ("rwkv", Way.UNCACHED)],
+)  # fmt: skip
+def test_the_fastest_right_way_to_decode_is_found(model_type, way):
+    """Common models and those that mask their states keep one padded batch."""
+    assert way_to_decode(tiny_model(model_type).eval(), {"input_ids": torch.tensor([[5, 6, 7, 8]])}) is way

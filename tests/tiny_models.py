@@ -54,7 +54,7 @@ NAMES = {
     CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
     "max_source_positions model_max_length original_max_position_embeddings",
     1: "topk_group",
-    16: "chunk_size mamba_chunk_size block_size",
+    16: "chunk_size mamba_chunk_size block_size index_topk",
 }
 SIZES = {name: size for size, names in NAMES.items() for name in names.split()} | {"qk_head_dim": 12}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
@@ -83,6 +83,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "doge": {"keep_window_size": CONTEXT},  # with more tokens than that, it looks ahead
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {
@@ -127,6 +128,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
     },
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 99},
+    "xlm": {"causal": True},
     "xlstm": {"chunk_size": 64, "hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -28,6 +28,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, new_adapter
 from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
+from rlhf.models.causality import need_causal
 from rlhf.models.checks import check_adapter, check_loaded, loading
 from rlhf.models.generation import seeded
 from rlhf.models.seq2seq import decoder_prefix
@@ -105,7 +106,7 @@ def load_causal_lm(
 
     Raises:
         InputError: if the model can't be loaded, a part of it is missing, its weights are NaN, `source` is a reward
-            adapter, or an adapter and `use_peft` is off.
+            adapter, an adapter and `use_peft` is off, or a model to train looks ahead.
     """
     if source.is_reward_adapter:
         raise InputError(f"{source.flag} {source.name}: is a reward adapter; a language model is needed here.")
@@ -121,7 +122,10 @@ def load_causal_lm(
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # With a frozen head, torch multiplies a slice of the hidden states row by row and copies the head for each row. A
     # forward of 64 x 50 tokens took 5.3 s on 2 cores, and 1.2 s with contiguous inputs.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
+    if trainable:
+        need_causal(model, f"{source.flag} {source.name}")
     if source.adapter is not None:
         dtype = model.dtype
         model = _with_adapter(source, model, trainable)

@@ -19,7 +19,16 @@ from transformers.utils import ModelOutput
 # Below this number of saved tokens, the extra call costs more than it saves.
 WORTH_IT = 64
 # what a model can't do shows as one of these
-CANNOT = (AttributeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
+CANNOT = (
+    AssertionError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 class Rows(NamedTuple):
@@ -122,7 +131,7 @@ def prefill(
     model: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    cache: DynamicCache,
+    past_key_values: DynamicCache,
     position_ids: torch.Tensor | None = None,
     **settings: Any,
 ) -> ModelOutput:
@@ -141,15 +150,15 @@ def prefill(
     starts = (attention_mask == 0).sum(1)
     shared = shared_length(input_ids, starts, input_ids.shape[1] - starts - 1)
     placed = {} if position_ids is None else {"position_ids": position_ids}
-    settings = {**settings, "past_key_values": cache, "use_cache": True}
-    if shared * (len(input_ids) - 1) < WORTH_IT or not _plain(cache):
+    settings |= {"past_key_values": past_key_values, "use_cache": True}
+    if shared * (len(input_ids) - 1) < WORTH_IT or not _plain(past_key_values):
         return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
     start = int(starts[0])
     prefix = input_ids[:1, start : start + shared]
     model(input_ids=prefix, attention_mask=torch.ones_like(prefix), **settings)
     columns = int(starts.min()) + shared
     source = (torch.arange(columns, device=starts.device) - starts[:, None]).clamp(min=0)
-    for layer in cache.layers:
+    for layer in past_key_values.layers:
         if layer.is_initialized:
             layer.keys = layer.keys[0][:, source].transpose(0, 1).contiguous()
             layer.values = layer.values[0][:, source].transpose(0, 1).contiguous()
@@ -159,12 +168,19 @@ def prefill(
 
 @contextmanager
 def before_head(model: Any, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside the block the language model's head gets `choose(hidden states (B, L, d))`."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (choose(inputs[0]),))
+    """Inside the block the language model's head gets `choose(hidden states (B, L, d))`.
+
+    A head that takes something else (ProphetNet's, several predictions at once) gets it unchanged.
+    """
+
+    def hook(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return (choose(inputs[0]),) if inputs[0].ndim == 3 else None
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
 def logits_at(

@@ -13,6 +13,7 @@ from trl.trainer.utils import get_config_model_id
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, new_adapter, refuse_prompt_learning
+from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
 from rlhf.models.sources import Source, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -86,6 +87,8 @@ def load_roles(
         model = load_policy(source, model_args, tokenizer)
         if source.adapter is not None and ref_model is None and args.ref_adapter_name is None:
             args.ref_adapter_name = REFERENCE
+    elif not isinstance(model, str):
+        need_causal(model.get_base_model() if isinstance(model, PeftModel) else model, "model")
     assert not isinstance(model, str)
     check_pad_token(tokenizer)
     tokenizer.is_encoder_decoder = model.config.is_encoder_decoder  # for encode_prompt

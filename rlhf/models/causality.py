@@ -1,0 +1,44 @@
+"""Whether a model predicts each token from those before it alone."""
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.errors import InputError
+from rlhf.models.prefix import same
+
+TRIED = 16  # tokens
+
+
+def need_causal(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model that looks ahead: it would learn to copy, and its log-probabilities would mean nothing.
+
+    Args:
+        what: the model, as the user gave it, for the message.
+
+    Raises:
+        InputError: for a model of the BERT kind whose config doesn't say `is_decoder`, for one that reads in both
+            directions, and for attention by random hashes (Reformer).
+    """
+    kind = model.config.model_type
+    if "lsh" in (getattr(model.config, "attn_layers", None) or []):
+        raise InputError(
+            f"{what}: the LSH attention of {kind} draws random hashes over what comes later too, so no log-probability "
+            "comes out twice. Give another model."
+        )
+    if not model.config.is_encoder_decoder and looks_ahead(model):
+        raise InputError(
+            f"{what}: this {kind} model sees the tokens that it should predict: what follows a token changes what it "
+            "says before it. Give a causal language model (of the BERT kind: one with is_decoder in its config)."
+        )
+
+
+@torch.no_grad()
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether another last token, or fewer tokens, change the logits before. Tried once; the mode is as before."""
+    training = model.training
+    ids = torch.arange(TRIED, device=model.device).repeat(2, 1) % (model.get_input_embeddings().num_embeddings - 1) + 1
+    ids[1, -1] = ids[0, 0]
+    model.eval()
+    logits, fewer = (model(input_ids=rows, use_cache=False).logits for rows in (ids, ids[:1, : TRIED // 2]))
+    model.train(training)
+    return not (same(logits[1, :-1], logits[0, :-1]) and same(fewer[0], logits[0, : TRIED // 2]))

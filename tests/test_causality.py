@@ -1,0 +1,43 @@
+"""Models that see what they should predict are refused; those that don't are not."""
+
+import pytest
+import torch
+from tiny_models import TYPES, tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from rlhf.errors import InputError
+from rlhf.models.causality import looks_ahead, need_causal
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.sources import resolve
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert", "mamba", "llama4_text"])
+def test_causal_models_pass(model_type):
+    model = tiny_model(model_type)
+    model.train()
+    assert not looks_ahead(model) and model.training
+
+
+def test_a_bert_without_is_decoder_is_refused_before_training(tmp_path):
+    config = tiny_config("bert")
+    config.is_decoder = False
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="this bert model sees the tokens that it should predict"):
+        load_causal_lm(resolve(str(tmp_path)), ModelConfig(dtype="float32"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "cpmant", "prophetnet"])
+def test_models_that_read_in_both_directions_are_refused(model_type):
+    with pytest.raises(InputError, match=f"this {model_type} model sees"):
+        need_causal(tiny_model(model_type), "m")
+
+
+def test_attention_by_random_hashes_is_refused(monkeypatch):
+    model = tiny_model("reformer")
+    with pytest.raises(InputError, match="random hashes"):
+        need_causal(model, "m")
+    monkeypatch.setitem(TYPES, "reformer", {**TYPES["reformer"], "attn_layers": ["local", "local"]})
+    need_causal(tiny_model("reformer"), "m")
