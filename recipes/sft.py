@@ -24,6 +24,7 @@ from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
+from rlhf.models.losses import fit_loss
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.folders import finish_run, last_checkpoint, start_run
@@ -59,6 +60,7 @@ def main() -> None:
     model = load_causal_lm(source, model_args, tokenizer)
 
     # Trainer
+    fit_loss(training_args, model)
     training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows
     trainer = (Seq2SeqSFTTrainer if seq2seq else SFTTrainer)(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer

@@ -54,7 +54,7 @@ NAMES = {
     CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
     "max_source_positions model_max_length original_max_position_embeddings",
     1: "topk_group",
-    16: "chunk_size mamba_chunk_size block_size index_topk",
+    16: "chunk_size mamba_chunk_size block_size",
 }
 SIZES = {name: size for size, names in NAMES.items() for name in names.split()} | {"qk_head_dim": 12}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",

@@ -65,8 +65,8 @@ def recompute_with_same_adapter(
 def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The model with a new adapter.
 
-    `all-linear` leaves out the output projections of Mamba layers: their kernels read the weights past the adapter, and
-    PEFT refuses them.
+    `all-linear` leaves out the output projections of Mamba layers, whose kernels read the weights past the adapter
+    (PEFT refuses them), and routers that return more than a projection.
 
     Raises:
         InputError: for a shape that PEFT can't give this model.
@@ -75,6 +75,11 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         passed_by = {
             f"{name.rpartition('.')[2]}.out_proj" for name, module in model.named_modules()
             if all(hasattr(module, part) for part in ("conv1d", "out_proj", "A_log", "D"))
+        }  # fmt: skip
+        passed_by |= {
+            name.rpartition(".")[2] for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
+            and not isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
         }  # fmt: skip
         if passed_by:
             config.exclude_modules = sorted({*(config.exclude_modules or []), *passed_by})

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -128,7 +128,7 @@ def _continued(
 
 
 def prefill(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     past_key_values: DynamicCache,
@@ -151,10 +151,11 @@ def prefill(
     shared = shared_length(input_ids, starts, input_ids.shape[1] - starts - 1)
     placed = {} if position_ids is None else {"position_ids": position_ids}
     settings |= {"past_key_values": past_key_values, "use_cache": True}
-    if shared * (len(input_ids) - 1) < WORTH_IT or not _plain(past_key_values):
-        return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
     start = int(starts[0])
     prefix = input_ids[:1, start : start + shared]
+    pays = shared * (len(input_ids) - 1) >= WORTH_IT
+    if not pays or not can_continue(model, model.config.get_text_config(decoder=True), prefix[0]):
+        return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
     model(input_ids=prefix, attention_mask=torch.ones_like(prefix), **settings)
     columns = int(starts.min()) + shared
     source = (torch.arange(columns, device=starts.device) - starts[:, None]).clamp(min=0)

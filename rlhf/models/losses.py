@@ -1,0 +1,48 @@
+"""TRL's SFT losses, where they are not the model's own."""
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import SFTConfig
+from trl.trainer.sft_trainer import _patch_chunked_ce_lm_head
+
+from rlhf.models.prefix import CANNOT, reraise_out_of_memory
+
+
+@torch.no_grad()
+def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
+    """Change `loss_type` and `router_aux_loss_coef` where SFTTrainer would compute another loss than the model's own.
+
+    TRL's `chunked_nll` takes the last hidden states through the head by itself. It doesn't know what some models do in
+    between (Granite divides the logits, BERT has a layer more), and fails with others; these get `nll`. Mixtures of
+    experts that have no loss for their routers get none. Both are tried once on a few tokens; the model is as before.
+    """
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if whole.config.is_encoder_decoder:
+        return
+    config, training, forward = whole.config.get_text_config(), whole.training, vars(whole).get("forward")
+    router = getattr(config, "output_router_logits", None)
+    ids = torch.arange(16, device=whole.device)[None] % (whole.get_input_embeddings().num_embeddings - 1) + 1
+    whole.eval()
+    losses = []
+    try:
+        if router is not None:
+            config.output_router_logits = args.router_aux_loss_coef != 0  # as SFTTrainer sets it
+        output = whole(input_ids=ids, labels=ids, use_cache=False)
+        if router is not None and getattr(output, "aux_loss", None) is None:
+            args.router_aux_loss_coef, config.output_router_logits = 0.0, False
+        losses.append(output.loss)
+        _patch_chunked_ce_lm_head(whole, chunk_size=256)
+        losses.append(whole(input_ids=ids, labels=ids).loss)
+    except CANNOT as error:
+        reraise_out_of_memory(error)
+    finally:
+        vars(whole).pop("forward", None)
+        if forward is not None:  # accelerate's hooks
+            whole.forward = forward
+        if router is not None:
+            config.output_router_logits = router
+        whole.train(training)
+    same = len(losses) == 2 and bool(torch.isclose(losses[0].float(), losses[1].float(), rtol=1e-2))
+    if args.loss_type == "chunked_nll" and not same:
+        args.loss_type = "nll"
