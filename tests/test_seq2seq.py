@@ -21,6 +21,7 @@ from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, Conversation
 from rlhf.feedback.labelers import JudgeLabeler
 from rlhf.feedback.speakers import load_speakers, resolve_speakers
+from rlhf.hub import write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import Rows, rows_of
 from rlhf.models.seq2seq import decoder_prefix, seq2seq_inputs
@@ -117,6 +118,8 @@ def test_sft_takes_the_loss_of_transformers_and_saves_what_it_trained(t5, tmp_pa
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
     trainer.train()
     trainer.save_model()
+    write_card(str(tmp_path), "recipes/sft.py", [], source=source, datasets=["d"], metrics={})
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in (tmp_path / "README.md").read_text()
     after = trainer.evaluate()["eval_loss"]
     assert after < float(loss) - 1e-3
     again = load_causal_lm(resolve(str(tmp_path)), model_args, tokenizer, trainable=False).eval()

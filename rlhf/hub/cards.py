@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 from rlhf.hub.lineage import is_local, lineage_of, public_base, public_value
-from rlhf.models.sources import Source
+from rlhf.models.sources import Source, language_model_class
 from rlhf.rewards import RewardSource
 from rlhf.run.files import read_json
 from rlhf.run.folders import command, settings_of
@@ -63,7 +63,7 @@ def write_card(
     title = repo_id or Path(output_dir).resolve().name
     base = public_base(source.base) if source else None
     is_adapter = (Path(output_dir) / "adapter_config.json").exists()
-    auto = auto_class or _auto_class(output_dir, stage)
+    auto = auto_class or _auto_class(output_dir, stage, source)
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
@@ -113,14 +113,14 @@ def _public_settings(arguments: Sequence[DataclassInstance]) -> dict[str, str]:
     return {name: public_value(value) for name, value in settings.items() if not name.endswith("hub_token")}
 
 
-def _auto_class(output_dir: str, stage: str) -> str:
+def _auto_class(output_dir: str, stage: str, source: Source | None) -> str:
     """The class that loads a run's model: that of its recipe, or of its head for a pretrained model."""
     if stage == "reward":
         return "AutoModelForSequenceClassification"
     heads = (read_json(Path(output_dir) / "config.json") or {}).get("architectures") or [""]
     if stage == "pretrain" and heads[0].endswith(("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
         return "AutoModelFor" + heads[0].rpartition("For")[2].replace("ConditionalGeneration", "Seq2SeqLM")
-    return "AutoModelForCausalLM"
+    return "AutoModelForCausalLM" if source is None else language_model_class(source).__name__
 
 
 def _usage(title: str, base: str | None, auto: str, is_adapter: bool, options: Mapping[str, object]) -> str:
