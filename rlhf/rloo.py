@@ -29,6 +29,7 @@ from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt, options_of_rows
 from rlhf.data.rendering import TemplateOptions
 from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
+from rlhf.models.causality import need_causal
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import logits_at, without_gaps
@@ -155,6 +156,7 @@ class RLOOTrainer(TRLRLOOTrainer):
         )  # fmt: skip
         self.reward_func_names = reward_names(functions)
         self.processing_class.is_encoder_decoder = self.model.config.is_encoder_decoder  # for encode_prompt
+        need_causal(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model, "model")
         # TRL's own has the tokenizer's eos alone
         self.generation_config.eos_token_id = self.ends = end_ids(self.model, self.processing_class)
         if args.mask_truncated_completions and len(self.ends) > 1:

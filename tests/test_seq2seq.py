@@ -22,6 +22,7 @@ from rlhf.feedback.chat import Chat, Conversation
 from rlhf.feedback.labelers import JudgeLabeler
 from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.hub import write_card
+from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import Rows, rows_of
 from rlhf.models.seq2seq import decoder_prefix, seq2seq_inputs
@@ -215,3 +216,11 @@ def test_examples_in_the_context_are_for_decoders(t5, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(InputError, match="encoder-decoder"):
         load_script("eval/in_context.py").main()
+
+
+def test_a_decoder_that_changes_with_its_length_is_refused(tmp_path):
+    """ProphetNet's, in transformers 5.23: a token's log-probability depends on how many tokens follow."""
+    model = tiny_model("prophetnet", "encoder-decoder")
+    with pytest.raises(InputError, match="model: this prophetnet model sees the tokens"):
+        need_causal(model, "model")
+    need_causal(tiny_model("t5", "encoder-decoder"), "model")

@@ -17,7 +17,7 @@ def need_causal(model: PreTrainedModel, what: str) -> None:
 
     Raises:
         InputError: for a model of the BERT kind whose config doesn't say `is_decoder`, for one that reads in both
-            directions, and for attention by random hashes (Reformer).
+            directions, and for attention by random hashes (Reformer). ProphetNet's decoder changes with its length.
     """
     kind = model.config.model_type
     if "lsh" in (getattr(model.config, "attn_layers", None) or []):
@@ -25,7 +25,7 @@ def need_causal(model: PreTrainedModel, what: str) -> None:
             f"{what}: the LSH attention of {kind} draws random hashes over what comes later too, so no log-probability "
             "comes out twice. Give another model."
         )
-    if not model.config.is_encoder_decoder and looks_ahead(model):
+    if looks_ahead(model):
         raise InputError(
             f"{what}: this {kind} model sees the tokens that it should predict: what follows a token changes what it "
             "says before it. Give a causal language model (of the BERT kind: one with is_decoder in its config)."
@@ -39,6 +39,12 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     ids = torch.arange(TRIED, device=model.device).repeat(2, 1) % (model.get_input_embeddings().num_embeddings - 1) + 1
     ids[1, -1] = ids[0, 0]
     model.eval()
-    logits, fewer = (model(input_ids=rows, use_cache=False).logits for rows in (ids, ids[:1, : TRIED // 2]))
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        if not model.config.is_encoder_decoder:
+            return model(input_ids=rows, use_cache=False).logits
+        return model(input_ids=ids[: len(rows)], decoder_input_ids=rows, use_cache=False).logits
+
+    logits, fewer = read(ids), read(ids[:1, : TRIED // 2])
     model.train(training)
     return not (same(logits[1, :-1], logits[0, :-1]) and same(fewer[0], logits[0, : TRIED // 2]))

@@ -80,7 +80,7 @@ def _load_base(
         )
     check_loaded(model, info, source.flag, source.name, new_head=new_head)
     rows = saved_rows(source)
-    if rows not in (None, model.get_input_embeddings().weight.shape[0]):
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     if model_args.attn_implementation is None:
         group_attention(model)
@@ -124,7 +124,7 @@ def load_causal_lm(
     # forward of 64 x 50 tokens took 5.3 s on 2 cores, and 1.2 s with contiguous inputs.
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
-    if trainable:
+    if trainable and not model.config.is_encoder_decoder:  # PPO and RLOO try these
         need_causal(model, f"{source.flag} {source.name}")
     if source.adapter is not None:
         dtype = model.dtype

@@ -87,9 +87,8 @@ def load_roles(
         model = load_policy(source, model_args, tokenizer)
         if source.adapter is not None and ref_model is None and args.ref_adapter_name is None:
             args.ref_adapter_name = REFERENCE
-    elif not isinstance(model, str):
-        need_causal(model.get_base_model() if isinstance(model, PeftModel) else model, "model")
     assert not isinstance(model, str)
+    need_causal(model.get_base_model() if isinstance(model, PeftModel) else model, "model")
     check_pad_token(tokenizer)
     tokenizer.is_encoder_decoder = model.config.is_encoder_decoder  # for encode_prompt
     if peft_config is not None:
