@@ -74,9 +74,12 @@ def test_each_reply_of_a_conversation_is_a_row(t5, capsys):
 
 def test_the_template_renders_prompts_where_there_is_one(t5, tmp_path):
     template = tmp_path / "chat.jinja"
-    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     tokenizer = load_tokenizer(resolve(t5), chat_template_path=str(template))
-    assert tokenizer.decode(encode_prompt(tokenizer, user("Hi"))) == "[Hi]"
+    assert tokenizer.decode(encode_prompt(tokenizer, user("Hi"))) == "user:Hi;assistant:"
 
 
 def test_prompt_and_reply_fill_contexts_of_their_own(t5):

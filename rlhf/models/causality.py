@@ -43,7 +43,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     def read(rows: torch.Tensor) -> torch.Tensor:
         if not model.config.is_encoder_decoder:
             return model(input_ids=rows, use_cache=False).logits
-        return model(input_ids=ids[: len(rows)], decoder_input_ids=rows, use_cache=False).logits
+        return model(input_ids=ids[:1].expand(len(rows), -1), decoder_input_ids=rows, use_cache=False).logits
 
     logits, fewer = read(ids), read(ids[:1, : TRIED // 2])
     model.train(training)
