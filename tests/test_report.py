@@ -46,6 +46,15 @@ def runs(tmp_path):
     return tmp_path
 
 
+def test_a_comparison_without_a_reward_model_has_no_picture_of_it(tmp_path):
+    compared = make_run(tmp_path / "comparison", "compare")
+    cells = {"kl": CELL, "win_rate/gold": CELL}
+    results = {"models": {"sft": cells}, "reference": "sft", "reward_model": {}}
+    (compared / "results.json").write_text(json.dumps(results))
+    assert present(write_report(str(compared))).exists()
+    assert not (compared / "calibration.png").exists()
+
+
 def test_the_report_in_a_browser(runs):
     page_file = present(write_report(str(runs / "comparison")))
     for name in ("comparison/comparison.png", "comparison/calibration.png", "ppo/training.png"):

@@ -73,8 +73,8 @@ def draw_pictures(folder: Path) -> list[tuple[Path, str]]:
         with content_of(folder / picture.source):
             content = picture.content(source) if source else None
             figure = picture.figure(content) if content else None
-            caption = picture.caption.format(**content) if isinstance(content, dict) else picture.caption
-        if figure is not None:
-            save_figure(figure, folder / picture.name)
-            drawn.append((folder / picture.name, caption))
+            if figure is not None:
+                caption = picture.caption.format(**content) if isinstance(content, dict) else picture.caption
+                save_figure(figure, folder / picture.name)
+                drawn.append((folder / picture.name, caption))
     return drawn
