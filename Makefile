@@ -42,7 +42,7 @@ optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py
 
 kills: $(DEV)
-	$(BIN)/python tests/kill_ppo.py --kills 20
+	$(BIN)/python tests/kill_runs.py --count 5
 
 # every family of language models that transformers has, tiny, against plain transformers; writes docs/families.md
 families: $(DEV)

@@ -46,8 +46,9 @@ from rlhf.rewards import (
     resolve_rewards,
     total_scores,
 )
+from rlhf.run.checkpoints import checkpoints
 from rlhf.run.files import write_json, write_jsonl
-from rlhf.run.folders import checkpoints, finish_run, read_run, start_run
+from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.ranges import FiniteFloat, NonNegativeInt, PositiveInt, Seed, Temperature
 from rlhf.starter.model import STARTER

@@ -27,8 +27,9 @@ from eval.stats.intervals import JsonObject
 from rlhf.data.paths import behind_name
 from rlhf.errors import InputError, report_errors
 from rlhf.hub import public_value
+from rlhf.run.checkpoints import checkpoints
 from rlhf.run.files import content_of, read_json, read_jsonl
-from rlhf.run.folders import RUN_FILE, Run, checkpoints, read_run
+from rlhf.run.folders import RUN_FILE, Run, read_run
 from rlhf.run.processes import main_process
 
 REPORT = "report.html"

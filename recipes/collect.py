@@ -28,9 +28,9 @@ from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.feedback.labelers import LabelerArguments, make_labeler
+from rlhf.feedback.labelers import LabelerArguments, labeler_flags, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
-from rlhf.hub import push_dataset, take_push_request
+from rlhf.hub import prepare_repo, push_dataset, take_push_request
 from rlhf.models.generation import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
@@ -79,8 +79,10 @@ def main() -> None:
         few = rows.take(min(len(rows), args.max_prompts or len(rows)))
         splits[split] = prompt_rows(few, script_args.dataset_name, tokenizer, args.max_new_tokens, room)
     labeler = make_labeler(labeler_args.labeler, labeler_args, model_args, tokenizer, args.output_dir, args.seed)
-    if not start_run(__file__, args.output_dir, script_args, args, labeler_args, model_args):
+    open_flags = labeler_flags(args.output_dir)
+    if not start_run(__file__, args.output_dir, script_args, args, labeler_args, model_args, open_flags=open_flags):
         return push_dataset(args.output_dir, __file__, push, source)
+    prepare_repo(push, "dataset")
 
     # Model, replies: an interrupted run has all of them or none
     tasks = read_tasks(args.output_dir)

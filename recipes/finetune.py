@@ -25,9 +25,10 @@ from eval.measuring.held_out import evaluate_finetuned
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, take_push_request, write_card
+from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.sources import resolve
-from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.run.checkpoints import last_checkpoint
+from rlhf.run.folders import finish_run, start_run
 from rlhf.tasks.finetuning import (
     FinetuneArguments,
     FinetuningTrainer,
@@ -66,16 +67,16 @@ def main() -> None:
     test = finetuning_rows(task.test, task, tokenizer, args.max_length, "test")
     if not start_run(__file__, training_args.output_dir, script_args, args, training_args, model_args):
         return push_model(training_args.output_dir, push)
+    prepare_repo(push)
 
     # Model
     model = load_finetuning_model(source, config, task, args, model_args, tokenizer)
 
     # Trainer
-    lm_head = language_model_head(source, config, model) if args.lm_coef else None
     trainer = FinetuningTrainer(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
         data_collator=data_collator(task, tokenizer), compute_metrics=share_right, lm_coef=args.lm_coef,
-        lm_head=lm_head,
+        lm_head=language_model_head(source, config, model) if args.lm_coef else None,
     )  # fmt: skip
 
     # Train

@@ -24,7 +24,7 @@ from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import language_model_rows, prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, take_push_request, write_card
+from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
@@ -32,7 +32,8 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.config import check_stop_tokens
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
-from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.run.checkpoints import last_checkpoint
+from rlhf.run.folders import finish_run, start_run
 
 MEASURED = ("objective/raw_scores", "objective/kl", "completions/mean_length")
 
@@ -60,14 +61,13 @@ def main() -> None:
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
+    prepare_repo(push)
 
     # Model
     policy = load_policy(source, model_args, tokenizer, start=start)
     size = training_args.per_device_eval_batch_size
-    rewards, eval_rewards = (
-        [load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
-        for sources in (reward_sources, eval_sources)
-    )
+    rewards, eval_rewards = ([load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
+                             for sources in (reward_sources, eval_sources))  # fmt: skip
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 

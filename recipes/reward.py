@@ -25,11 +25,13 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.pairs import PreferenceCollator
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, take_push_request, write_card
+from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import base_config, context_length, reads_pairs, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.run.checkpoints import last_checkpoint
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.trainers import whole_checkpoints
 
 MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibration_error"}
 
@@ -57,20 +59,17 @@ def main() -> None:
     train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
+    prepare_repo(push)
 
     # Model
     model = load_reward_model(source, model_args, tokenizer, seed=training_args.seed)
 
     # Trainer
     training_args.remove_unused_columns = False  # TRL doesn't know the columns of token types
-    trainer = RewardTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
+    trainer = whole_checkpoints(RewardTrainer)(
+        model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer,
         data_collator=PreferenceCollator(tokenizer.pad_token_id, training_args.pad_to_multiple_of),
-    )
+    )  # fmt: skip
 
     # Train
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))

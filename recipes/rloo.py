@@ -23,13 +23,14 @@ from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, take_push_request, write_card
+from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import load_reward, resolve_rewards
 from rlhf.rloo import RLOOConfig, RLOOTrainer, need_prompts
-from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.run.checkpoints import last_checkpoint
+from rlhf.run.folders import finish_run, start_run
 
 MEASURED = {
     "eval_reward": "reward",
@@ -57,6 +58,7 @@ def main() -> None:
     need_prompts(train, script_args.dataset_name, training_args)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
+    prepare_repo(push)
 
     # Model
     policy = load_causal_lm(source, model_args, tokenizer)

@@ -99,7 +99,7 @@ def main() -> None:
     start = resolve(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     check_start(start, args.ppo_config, args.rounds)
     more = not (Path(args.output_dir) / f"round-{args.rounds}" / "comparison" / "results.json").exists()
-    if not start_run(__file__, args.output_dir, args, more=more):
+    if not start_run(__file__, args.output_dir, args, more=more, open_flags=vars(args)):  # the stages check them
         return
 
     # Rounds

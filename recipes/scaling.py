@@ -36,6 +36,7 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import texts_of
 from rlhf.errors import report_errors
 from rlhf.pretraining.scaling import (
+    TEXTS,
     ScalingArguments,
     block_size_of,
     check_base_config,
@@ -73,7 +74,7 @@ def main() -> None:
     # Tokenizer
     tokenizer = resolve_tokenizer(args.tokenizer_name)
     texts = cut_texts(train, test, tokenizer, args)
-    if not start_run(__file__, args.output_dir, script_args, args):
+    if not start_run(__file__, args.output_dir, script_args, args, derived=[TEXTS]):
         return
     folders = write_texts(texts, args.output_dir)
     train_with = (folders, PRETRAIN, PRELOAD)

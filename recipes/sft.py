@@ -22,12 +22,14 @@ from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.encoding import is_seq2seq
 from rlhf.data.rows import sft_rows
 from rlhf.errors import report_errors
-from rlhf.hub import push_model, take_push_request, write_card
+from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.losses import fit_loss
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.run.folders import finish_run, last_checkpoint, start_run
+from rlhf.run.checkpoints import last_checkpoint
+from rlhf.run.folders import finish_run, start_run
+from rlhf.run.trainers import whole_checkpoints
 from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer, check_seq2seq_arguments
 
 
@@ -55,6 +57,7 @@ def main() -> None:
     train, test = (sft_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
+    prepare_repo(push)
 
     # Model
     model = load_causal_lm(source, model_args, tokenizer)
@@ -62,7 +65,7 @@ def main() -> None:
     # Trainer
     fit_loss(training_args, model)
     training_args.assistant_only_loss, training_args.dataset_text_field = False, "text"  # applied to the rows
-    trainer = (Seq2SeqSFTTrainer if seq2seq else SFTTrainer)(
+    trainer = whole_checkpoints(Seq2SeqSFTTrainer if seq2seq else SFTTrainer)(
         model=model, args=training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer
     )
 

@@ -71,7 +71,8 @@ def main() -> None:
     )
     folders = [Path(args.output_dir) / f"round-{number}" for number in range(args.rounds + 1)]
     more = not (folders[-1] / HELD_OUT_FILE).exists()
-    if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more):
+    again = {"open_flags": ["sft_config"], "derived": [folders[0].name]}  # sft.py checks its own settings
+    if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more, **again):
         return
 
     # Rounds

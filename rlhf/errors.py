@@ -1,13 +1,21 @@
 """One clear line for input that cannot work.
 
 Recipes wrap `main` in `report_errors`. An `InputError` raised anywhere then ends the process with that line on standard
-error and exit code 2, the code that argparse uses for a bad command line.
+error and exit code 2, the code that argparse uses for a bad command line. So does a full disk. SIGTERM and Ctrl-C end
+it with one line too, after what cleans up behind itself has run.
 """
 
+import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
+
+PARENT_PIPE = "RLHF_RECIPES_PARENT_PIPE"  # of a stage of another recipe: the pipe that is closed when that ends
+CONTINUE = "Run the same command again to continue."
 
 
 class InputError(ValueError):
@@ -26,15 +34,70 @@ def at_failure(action: Callable[[], None]) -> None:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn an `InputError` into one line on standard error and exit code 2. Other exceptions pass through."""
+    """Turn an `InputError` and a full disk into one line on standard error and exit code 2.
+
+    Ctrl-C and SIGTERM end in one line as well, with the exit codes 130 and 143. Other exceptions pass through.
+    """
+    before = _end_at_sigterm()
     try:
         with _undone_at_failure():
             yield
     except InputError as error:
-        if error.of_one_process or int(os.environ.get("RANK", "0")) == 0:
-            _end_progress_bars()
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        _say(f"error: {error}", every_process=error.of_one_process)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _say_once(f"Interrupted. {CONTINUE}")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        place = full_disk(error)
+        if place is None:
+            raise
+        _say(f"error: the disk is full{place}. Free some space. {CONTINUE}")
+        sys.exit(2)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str, every_process: bool = False) -> None:
+    if every_process or int(os.environ.get("RANK", "0")) == 0:
+        _end_progress_bars()
+        print(" ".join(line.split()), file=sys.stderr)
+
+
+def _say_once(line: str) -> None:
+    """What a recipe and its stage would both say, the recipe says."""
+    if PARENT_PIPE not in os.environ:
+        _say(line)
+
+
+def _end_at_sigterm() -> Any:
+    """Have SIGTERM raise SystemExit, so that files half written are removed; the handler that was there before."""
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        _say_once(f"Ended by SIGTERM. {CONTINUE}")
+        sys.exit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, end)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Where the disk is full, as ` (path)`; empty if the error doesn't say; None if it is another error.
+
+    torch and safetensors write with code of their own, and say it in the text of other exceptions.
+    """
+    texts = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed writing",
+             "inline_container.cc")  # fmt: skip
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(text in str(cause) for text in texts):
+            return f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _end_progress_bars() -> None:

@@ -45,6 +45,7 @@ from rlhf.rewards import (
     reward_names,
 )
 from rlhf.run.ranges import check_ranges
+from rlhf.run.trainers import WholeCheckpoints
 
 
 @dataclass
@@ -104,7 +105,7 @@ def need_prompts(dataset: Dataset, name: str, args: RLOOConfig) -> None:
         )
 
 
-class RLOOTrainer(TRLRLOOTrainer):
+class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
     """TRL's RLOOTrainer; each method's docstring names the difference.
 
     With a PeftModel the reference is `ref`, a frozen copy of the SFT adapter that the trainer makes at its start. The

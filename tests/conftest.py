@@ -17,6 +17,7 @@ from recipe_process import run_recipe, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
+from rlhf.data.encoding import encode_conversation
 from rlhf.data.rows import prompt_rows
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
@@ -81,6 +82,23 @@ def save_tiny(folder, tokenizer, seed=0, **changes):
 def tiny(tmp_path_factory, tokenizer):
     """Folder of a tiny random Llama with the starter's tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("tiny"), tokenizer)
+
+
+def save_guesser(folder, tokenizer):
+    """A tiny model that says of every box, at random, `The answer is 1.` or `The answer is 2.`"""
+    model = LlamaForCausalLM.from_pretrained(save_tiny(folder, tokenizer))
+    rows = [
+        encode_conversation(tokenizer, [*user("What is in the red box?"), *assistant(f"The answer is {n}.")])
+        for n in (1, 2)
+    ]
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-2)
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def user(text):

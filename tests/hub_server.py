@@ -16,6 +16,8 @@ class Hub(ThreadingHTTPServer):
         self.uploads = {}  # sha256 -> bytes
         self.tokens = set()
         self.denied = {}  # repo -> status and error code of every answer
+        self.requests = 0
+        self.failing: tuple[int, int | str] | None = None  # the number of the first request that fails, and how
 
     @property
     def url(self):
@@ -28,6 +30,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+    def parse_request(self):
+        """With failures: a status; `close`: no answer but the end of the connection; `silence`: nothing."""
+        if not super().parse_request():
+            return False
+        self.server.requests += 1
+        if self.server.failing is None or self.server.requests < self.server.failing[0]:
+            return True
+        how = self.server.failing[1]
+        self.close_connection = True
+        if how == "silence":
+            self.rfile.read()  # until the client gives up
+        elif how != "close":
+            self.body()
+            self.answer({"error": "as the test asked"}, how)
+        return False
 
     def body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY_PPO, TINY_TRAINING, run
+from conftest import ROOT, TINY_PPO, TINY_TRAINING, run
 from hub_server import local_hub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -91,16 +91,14 @@ def test_what_the_hub_refuses_is_one_line_each(tiny, sft, tmp_path):
     print(result.stdout)
 
 
+def hub_environment(hub, folder):
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(folder / "home")}  # fmt: skip
+
+
 def test_every_recipe_pushes_what_others_can_load(tiny, files, tmp_path):
     with local_hub() as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "hf_secret",
-        }
+        environment = {**hub_environment(hub, tmp_path), "HF_TOKEN": "hf_secret"}
         push = lambda name: ["--push_to_hub", "--hub_model_id", f"you/{name}"]  # noqa: E731
         sft, reward, ppo = tmp_path / "sft", tmp_path / "reward", tmp_path / "ppo"
         run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", sft,
@@ -182,3 +180,41 @@ def test_the_trainer_in_python_pushes_the_policy_and_no_token(tiny, tmp_path):
         assert b"ppo" in content["README.md"]
         files = [*content.values(), *(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())]
         assert not any(b"hf_secret" in data for data in files)
+
+
+def test_a_hub_that_fails_at_any_request_loses_nothing(tiny, files, tmp_path):
+    """One line each time, nothing noted as pushed, and the same push completes once the Hub is well again."""
+    run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir",
+        tmp_path / "sft", *TINY_TRAINING, "--max_steps", 1)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, ROOT / "tests" / "push_failures.py", tmp_path / "sft"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr[-2000:]
+    pushes = [json.loads(line.removeprefix("PUSH ")) for line in said.stdout.splitlines() if line.startswith("PUSH ")]
+    for how in (500, 403, 401, 404, "close", "silence"):
+        *failed, last = [push for push in pushes if push["how"] == how]
+        assert len(failed) > 6 and last["said"] is None
+        for push in failed:
+            assert push["said"].startswith("--push_to_hub you/x: the Hub refused or failed (")
+            assert "without training" in push["said"] and "hf_secret" not in push["said"] and not push["noted"]
+        for push in (*failed, last):
+            assert push["hub"]["name"] == "you/x" and "adapter_model.safetensors" in push["files"]
+
+
+def test_a_hub_that_refuses_is_asked_before_training(tiny, files, tmp_path):
+    with local_hub() as hub:
+        words = ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", tmp_path / "out",
+                 *TINY_TRAINING, "--push_to_hub", "--hub_model_id", "you/x", "--hub_token", "hf_secret"]  # fmt: skip
+        environment = hub_environment(hub, tmp_path)
+        for number in (1, 2):  # creating the repo; may the token write?
+            hub.requests, hub.failing = 0, (number, 403)
+            said = run("recipes/sft.py", *words, check=False, environment=environment)
+            line = said.stderr.splitlines()[-1]
+            assert said.returncode == 2 and line.startswith("error: --push_to_hub you/x: the Hub refused or failed (")
+            assert "Nothing was trained yet" in line and not list((tmp_path / "out").iterdir())
+        hub.failing = None
+        run("recipes/sft.py", *words, environment=environment)  # the same folder
+        assert "adapter_model.safetensors" in hub.repos["models/you/x"]
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"hf_secret" not in file.read_bytes(), file

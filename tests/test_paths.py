@@ -50,4 +50,5 @@ def test_a_run_folder_may_have_an_equals_sign(tmp_path, monkeypatch):
     assert behind_name("~/lr=1") == tmp_path / "lr=1" and behind_name("name=~/lr=1") == tmp_path / "lr=1"
     with pytest.raises(InputError, match="--output_dir ~/lr=2: no run in it"):
         check_paths({"output_dir": "~/lr=2"}, {"output_dir": "no run in it."})
+    (tmp_path / "lr=1" / "trainer_state.json").write_text("{}")
     need_checkpoint("~/lr=1")

@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, present, run, save_tiny, user
-from kill_ppo import kill_and_compare
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import ModelConfig, ScriptArguments
@@ -18,8 +17,9 @@ from rlhf.data.datasets import DatasetArguments
 from rlhf.errors import InputError
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig
 from rlhf.run.arguments import parse
+from rlhf.run.checkpoints import last_checkpoint, write_digests
 from rlhf.run.files import digest
-from rlhf.run.folders import command, last_checkpoint, settings_of, write_digests
+from rlhf.run.folders import command, settings_of
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
@@ -178,20 +178,24 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(road, tiny, files, tmp_p
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == finished
 
 
+def make_checkpoint(folder, state="trainer_state.json", random_state="rng_state.pth"):
+    """A checkpoint as far as its files tell."""
+    folder.mkdir()
+    (folder / state).write_text("{}")
+    for name in ("optimizer.pt", random_state):
+        (folder / name).write_bytes(b"12345678")
+    write_digests(folder)
+    return folder
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, capsys):
-    for step, whole in ((2, True), (10, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    make_checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-best").mkdir()  # the user's own
     arguments = types.SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
     assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-10 is passed over: incomplete" in capsys.readouterr().out
-    whole = tmp_path / "checkpoint-3"
-    whole.mkdir()
-    (whole / "ppo_state.json").write_text("{}")
-    (whole / "optimizer.pt").write_bytes(b"12345678")
-    write_digests(whole)
+    assert "checkpoint-10 is passed over: digests.json is missing" in capsys.readouterr().out
+    whole = make_checkpoint(tmp_path / "checkpoint-3", "ppo_state.json", "random_state_0.pt")
     assert last_checkpoint(arguments) == str(whole)
     (whole / "optimizer.pt").write_bytes(b"12345679")
     assert last_checkpoint(arguments) == str(tmp_path / "checkpoint-2")
@@ -250,8 +254,7 @@ def test_a_configuration_without_a_dataset_means_the_starter():
 
 @pytest.mark.parametrize("asked", [False, "false"])
 def test_resuming_can_be_declined_in_yaml_and_on_the_command_line(asked, tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    make_checkpoint(tmp_path / "checkpoint-2")
     settings = types.SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=asked)
     assert last_checkpoint(settings) is None
     settings.resume_from_checkpoint = None
@@ -395,11 +398,6 @@ def test_recipes_read_alike(recipe):
     assert headings[0] == "Arguments" and known == sorted(known, key=order.index)
     if "trainer.train(" in text:
         assert headings == order
-
-
-def test_a_ppo_run_killed_at_a_random_moment_ends_as_if_nothing_had_happened(sft, files, tmp_path):
-    moments = kill_and_compare(sft, str(files / "prompts.jsonl"), tmp_path, kills=1)
-    assert len(moments) == 1
 
 
 def test_whatever_layout_a_dataset_has_its_content_tells_it_from_others(tmp_path):

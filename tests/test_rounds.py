@@ -156,10 +156,14 @@ def test_bad_input(flags, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_that_fails_is_named(tmp_path):
+def test_a_stage_that_fails_is_named_and_one_that_refuses_its_input_says_so_itself(tmp_path, capfd):
     (tmp_path / "c.yaml").write_text("model_name_or_path: ./nowhere\n")
-    with pytest.raises(InputError, match=r"recipes/sft\.py ended with exit code 2"):
+    with pytest.raises(SystemExit):
         run_stage(ROOT / "recipes" / "sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: --model_name_or_path ./nowhere")
+    (tmp_path / "stage.py").write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match=r"stage\.py ended with exit code 3"):
+        run_stage(tmp_path / "stage.py", "c.yaml", tmp_path / "out", {})
 
 
 STAGE = """
@@ -169,7 +173,7 @@ signal.signal(signal.SIGINT, lambda *_: None)
 (out / "ready").touch()
 signal.pause()
 time.sleep(1)  # longer than subprocess.run leaves a child after Ctrl-C
-(out / "run.json").write_text(json.dumps({"finished": False}))
+(out / "run.json").write_text(json.dumps({"recipe": "x", "settings": {}, "finished": False}))
 """
 
 

@@ -6,16 +6,13 @@ import re
 from contextlib import redirect_stdout
 
 import pytest
-import torch
-from conftest import ROOT, TINY_TRAINING, load_script, present, save_tiny, user
+from conftest import ROOT, TINY_TRAINING, load_script, present, save_guesser, user
 from datasets import Dataset
-from transformers import LlamaForCausalLM
 
 from eval.drawing.figures import rounds_figure
 from eval.drawing.tables import tables_of
 from eval.measuring.solving import references_of, solved_share, solving_rows, summarize_solving
 from rlhf.data.datasets import Row
-from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
 from rlhf.starter.problems import PROBLEM_KINDS, starter_problems
@@ -235,19 +232,7 @@ def test_summary_table_and_picture(tmp_path):
 
 @pytest.fixture(scope="module")
 def guesser(tokenizer, tmp_path_factory):
-    """A tiny model that says of every box, at random, `The answer is 1.` or `The answer is 2.`"""
-    folder = save_tiny(tmp_path_factory.mktemp("guesser"), tokenizer)
-    model = LlamaForCausalLM.from_pretrained(folder)
-    rows = [encode_conversation(tokenizer, [*user("What is in the red box?"),
-            {"role": "assistant", "content": f"The answer is {n}."}]) for n in (1, 2)]  # fmt: skip
-    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-2)
-    for _ in range(60):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+    return save_guesser(tmp_path_factory.mktemp("guesser"), tokenizer)
 
 
 def star(monkeypatch, *words):

@@ -1,5 +1,6 @@
 """Files and folders that flags name. Missing ones are refused before the code that reads them is imported."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ PATH_FLAGS = (
     "model_name_or_path", "sft_model_path", "reward_model_path",
 )  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
+RUN_FILE = "run.json"  # of a run folder, see rlhf/run/folders.py
 
 
 def looks_local(name: str) -> bool:
@@ -80,10 +82,37 @@ def behind_name(word: str) -> Path:
     return whole if whole.exists() else Path(word.partition("=")[2] or word).expanduser()
 
 
-def need_checkpoint(asked: Any) -> None:
-    """Raise InputError if `--resume_from_checkpoint` names a folder that isn't there."""
-    if isinstance(asked, str) and asked.lower() not in ("true", "false") and not Path(asked).expanduser().is_dir():
+def need_checkpoint(asked: Any, recipe: str | None = None) -> None:
+    """Raise InputError if `--resume_from_checkpoint` names a folder that isn't there or is no checkpoint.
+
+    Args:
+        recipe: PPO's checkpoints are of another kind than the others'; None if it isn't known.
+    """
+    if not isinstance(asked, str) or asked.lower() in ("true", "false"):
+        return
+    if not Path(asked).expanduser().is_dir():
         raise InputError(f"--resume_from_checkpoint {asked}: no such folder.")
+    kinds = {"ppo_state.json": recipe in ("ppo", None), "trainer_state.json": recipe != "ppo"}
+    wanted = [name for name, fits in kinds.items() if fits]
+    if not any((Path(asked).expanduser() / name).is_file() for name in wanted):
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: no checkpoint of this recipe ({wanted[-1]} is missing). Give a folder "
+            "checkpoint-<step> of the run, or leave the flag out."
+        )
+
+
+def need_output_dir(name: str) -> None:
+    """Raise InputError if a folder of this name can't be made or written, as far as that can be told without trying."""
+    if not name.isprintable():
+        raise InputError(f"--output_dir {name!r}: has a character that no folder should have in its name.")
+    folder = Path(name)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise InputError(f"--output_dir {name}: {above.name} is not a folder. Give another path.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {name}: you may not write in {above}. Give another folder.")
+    if os.path.lexists(folder / RUN_FILE) and not (folder / RUN_FILE).is_file():
+        raise InputError(f"--output_dir {name}: {RUN_FILE} in it is not a file. Give another folder.")
 
 
 def need_name(word: str, flag: str) -> None:
@@ -148,3 +177,5 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     if "ptx_dataset_name" in given:
         need_dataset(given["ptx_dataset_name"], "--ptx_dataset_name")
     need_checkpoint(given.get("resume_from_checkpoint"))
+    if isinstance(given.get("output_dir"), str):
+        need_output_dir(given["output_dir"])

@@ -7,11 +7,11 @@ from typing import Literal
 from rlhf.comparisons import PreferencePair, Task, preference_pairs
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import TASKS_FILE, read_tasks
-from rlhf.feedback.votes import Vote, VoteFile, append_line, check_labeler_name, now
+from rlhf.feedback.votes import VOTES_FILE, Vote, VoteFile, append_line, check_labeler_name, now
 from rlhf.run.files import write_jsonl
 from rlhf.run.folders import RUN_FILE, read_run
+from rlhf.run.locks import LOCK_FILE
 
-VOTES_FILE = "votes.jsonl"
 Pairs = dict[str, list[PreferencePair]]  # by split
 Preferred = Literal["first", "second", "tie"]
 RANKS: dict[Preferred, list[int]] = {"first": [1, 2], "second": [2, 1], "tie": [1, 1]}
@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> None:
             raise InputError(
                 f"{where}: recipes/collect.py has not sampled its replies yet. Run it first, or give a new folder."
             )
-    elif VOTES_FILE not in found and not found <= {TASKS_FILE, f"{VOTES_FILE}.lock"}:
+    elif VOTES_FILE not in found and not found <= {TASKS_FILE, LOCK_FILE, f"{VOTES_FILE}.lock"}:
         raise InputError(f"{where}: holds {', '.join(sorted(found)[:3])} and no {VOTES_FILE}. Give a new folder.")
 
 

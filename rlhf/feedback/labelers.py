@@ -1,5 +1,6 @@
 """The labelers behind `--labeler`: a simulation, a score, a judge model, people."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from rlhf.comparisons import Comparison, Labeler, Prompt, Task, as_message, pref
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.feedback.assignment import VotingSettings
+from rlhf.feedback.votes import VOTES_FILE
 from rlhf.models.generation import left_pad
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.seq2seq import generation_inputs
@@ -52,6 +54,15 @@ class LabelerArguments(LabelerSettings):
     labeler_temperature: NonNegativeFloat = field(
         default=0.15, metadata={"help": "Noise of the simulated labeler; 0: none."}
     )
+
+
+def labeler_flags(folder: str) -> list[str]:
+    """The flags of the labeler that may still change: all, until somebody's answers are in the run's folder.
+
+    The sampled replies serve every labeler.
+    """
+    answered = any((Path(folder) / name).exists() for name in (VOTES_FILE, "train.jsonl"))
+    return [] if answered else [flag.name for flag in dataclasses.fields(LabelerArguments)]
 
 
 def check_labeler_kind(name: str) -> None:
@@ -97,7 +108,7 @@ def make_labeler(
     if name == "human":
         from rlhf.feedback.vote_page import People  # Gradio takes seconds to import
 
-        return People(settings, Path(folder) / "votes.jsonl", seed)
+        return People(settings, Path(folder) / VOTES_FILE, seed)
     raise ValueError(f"{name} is in LABELERS and not here")  # check_labeler_kind passed it
 
 

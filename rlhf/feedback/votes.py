@@ -20,6 +20,7 @@ from filelock import FileLock
 from rlhf.comparisons import Comparison
 from rlhf.errors import InputError
 
+VOTES_FILE = "votes.jsonl"
 FIELDS = ("task", "labeler", "repeat", "ranks", "ratings", "skipped", "time")
 LONGEST_NAME = 40  # grapheme clusters
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without ink

@@ -6,12 +6,14 @@ own push would also send `training_args.bin`, a pickle that holds paths of this 
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from rlhf.errors import InputError
 from rlhf.hub.lineage import origin_of, public_base
@@ -25,6 +27,10 @@ MODEL_FILES = (
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "README.md", "training.png", "calibration.png",
 )  # fmt: skip
+
+
+TIMEOUT = 120.0  # seconds without a word from the Hub
+AGAIN = "The run folder is complete; the same command pushes again, without training"
 
 
 class PushRequest(NamedTuple):
@@ -48,13 +54,16 @@ class HubFlags(Protocol):
 def take_push_request(args: HubFlags) -> PushRequest | None:
     """Return what `--push_to_hub` asks for, or None, and set it to False, so that the Trainer doesn't push.
 
+    The token is taken out of `args`, which trainers save.
+
     Raises:
-        InputError: if the repo's name or a token is missing.
+        InputError: if the repo's name or a token is missing, or the Hub can't be reached by this machine's settings.
     """
+    given, args.hub_token = args.hub_token, None
     if not args.push_to_hub:
         return None
     args.push_to_hub = False
-    token = args.hub_token or get_token()
+    token = given or get_token()
     if not args.hub_model_id:
         raise InputError("--push_to_hub needs --hub_model_id, for example --hub_model_id you/my-adapter.")
     try:
@@ -63,8 +72,42 @@ def take_push_request(args: HubFlags) -> PushRequest | None:
         raise InputError(f"--hub_model_id {args.hub_model_id}: no name for a Hub repo ({error}).") from error
     if not token:
         raise InputError("--push_to_hub: no Hub token found. Log in with `hf auth login`, or set HF_TOKEN.")
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("--push_to_hub: HF_HUB_OFFLINE is set. Unset it, or leave the flag out.")
     branch = getattr(args, "hub_revision", None)
     return PushRequest(args.hub_model_id, token, args.hub_private_repo, None if branch == "main" else branch)
+
+
+def prepare_repo(request: PushRequest | None, repo_type: str = "model") -> None:
+    """Create the repo before training, and ask whether the token may write to it.
+
+    Raises:
+        InputError: if the Hub refuses.
+    """
+    if request is None or not main_process():
+        return
+    api = HfApi(token=request.token)
+    with _one_line(request, "Nothing was trained yet. Mend it, or leave the flag out"):
+        _create_repo(api, request, repo_type)
+        api.auth_check(request.repo_id, repo_type=repo_type, write=True)  # an existing repo may be somebody else's
+
+
+def _create_repo(api: HfApi, request: PushRequest, repo_type: str) -> None:
+    api.create_repo(request.repo_id, repo_type=repo_type, private=request.private, exist_ok=True)
+    if request.branch:
+        api.create_branch(request.repo_id, branch=request.branch, repo_type=repo_type, exist_ok=True)
+
+
+@contextmanager
+def _one_line(request: PushRequest, advice: str) -> Iterator[None]:
+    """Turn whatever the Hub or the network does into an InputError."""
+    get_session().timeout = TIMEOUT  # the client's own default is to wait forever
+    try:
+        yield
+    except Exception as error:  # refusals and network faults have many classes
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(".")
+        reason = reason.replace(request.token, "...")
+        raise InputError(f"--push_to_hub {request.repo_id}: the Hub refused or failed ({reason}). {advice}.") from error
 
 
 def already_pushed(output_dir: str, request: PushRequest) -> bool:
@@ -84,8 +127,7 @@ def push_model(output_dir: str, request: PushRequest | None) -> None:
     """Push a finished run's model, tokenizer and card, and check that the weights arrived unchanged.
 
     Raises:
-        InputError: if the Hub refuses.
-        OSError: if the weights on the Hub differ from those that were sent.
+        InputError: if the Hub refuses, or if the weights on the Hub differ from those that were sent.
     """
     if request is None or not main_process() or already_pushed(output_dir, request):
         return
@@ -96,9 +138,13 @@ def push_model(output_dir: str, request: PushRequest | None) -> None:
         _hide_local_base(Path(staging))
         commit = _upload(staging, request, "model")
         weights = next(Path(staging).glob("*.safetensors"))
-        received = hf_hub_download(request.repo_id, weights.name, revision=commit, token=request.token)
+        with _one_line(request, AGAIN):
+            received = hf_hub_download(request.repo_id, weights.name, revision=commit, token=request.token)
         if digest(received) != digest(str(weights)):
-            raise OSError(f"{request.repo_id}: {weights.name} came back from the Hub with other content than was sent.")
+            raise InputError(
+                f"--push_to_hub {request.repo_id}: {weights.name} came back from the Hub with other content than was "
+                f"sent. {AGAIN}."
+            )
     _note_push(output_dir, request, commit)
     print(f"Pushed to {request.repo_id} at {commit}.")
 
@@ -138,21 +184,12 @@ def _hide_local_base(folder: Path) -> None:
 
 def _upload(folder: str, request: PushRequest, repo_type: str) -> str:
     api = HfApi(token=request.token)
-    try:
-        api.create_repo(request.repo_id, repo_type=repo_type, private=request.private, exist_ok=True)
+    with _one_line(request, AGAIN):
+        _create_repo(api, request, repo_type)
         if repo_type == "model":
             ModelCard.load(Path(folder) / "README.md").validate()
-        message = "Push with rlhf-recipes"
-        if request.branch:
-            api.create_branch(request.repo_id, branch=request.branch, repo_type=repo_type, exist_ok=True)
         info = api.upload_folder(
-            repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message,
-            revision=request.branch,
+            repo_id=request.repo_id, folder_path=folder, repo_type=repo_type, revision=request.branch,
+            commit_message="Push with rlhf-recipes",
         )  # fmt: skip
-    except Exception as error:  # refusals and network faults have many classes; the run is safe on disk
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise InputError(
-            f"--push_to_hub {request.repo_id}: not pushed ({reason}). "
-            "The run folder is complete; the same command tries again."
-        ) from error
     return info.oid

@@ -1,15 +1,11 @@
 """PPO checkpoints: trained weights, optimizer, scheduler, random states and the progress of a run.
 
-A checkpoint is written into a temporary folder and renamed, so it is either complete or absent. It holds a digest of
-every file, so damage is noticed. Tensors are safetensors or are loaded with `weights_only=True`; the rest is JSON.
+rlhf/run/checkpoints.py writes it as a whole, with digests. Tensors are safetensors or are loaded with
+`weights_only=True`; the rest is JSON.
 """
 
 import json
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,8 +19,8 @@ from transformers import TrainingArguments
 
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
+from rlhf.run.checkpoints import damage
 from rlhf.run.files import read_json, write_jsonl
-from rlhf.run.folders import checkpoints, damage, write_digests
 
 
 class Progress(TypedDict):
@@ -36,46 +32,10 @@ class Progress(TypedDict):
     reward_scale: tuple[float, float] | None  # mean and standard deviation of the first batch's scores
     kl_coef: float
     remarked: dict[str, int]  # the update of the monitor's last remark, by rule
-    best: tuple[float | None, int | None, str | None]  # metric, step and folder of the best checkpoint
+    best: tuple[float | None, int | None, str | None]  # metric, step and name of the best checkpoint
     metrics: dict[str, float]  # of the last update
     reward_metrics: dict[str, list[float]]  # what reward functions logged since the last log
     callbacks: dict[str, Any]  # the state of each callback that has one
-
-
-def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
-    return Path(args.output_dir) / f"checkpoint-{step}"
-
-
-@contextmanager
-def atomic_folder(folder: Path, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """Give all processes a temporary folder to write into, and rename it to `folder` at the end.
-
-    Args:
-        main: whether this process renames.
-        wait: waits for all processes.
-    """
-    working = folder.with_name(f"writing-{folder.name}")
-    if main and working.exists():
-        shutil.rmtree(working)  # left by a run that was killed while it wrote
-    wait()
-    working.mkdir(parents=True, exist_ok=True)
-    yield working
-    wait()
-    if main:
-        write_digests(working)
-        if folder.exists():
-            shutil.rmtree(folder)  # an earlier checkpoint of this step, from before a resume
-        os.replace(working, folder)
-    wait()
-
-
-def delete_old_checkpoints(output_dir: str, limit: int | None, keep: str | None) -> None:
-    """Delete the oldest checkpoints of a run beyond `limit`, but never `keep`, the best one."""
-    spared = Path(keep).name if keep else ""
-    found = [path for path in checkpoints(output_dir) if path.name != spared]
-    for old in found[:-limit] if limit else []:
-        shutil.rmtree(old)
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -148,7 +108,7 @@ def load_checkpoint(
     """
     if not (folder / "ppo_state.json").exists():
         raise InputError(f"--resume_from_checkpoint {folder}: not a PPO checkpoint (ppo_state.json is missing).")
-    wrong = damage(folder)
+    wrong = damage(folder, foreign=True)
     if wrong is not None:
         raise InputError(f"--resume_from_checkpoint {folder}: {wrong}. Resume from an earlier checkpoint.")
     file = folder / f"random_state_{rank}.pt"

@@ -22,9 +22,6 @@ from rlhf.data.paths import need_checkpoint
 from rlhf.errors import InputError
 from rlhf.ppo.checkpoint import (
     Progress,
-    atomic_folder,
-    checkpoint_folder,
-    delete_old_checkpoints,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -39,7 +36,8 @@ from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
-from rlhf.run.folders import last_checkpoint
+from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints, last_checkpoint
+from rlhf.run.saving import need_room, need_savable
 
 
 class TrainerConventions(TRLPPOTrainer):
@@ -94,6 +92,8 @@ class TrainerConventions(TRLPPOTrainer):
         self.reward_scale, self.kl_coef, self.remarked = None, args.kl_coef, {}
         self.last_metrics, self.reward_metrics, self.loss_sum = {}, {}, 0.0
         set_seed(args.seed + 100_003 * self.accelerator.process_index)
+        need_savable(self.model.policy, self.processing_class)
+        need_room(args, self.model, copies=2)  # what PPO trains, and the policy for others to load
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:
             self._resume(folder)
@@ -313,7 +313,9 @@ class TrainerConventions(TRLPPOTrainer):
         state, scale = self.state, progress["reward_scale"]
         state.global_step, state.episode, state.log_history = progress["step"], progress["episode"], progress["log"]
         state.epoch = state.episode / self.train_dataset_len
-        state.best_metric, state.best_global_step, state.best_model_checkpoint = progress["best"]
+        state.best_metric, state.best_global_step, best = progress["best"]
+        place = best and Path(self.args.output_dir) / Path(best).name  # the run folder may have moved
+        state.best_model_checkpoint = str(place) if place and place.is_dir() else None
         self.reward_scale = None if scale is None else RewardScale(*scale)
         self.kl_coef, self.remarked = progress["kl_coef"], progress["remarked"]
         # checkpoints of earlier versions lack what is asked for with `get`
@@ -325,7 +327,7 @@ class TrainerConventions(TRLPPOTrainer):
         self._load_callback_state()
 
     def _progress(self) -> Progress:
-        state = self.state
+        state, best = self.state, self.state.best_model_checkpoint
         return {
             "step": state.global_step,
             "episode": state.episode,
@@ -333,7 +335,7 @@ class TrainerConventions(TRLPPOTrainer):
             "reward_scale": self.reward_scale,
             "kl_coef": self.kl_coef,
             "remarked": self.remarked,
-            "best": (state.best_metric, state.best_global_step, state.best_model_checkpoint),
+            "best": (state.best_metric, state.best_global_step, best and Path(best).name),
             "metrics": self.last_metrics,
             "reward_metrics": self.reward_metrics,
             "callbacks": OnlineTrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks,
@@ -351,7 +353,7 @@ class TrainerConventions(TRLPPOTrainer):
             self._push_from_checkpoint(str(folder))
         if args.should_save:
             best = self.state.best_model_checkpoint if args.metric_for_best_model else None
-            delete_old_checkpoints(args.output_dir, args.save_total_limit, keep=best)
+            delete_old_checkpoints(args.output_dir, args.save_total_limit, self.state.global_step, best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, with its tokenizer. With LoRA that is one adapter."""

@@ -3,9 +3,9 @@
 import math
 
 from rlhf.errors import InputError
-from rlhf.ppo.checkpoint import checkpoint_folder
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.upstream import OnlineTrainerState
+from rlhf.run.checkpoints import checkpoint_folder
 
 
 def evaluation_rows(count: int, processes: int, rank: int) -> range:

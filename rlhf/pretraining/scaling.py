@@ -18,6 +18,7 @@ from rlhf.run.parser import read_yaml
 from rlhf.run.ranges import LearningRate, NonNegativeInt, PositiveInt, Seed, check_ranges
 from rlhf.run.stages import check_stage, run_all
 
+TEXTS = "texts"  # folder of each budget's text in the run folder
 LAW_PARAMETERS = 3  # of L = E + (x_c / x)^alpha
 
 
@@ -165,7 +166,7 @@ def write_texts(texts: dict[int, dict[str, list[str]]], output_dir: str) -> dict
     Returns:
         folder of train.jsonl and test.jsonl, by budget.
     """
-    folders = {budget: Path(output_dir) / "texts" / str(budget) for budget in texts}
+    folders = {budget: Path(output_dir) / TEXTS / str(budget) for budget in texts}
     for budget, splits in texts.items():
         for split, rows in splits.items():
             write_jsonl(folders[budget] / f"{split}.jsonl", [{"text": text} for text in rows])

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.pretraining.collators import DataCollatorForMaskedTokens, DataCollatorForSpanCorruption, SeededCollator
 from rlhf.pretraining.config import PretrainingConfig
 from rlhf.pretraining.electra import ReplacedTokenModel
 from rlhf.pretraining.optimizers import MuonWithAdamW, layer_matrices
+from rlhf.run.trainers import WholeCheckpoints
 
 Logits: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]  # of a Trainer's evaluation; several outputs are a tuple
 
@@ -49,7 +50,7 @@ def keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(WholeCheckpoints):
     """Trainer with Muon that saves the part of the model that is used later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from rlhf.data.paths import check_paths
 from rlhf.errors import InputError, report_errors
 from rlhf.run.declarations import argument_types
 from rlhf.run.parser import LibraryError, Parser
-from rlhf.run.processes import cpu_has_bfloat16, main_process, use_all_cores
+from rlhf.run.processes import cpu_has_bfloat16, end_with_parent, main_process, use_all_cores
 from rlhf.starter.model import STARTER
 
 
@@ -26,6 +26,7 @@ def answer_early(command: str, **runs: str) -> None:
         command: the command's `__file__`.
         runs: flags that name folders of runs, and the error for a missing folder.
     """
+    end_with_parent()
     if "torch" in sys.modules:  # forked from a server that has imported everything
         return
     with report_errors():

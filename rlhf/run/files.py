@@ -30,7 +30,9 @@ def digest(path: str) -> str:
                           and not any(part.startswith(".") for part in file.relative_to(target).parts)]  # fmt: skip
     sha = hashlib.sha256()
     for file in files:
-        sha.update(file.read_bytes())
+        with open(file, "rb") as content:
+            while part := content.read(1 << 20):  # weights may be larger than the memory
+                sha.update(part)
     return sha.hexdigest()[:12]
 
 

@@ -1,29 +1,32 @@
 """A run folder remembers its recipe and settings in `run.json`.
 
 The same command resumes an interrupted run and does nothing for a finished one. A folder that holds another run is
-refused.
+refused. A run that failed before it made anything holds nothing, so that a corrected command runs in the same folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from rlhf.data.paths import behind_name, need_checkpoint
-from rlhf.errors import InputError, at_failure
+from rlhf.data.paths import RUN_FILE, behind_name, need_checkpoint, need_output_dir
+from rlhf.errors import InputError, at_failure, full_disk
+from rlhf.run.checkpoints import WRITING
 from rlhf.run.files import digest, read_json, write_json
+from rlhf.run.locks import LOCK_FILE, hold_folder
 from rlhf.run.processes import main_process
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from transformers import TrainingArguments
 
-RUN_FILE = "run.json"
-DIGEST_FILE = "digests.json"  # of a PPO checkpoint
+# what a run writes before its first result, and can write again
+PASSING = ("eval_samples", "completions", "runs", WRITING, "*.partial")
 # Flags that may differ when a run is resumed: they don't change what it computes.
 FREE_FLAGS = {
     "config", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
@@ -99,55 +102,144 @@ def _contents(arguments: tuple[DataclassInstance, ...]) -> dict[str, str]:
     return contents
 
 
-def start_run(recipe: str, output_dir: str, *arguments: DataclassInstance, more: bool = False) -> bool:
+def start_run(
+    recipe: str,
+    output_dir: str,
+    *arguments: DataclassInstance,
+    more: bool = False,
+    open_flags: Collection[str] = (),
+    derived: Collection[str] = (),
+) -> bool:
     """Claim the output folder for this run.
 
     The run's identity includes the content of local models and datasets. Other content under the same path makes
-    another run.
+    another run; the same content under another path does not.
 
     Args:
         recipe: the recipe's `__file__`.
         arguments: its dataclasses of flags.
         more: there is more to do now than when the run was finished.
+        open_flags: flags that may still change until the run is finished: what they decide is not yet done, or is done
+            by stages that check their own settings.
+        derived: names in the folder that the run can make again. They alone make no other run impossible.
 
     Returns:
         False if the folder holds this run, finished: there is nothing left to do.
 
     Raises:
-        InputError: if the folder holds another run or foreign files, or --resume_from_checkpoint names no folder.
+        InputError: if the folder holds another run or foreign files, is used by another process or can't be written, or
+            if --resume_from_checkpoint names no checkpoint of this recipe.
     """
     settings = settings_of(*arguments) | _contents(arguments)
-    asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
-    need_checkpoint(asked)
     run: Run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
+    asked = next((a.resume_from_checkpoint for a in arguments if hasattr(a, "resume_from_checkpoint")), None)
+    need_checkpoint(asked, run["recipe"])
     folder = Path(output_dir)
     if not main_process():  # the main process checks and writes; the others only ask whether there is work
         return not is_finished(folder)
-    if old := read_run(folder):
-        if old["recipe"] != run["recipe"] or old["settings"] != json.loads(json.dumps(settings)):
-            differ = sorted(
-                key for key in {*old["settings"], *settings} if old["settings"].get(key) != settings.get(key)
-            )
+    old = _enter(folder)
+    if old is not None:
+        differ = _differences(old, run)
+        if old["recipe"] == run["recipe"] and not differ:
+            if old["finished"] and not more:
+                print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
+            return more or not old["finished"]
+        may_change = old["recipe"] == run["recipe"] and (more or not old["finished"]) and set(differ) <= set(open_flags)
+        if not may_change and not _holds_nothing(folder, derived):
+            same = old["recipe"] == run["recipe"]
+            known = old["settings"]
+            words = [f"content of {known[key]}" if known.get(key) == settings.get(key) else key for key in differ]
             raise InputError(
-                f"--output_dir {output_dir}: holds another run ({old['command'].split()[2]}"
-                + (f"; these differ: {', '.join(differ[:4])}" if old["recipe"] == run["recipe"] else "")
+                f"--output_dir {output_dir}: holds another run ({old['recipe']}.py"
+                + (f"; these differ: {', '.join(words[:4])}" if same else "")
                 + "). Give another --output_dir, or the same settings to continue it."
             )
-        if old["finished"] and not more:
-            print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
-        return more or not old["finished"]
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"--output_dir {output_dir}: not empty, and not a run of this project. Give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, run)
+        if not may_change:
+            _clear(folder, derived)
+    with _refused_if_not_written(folder):
+        write_json(folder / RUN_FILE, run)
     at_failure(lambda: _release(folder))
     return True
 
 
+def _enter(folder: Path) -> Run | None:
+    """Make the folder and lock it; the run that is in it.
+
+    Raises:
+        InputError: if it can't be written, holds foreign files or is in use.
+    """
+    need_output_dir(str(folder))
+    with _refused_if_not_written(folder):
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        # a disk that was full from the start leaves a part of run.json
+        if names - {LOCK_FILE, f"{RUN_FILE}.partial"} and RUN_FILE not in names:
+            raise InputError(f"--output_dir {folder}: not empty, and not a run of this project. Give a new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder)
+    return read_run(folder)
+
+
+@contextmanager
+def _refused_if_not_written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if full_disk(error) is not None:
+            raise
+        raise InputError(
+            f"--output_dir {folder}: can't be written ({error.strerror}). Give a folder that you may write."
+        ) from error
+
+
+def _differences(old: Run, new: Run) -> list[str]:
+    """The settings in which two runs differ. Of local files and folders the content counts, not the path."""
+    one, other = (_by_content(json.loads(json.dumps(run["settings"]))) for run in (old, new))
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+
+
+def _by_content(settings: Settings) -> Settings:
+    """Settings with digests in place of the paths of local files and folders."""
+    named: set[str] = set()
+
+    def content(word: object) -> object:
+        key = f"content of {word}"
+        if key not in settings:
+            return word
+        named.add(key)
+        label = str(word).partition("=")[0] if "=" in str(word) else ""
+        return f"{label}={settings[key]}"
+
+    replaced = {
+        flag: [content(word) for word in value] if isinstance(value, list) else content(value)
+        for flag, value in settings.items()
+        if not flag.startswith("content of ")
+    }
+    return replaced | {key: settings[key] for key in settings.keys() - replaced.keys() - named}  # of defaults
+
+
+def _holds_nothing(folder: Path, derived: Collection[str] = ()) -> bool:
+    """Whether a run's folder holds no result yet, only what can be made again."""
+
+    def nothing(path: Path) -> bool:
+        if path.name in (RUN_FILE, LOCK_FILE) or any(path.match(name) for name in PASSING):
+            return True
+        return path.is_dir() and not path.is_symlink() and all(nothing(inner) for inner in path.iterdir())
+
+    return all(path.name in derived or nothing(path) for path in folder.iterdir())
+
+
+def _clear(folder: Path, derived: Collection[str] = ()) -> None:
+    """Remove what an earlier run of other settings left. It holds no result, and would mix with this run's files."""
+    for path in list(folder.iterdir()):
+        if path.name in derived or any(path.match(name) for name in PASSING):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _release(folder: Path) -> None:
     """Give up the claim of a run that failed before it made anything, so that other settings can use the folder."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_FILE]:
-        (folder / RUN_FILE).unlink()
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {RUN_FILE, LOCK_FILE}:
+        for name in (RUN_FILE, LOCK_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def finish_run(output_dir: str, metrics: Mapping[str, object]) -> None:
@@ -179,55 +271,6 @@ def note_in_run(output_dir: str, key: str, value: object) -> None:
     """Add an entry to run.json."""
     file = Path(output_dir) / RUN_FILE
     write_json(file, {**read_json(file), key: value})
-
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """The run's checkpoint-<step> folders, oldest first. Other names, such as checkpoint-best, are the user's own."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def last_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one that `--resume_from_checkpoint` names, else the run's newest whole one.
-
-    Raises:
-        InputError: if `--resume_from_checkpoint` names no folder.
-    """
-    asked = training_args.resume_from_checkpoint
-    if asked in (False, "false", "False"):  # in YAML it is a bool
-        return None
-    if asked and asked not in ("true", "True", True):
-        need_checkpoint(asked)
-        return str(Path(asked).expanduser())
-    for folder in reversed(checkpoints(training_args.output_dir)):
-        # both trainers write their state last: a checkpoint without it is incomplete
-        whole = (folder / "trainer_state.json").exists() or (folder / "ppo_state.json").exists()
-        wrong = damage(folder) if whole else "incomplete"
-        if main_process():
-            print(f"Resuming from {folder}." if wrong is None else f"Warning: {folder} is passed over: {wrong}.")
-        if wrong is None:
-            return str(folder)
-    return None
-
-
-def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of every file in `folder` beside them, for `damage`."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / DIGEST_FILE).write_text(json.dumps({path.name: digest(str(path)) for path in files}, indent=2))
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. transformers' checkpoints have no digests and pass."""
-    try:
-        digests = read_json(folder / DIGEST_FILE) or {}
-    except ValueError:
-        return f"{DIGEST_FILE} is unreadable"
-    for name, expected in digests.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if digest(str(folder / name)) != expected:
-            return f"{name} is damaged"
-    return None
 
 
 def command(recipe: str) -> str:

@@ -4,11 +4,55 @@ torch is imported in functions: the command line is read before it (see rlhf/run
 """
 
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from rlhf.errors import InputError
+from rlhf.errors import PARENT_PIPE, InputError
+
+PATIENCE = 20  # seconds that an interrupted process has to end by itself
+
+
+def end_with_parent() -> None:
+    """Have this process end when its parent does, however that is: nobody would know that it still writes.
+
+    That is for the stages of a recipe, and for what `accelerate launch` and torchrun start, which hand no signal on.
+    """
+    if PARENT_PIPE in os.environ:
+        pipe = int(os.environ[PARENT_PIPE])
+        os.set_inheritable(pipe, False)
+        # nothing is ever written: reading returns when the other end is closed
+        threading.Thread(target=_end_after, args=(lambda: os.read(pipe, 1), 0), daemon=True).start()
+    elif _launched():
+        parent = os.getppid()
+
+        def wait() -> None:
+            while os.getppid() == parent:
+                time.sleep(1)
+
+        threading.Thread(target=_end_after, args=(wait, PATIENCE), daemon=True).start()
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()[:4]
+    except psutil.Error:
+        return False
+    names = {Path(word).name for word in words}
+    return bool(names & {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run"})
+
+
+def _end_after(wait: Callable[[], object], patience: float) -> None:
+    wait()
+    if patience:
+        os.kill(os.getpid(), signal.SIGTERM)  # what is half written is removed
+        time.sleep(patience)
+    os._exit(128 + signal.SIGTERM)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -2,11 +2,14 @@
 
 Importing torch and transformers takes several seconds of a core, as long as a small model takes to train. For many
 short runs a fork server imports them once. Each run is forked from it and runs its recipe's file as `__main__`.
+
+A stage ends with its parent, however that ends: nobody else would know that it still writes.
 """
 
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.paths import check_paths
-from rlhf.errors import InputError
+from rlhf.errors import PARENT_PIPE, InputError
 from rlhf.run.arguments import parse
 from rlhf.run.declarations import argument_names
 from rlhf.run.folders import is_finished
+from rlhf.run.processes import PATIENCE
 
 CONTINUE = "Fix the problem and run the same command again to continue."
 
@@ -35,14 +39,13 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
 
     Raises:
         InputError: if it fails; its own message is above.
+        SystemExit: if it refuses its input. Its own line says why.
     """
     words = [sys.executable, str(script), *_words(config, output_dir, flags)]
     print(f"\n=== {output_dir}: {_short(script)}", flush=True)
-    with subprocess.Popen(words) as stage:
-        try:
-            code = stage.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the stage too; where people vote, it writes the votes so far
-            code = stage.wait()
+    code = _wait(words)
+    if code == 2:
+        sys.exit(2)
     if code:
         raise InputError(f"{output_dir}: {_short(script)} ended with exit code {code}. {CONTINUE}")
     return is_finished(output_dir)
@@ -83,6 +86,37 @@ def _words(config: str, output_dir: Path, flags: dict[str, Any]) -> list[str]:
     return words
 
 
+def _wait(words: list[str]) -> int:
+    """Run a command that ends when this process does; its exit code."""
+    if os.name == "nt":
+        return subprocess.run(words).returncode
+    read, write = os.pipe()  # closed by the system when this process ends
+    stage = subprocess.Popen(words, pass_fds=[read], env={**os.environ, PARENT_PIPE: str(read)})
+    os.close(read)
+    try:
+        return stage.wait()
+    except BaseException as error:
+        # Ctrl-C in a terminal reaches the stage too; where people vote, it writes the votes so far
+        _end(stage, gently=isinstance(error, KeyboardInterrupt))
+        if isinstance(error, KeyboardInterrupt) and stage.returncode == 0:
+            return 0
+        raise
+    finally:
+        os.close(write)
+
+
+def _end(stage: subprocess.Popen[bytes], gently: bool) -> None:
+    for number in (None if gently else signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        if number is not None:
+            stage.send_signal(number)
+        try:
+            stage.wait(PATIENCE)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    stage.wait()
+
+
 def _short(script: Path) -> str:
     """As in recipes/ppo.py."""
     return "/".join(script.parts[-2:])
@@ -102,12 +136,15 @@ def run_all(
 
     Raises:
         InputError: if a run fails; its own message is above. Runs that have not begun are skipped.
+        SystemExit: if a run refuses its input. Its own line says why.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(list(preload))
     failed: list[str] = []
+    refused = f"exit code 2. {CONTINUE}"
+    running: list[Any] = []
 
     def run(folder: Path) -> None:
         if failed:
@@ -117,17 +154,29 @@ def run_all(
         print(f"\n=== {folder}: {_short(script)}", flush=True)
         process = context.Process(target=_run, args=(words, max_workers))
         process.start()
+        running.append(process)
         process.join()
         if process.exitcode:
-            failed.append(f"{folder}: {_short(script)} ended with exit code {process.exitcode}.")
+            failed.append(f"{folder}: {_short(script)} ended with exit code {process.exitcode}. {CONTINUE}")
 
     with ThreadPoolExecutor(max_workers) as pool:
-        list(pool.map(run, [folder for folder in runs if not is_finished(folder)]))
+        try:
+            list(pool.map(run, [folder for folder in runs if not is_finished(folder)]))
+        except BaseException:
+            failed.append("interrupted")
+            for process in running:
+                process.terminate()
+            raise
+    if failed and failed[0].endswith(refused):
+        sys.exit(2)  # its own line says why
     if failed:
-        raise InputError(f"{failed[0]} {CONTINUE}")
+        raise InputError(failed[0])
 
 
 def _run(words: list[str], max_workers: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.name == "posix":
+        os.environ[PARENT_PIPE] = str(parent.sentinel)
     if max_workers > 1:  # rlhf.run.processes gives a process its part of the cores, as if launched with one thread
         os.environ |= {"LOCAL_WORLD_SIZE": str(max_workers), "OMP_NUM_THREADS": "1"}
     multiprocessing.current_process().name = "MainProcess"  # else collators take it for a loader's worker

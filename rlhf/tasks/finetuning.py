@@ -14,7 +14,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -25,6 +24,7 @@ from rlhf.models.attention import group_attention
 from rlhf.models.checks import check_finite, loading
 from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
 from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
+from rlhf.run.trainers import WholeCheckpoints
 from rlhf.tasks.labelled import LABEL_KINDS, LabelKind, LabelledTask
 
 
@@ -256,7 +256,7 @@ def auxiliary_loss(
     return (losses * weights[predicted]).sum()
 
 
-class FinetuningTrainer(Trainer):
+class FinetuningTrainer(WholeCheckpoints):
     """transformers' Trainer with GPT-1's auxiliary objective, L3 = L2 + λ · L1 (eq. 5), in training.
 
     Evaluation reports L2 only, so that runs with different λ can be compared. With λ, the log has `lm_loss`, L1.

@@ -1,0 +1,410 @@
+"""Disturb runs of every recipe, run the same command again, and compare with an undisturbed run.
+
+    python tests/kill_runs.py --count 5
+    python tests/kill_runs.py --count 20 --recipes ppo --disturbances kill
+
+Four disturbances, each at random: SIGKILL; SIGTERM; a full disk; a damaged file of the newest checkpoint (or, without
+checkpoints, of what the run goes on from). A run is disturbed and started again until it finishes; then the next run
+starts, until there were --count disturbances. All weights, data and logged numbers must be equal to those of the
+undisturbed run, byte for byte. A damaged run may end with one line instead. After SIGKILL and SIGTERM no process of the
+run may be left. A full disk is a real one, of a small tmpfs, which only root can mount.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTURBANCES = ("kill", "term", "disk", "damage")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
+               "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}  # fmt: skip
+PLAIN = ["--dtype", "float32"]
+TRAINING = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8", "--logging_steps", "1",
+            "--bf16", "false", "--save_steps", "2", "--save_total_limit", "3", "--max_steps", "8", *PLAIN]  # fmt: skip
+LORA = ["--lora_r", "4", "--learning_rate", "1e-2"]
+PPO = [
+    "--total_episodes", "32", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1",
+    "--num_mini_batches", "2", "--num_ppo_epochs", "2", "--response_length", "8", "--bf16", "false", "--save_steps",
+    "1", "--save_total_limit", "3", "--adaptive_kl_target", "1.0", "--value_function", "adapter", "--eval_strategy",
+    "steps", "--eval_steps", "4", *PLAIN, *LORA,
+]  # fmt: skip
+NEW = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "4", "--block_size", "32"]
+TIMES = ("runtime", "per_second", "time/", "eps", "seconds")  # logged numbers that no two runs have in common
+WEIGHTS = (
+    "*.safetensors",
+    "*.jsonl",
+    "tokenizer.json",
+    "rounds.json",
+    "scaling.json",
+    "run.json",
+    "trainer_state.json",
+)
+
+
+Act = Callable[[Any, Path, Path], bool]  # of a process, its run folder and its log: whether it was disturbed
+
+
+class Case(NamedTuple):
+    """A recipe and its flags without --output_dir."""
+
+    script: str
+    words: list[str]
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def _alone(*arguments: Any) -> None:
+    """A recipe in a process group of its own, to find its children by."""
+    import recipe_process
+
+    os.setpgid(0, 0)
+    recipe_process._run(*arguments)
+
+
+def start(case: Case, folder: Path, log: Path) -> Any:
+    """The recipe, in a process of its own whose errors go to `log`."""
+    import recipe_process
+
+    environment = {**os.environ, **ENVIRONMENT}
+    words = [str(ROOT / case.script), *case.words, "--output_dir", str(folder)]
+    log.write_text("")
+    context: Any = recipe_process.start(environment)
+    process = context.Process(target=_alone, args=(words, environment, str(ROOT), os.devnull, str(log)))
+    process.start()
+    return process
+
+
+def alive(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def complete(case: Case, folder: Path, log: Path) -> float:
+    """Run to the end; returns the seconds it took."""
+    began, process = time.monotonic(), start(case, folder, log)
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{folder}: ended with exit code {process.exitcode}.\n{log.read_text()[-3000:]}")
+    return time.monotonic() - began
+
+
+def finished(folder: Path) -> bool:
+    file = folder / "run.json"
+    return file.exists() and json.loads(file.read_text())["finished"]
+
+
+def one_line(log: Path) -> bool:
+    """Whether the process said what is wrong in one line, without a traceback."""
+    said = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in said.splitlines() if line.startswith(("error: ", "Ended by ", "Interrupted."))]
+    return len(lines) == 1 and "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------- what must be equal
+
+
+def timeless(content: Any) -> Any:
+    """JSON without times, and without the entry of the log that is about one session."""
+    if isinstance(content, dict):
+        kept = {key: value for key, value in content.items() if not any(part in key for part in TIMES)}
+        return {key: timeless(value) for key, value in kept.items() if key not in ("command", "total_flos")}
+    if isinstance(content, list):
+        return [timeless(value) for value in content if not (isinstance(value, dict) and "train_runtime" in value)]
+    return content
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that a run leaves, by path: bytes of weights and data, JSON without times."""
+    found: dict[str, Any] = {}
+    for pattern in WEIGHTS:
+        for file in folder.rglob(pattern):
+            name = file.relative_to(folder).as_posix()
+            if "checkpoint-" in name:
+                continue
+            found[name] = timeless(json.loads(file.read_text())) if file.suffix == ".json" else file.read_bytes()
+            if file.name == "trainer_state.json":
+                found[name] = found[name]["log_history"]
+            if file.name == "run.json":
+                found[name] = found[name].get("metrics")
+    return found
+
+
+def compare(case: Case, run: Path, expected: dict[str, Any]) -> None:
+    """Raise SystemExit if a run left something else than the undisturbed one."""
+    got = outcome(run)
+    differ = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    if differ:
+        raise SystemExit(f"{case.script}: {run} differs from the undisturbed run in {differ}.")
+
+
+# ---------------------------------------------------------------------------------------------- disturbances
+
+
+def disturb(
+    case: Case, folder: Path, expected: dict[str, Any], duration: float, count: int, act: Act
+) -> Iterator[float]:
+    """Start runs and disturb them with `act`, until it says `count` times that it did; the moments, in seconds."""
+    generator, done, number = random.Random(case.script), 0, 0
+    log = folder.with_name(f"{folder.name}.log")  # not on a disk that gets full
+    while done < count:
+        number += 1
+        run = folder / f"run-{number}"
+        while not finished(run):
+            if done == count:
+                complete(case, run, log)
+                break
+            moment = generator.uniform(0.05 * duration, 0.95 * duration)
+            began, process = time.monotonic(), start(case, run, log)
+            process.join(moment)
+            if process.exitcode is None and act(process, run, log):
+                done += 1
+                yield moment
+            process.join()
+            if process.exitcode == 0:
+                duration = min(duration, time.monotonic() - began)
+        compare(case, run, expected)
+        shutil.rmtree(run)
+
+
+def signalled(number: int) -> Act:
+    def act(process: Any, _run: Path, log: Path) -> bool:
+        group = process.pid
+        os.kill(process.pid, number)
+        process.join()
+        if process.exitcode == 0:
+            return False  # it had ended
+        deadline = time.monotonic() + 60
+        while left := alive(group):
+            if time.monotonic() > deadline:
+                raise SystemExit(f"after {signal.Signals(number).name} these processes still run: {left}")
+            time.sleep(0.1)
+        # SIGTERM while it still imports, before the recipe can answer, ends it without a word
+        if number == signal.SIGTERM and log.read_text() and not one_line(log) and process.exitcode != -number:
+            raise SystemExit(f"SIGTERM: {log.read_text()[-3000:]}")
+        return True
+
+    return act
+
+
+def full_disk(process: Any, run: Path, log: Path) -> bool:
+    """Fill the disk of a run, and empty it again once the run has ended."""
+    filler = run.parent / "filler"
+    descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, b"\0" * 4096)
+    os.close(descriptor)
+    process.join()
+    filler.unlink()
+    if process.exitcode == 0:
+        return False  # it had written everything
+    if not one_line(log) or "disk is full" not in log.read_text():
+        raise SystemExit(f"full disk: {log.read_text()[-3000:]}")
+    return True
+
+
+def damage(case: Case, whole: Path, folder: Path, expected: dict[str, Any], count: int) -> Iterator[str]:
+    """Damage copies of a finished run that say they are not finished, and run them; what happened each time."""
+    generator, log = random.Random(case.script), folder / "log"
+    for number in range(count):
+        run = folder / f"damaged-{number}"
+        shutil.copytree(whole, run)
+        places = sorted(path.parent for path in run.rglob("run.json") if any(path.parent.glob("checkpoint-*")))
+        place = generator.choice(places or [run])
+        for owner in {place, run}:
+            state = json.loads((owner / "run.json").read_text())
+            (owner / "run.json").write_text(json.dumps({**state, "finished": False}))
+        newest = max(place.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+        files = sorted(path for path in (newest or place).iterdir() if path.is_file() and path.suffix != ".md")
+        if newest is None:
+            files = [path for path in files if path.name in ("run.json", "tasks.jsonl")]
+        file = generator.choice(files)
+        how = generator.choice(["flipped", "cut", "removed"] if newest else ["flipped", "cut"])
+        content = file.read_bytes()
+        middle = generator.randrange(len(content))
+        if file.name == "tasks.jsonl":
+            how = "cut"  # every text could be a reply
+        if how == "flipped":
+            file.write_bytes(content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :])
+        elif how == "cut":
+            file.write_bytes(content[:middle])
+        else:
+            file.unlink()
+        process = start(case, run, log)
+        process.join()
+        if process.exitcode == 0:
+            compare(case, run, expected)
+        elif process.exitcode != 2 or not one_line(log):
+            raise SystemExit(f"{file} {how}: {log.read_text()[-3000:]}")
+        yield f"{file.relative_to(run)} {how}: {'identical' if process.exitcode == 0 else 'one line'}"
+        shutil.rmtree(run)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 64 MB."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def try_recipe(name: str, case: Case, folder: Path, count: int, disturbances: tuple[str, ...]) -> dict[str, int]:
+    """Disturb a recipe `count` times in each way. Raises SystemExit at the first fault.
+
+    Returns:
+        how many disturbances there were, by kind; all ended as they should.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    complete(case, folder / "first", folder / "log")  # warms up the disk's cache
+    shutil.rmtree(folder / "first")
+    duration = complete(case, folder / "whole", folder / "log")
+    expected, counts = outcome(folder / "whole"), {}
+    for kind in disturbances:
+        if kind == "damage":
+            said = [print(f"{name} damage: {line}", flush=True)
+                    for line in damage(case, folder / "whole", folder, expected, count)]  # fmt: skip
+        elif kind == "disk":
+            with small_disk(folder / "disk") as disk:
+                said = [print(f"{name} disk: full after {moment:.1f} s", flush=True)
+                        for moment in disturb(case, disk, expected, duration, count, full_disk)]  # fmt: skip
+        else:
+            number = signal.SIGKILL if kind == "kill" else signal.SIGTERM
+            said = [print(f"{name} {kind}: after {moment:.1f} s", flush=True)
+                    for moment in disturb(case, folder, expected, duration, count, signalled(number))]  # fmt: skip
+        counts[kind] = len(said)
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------- the recipes
+
+
+def words_of(**flags: Any) -> list[str]:
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def config(file: Path, words: list[str], **more: Any) -> str:
+    """A YAML file of flags given as words."""
+    flags = dict(zip((word[2:] for word in words[::2]), map(yaml.safe_load, words[1::2]), strict=True))
+    file.write_text(yaml.safe_dump({**flags, **more}))
+    return str(file)
+
+
+def make_cases(folder: Path, tiny: str, sft: str, guesser: str, tokenizer: str) -> dict[str, Case]:
+    """Every recipe that writes a run folder, small.
+
+    Args:
+        folder: gets the data.
+        tiny, sft, guesser, tokenizer: a model, an adapter of it, a model that answers problems, and a tokenizer.
+    """
+    from conftest import assistant, user
+
+    words = ["tea", "rain", "the cat", "music", "a long walk", "pizza", "snow", "chess"]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "sft": [{"prompt": user(f"Do you like {w}?"), "completion": assistant(f"I love {w}!")} for w in words * 5],
+        "pairs": [{"prompt": user(f"What about {w}?"), "chosen": assistant("Great, love it"),
+                   "rejected": assistant("Awful, hate it")} for w in words * 5],
+        "prompts": [{"prompt": user(f"Tell me about {w}.")} for w in words * 2],
+        "text": [{"text": f"I like {w} and {v}, but not {v} and {w}. " * 4} for w in words for v in words],
+        "labels": [{"text": f"I {'love' if number % 2 else 'hate'} {w}", "label": ["bad", "good"][number % 2]}
+                   for w in words for number in range(6)],
+        "problems": [{"prompt": f"What is in the red box number {n}?", "answer": str(n % 2 + 1)} for n in range(24)],
+    }  # fmt: skip
+    files = {name: folder / f"{name}.jsonl" for name in rows}
+    for name, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+    on = lambda name, model=tiny: words_of(model_name_or_path=model, dataset_name=files[name])  # noqa: E731
+    sample = [*PLAIN, "--max_new_tokens", "6"]
+    text = words_of(dataset_name=files["text"], tokenizer_name=tokenizer)
+    small = [word for word in TRAINING if word not in PLAIN]
+    rounds = words_of(
+        collect_config=config(folder / "collect.yaml", sample, labeler="reward", num_generations=3),
+        reward_config=config(folder / "reward.yaml", [*TRAINING, *LORA], use_peft=True),
+        ppo_config=config(folder / "ppo.yaml", PPO, use_peft=True),
+        compare_config=config(folder / "compare.yaml", sample, best_of_n=1),
+    )
+    star = config(folder / "star.yaml", [*TRAINING, *LORA, "--lora_target_modules", "all-linear"], use_peft=True)
+    point = config(folder / "point.yaml", [*small, "--block_size", "32"])
+    sweep = ["--hidden_sizes", "16", "16", "32", "--num_hidden_layers", "1", "2", "1", "--token_budgets", "500", "900",
+             "1300", "--forecast_hidden_size", "32", "--forecast_num_hidden_layers", "2", "--lstm_num_hidden_layers",
+             "1", "--max_eval_tokens", "400", "--max_workers", "2"]  # fmt: skip
+    best = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "2"]
+    return {
+        "sft": Case("recipes/sft.py", [*on("sft"), *TRAINING, *LORA, *best]),
+        "reward": Case("recipes/reward.py", [*on("pairs"), *TRAINING, *LORA]),
+        "ppo": Case("recipes/ppo.py", [*on("prompts", sft), *PPO]),
+        "rloo": Case("recipes/rloo.py", [*on("prompts", sft), *TRAINING, *LORA, "--gradient_accumulation_steps", "1",
+                     "--num_generations", "4", "--max_completion_length", "6"]),
+        "pretrain": Case("recipes/pretrain.py", [*text, *NEW, *small]),
+        "finetune": Case("recipes/finetune.py", [*on("labels"), *TRAINING, *LORA]),
+        "collect": Case("recipes/collect.py", [*on("prompts", sft), *sample, "--labeler", "simulated"]),
+        "instructions": Case("recipes/instructions.py", ["--max_examples_per_task", "40"]),
+        "tokenizer": Case("recipes/tokenizer.py", words_of(dataset_name=files["text"], vocab_size=400, extra_ids=0)),
+        "rounds": Case("recipes/rounds.py", [*on("sft", sft), *rounds, "--rounds", "1"]),
+        "star": Case("recipes/star.py", [*on("problems", guesser), *sample, "--num_fewshot", "0", "--temperature", "1",
+                     "--rounds", "2", "--sft_config", star]),
+        "scaling": Case("recipes/scaling.py", [*text, *sweep, "--base_config", point]),
+    }  # fmt: skip
+
+
+def main() -> None:
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    from conftest import make_adapter, save_guesser, save_tiny
+    from transformers import AutoTokenizer
+
+    from rlhf.pretraining.tokenization import train_tokenizer
+    from rlhf.starter.model import starter_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=5, help="disturbances of each kind")
+    parser.add_argument("--recipes", nargs="+", help="default: all")
+    parser.add_argument("--disturbances", nargs="+", default=list(DISTURBANCES), choices=DISTURBANCES)
+    arguments = parser.parse_args()
+    kinds = tuple(arguments.disturbances)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = AutoTokenizer.from_pretrained(starter_model())
+        tiny = save_tiny(folder / "tiny", tokenizer)
+        sft = make_adapter(tiny, tokenizer, folder / "sft")
+        guesser = save_guesser(folder / "guesser", tokenizer)
+        train_tokenizer(["I like tea and the cat, but not snow and rain."], 300, extra_ids=0).save_pretrained(
+            folder / "tokenizer"
+        )
+        cases = make_cases(folder, tiny, sft, guesser, str(folder / "tokenizer"))
+        total: dict[str, dict[str, int]] = {}
+        for recipe in arguments.recipes or cases:
+            total[recipe] = try_recipe(recipe, cases[recipe], folder / "runs" / recipe, arguments.count, kinds)
+            print(
+                f"{recipe:>13}: " + ", ".join(f"{kind} {number}" for kind, number in total[recipe].items()), flush=True
+            )
+    print(f"{sum(sum(counts.values()) for counts in total.values())} disturbances, all identical or one line.")
+
+
+if __name__ == "__main__":
+    multiprocessing.freeze_support()
+    main()
