@@ -11,7 +11,6 @@ transformers renders. The table goes to docs/templates.md.
 """
 
 import argparse
-import contextlib
 import copy
 import datetime
 import io
@@ -22,18 +21,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jinja2
 import transformers
 import trl
 from conftest import assistant, user
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.comparisons import Messages
-from rlhf.data.encoding import encode_prompt, template_options
-from rlhf.data.rows import prompt_rows, sft_rows
+from rlhf.data.encoding import conversation_rows, encode_prompt, template_options
 from rlhf.errors import InputError
 from rlhf.starter.model import starter_model
 
@@ -114,7 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     "begins with a reply": {"messages": assistant("Welcome!") + user("How many?") + assistant("Seven.")},
 }  # fmt: skip
 # what a template writes around a reply's text: tags, channels and recipients
-AROUND = re.compile(r"</?think>|final|analysis|thought| to=(user|self)|assistant")
+AROUND = re.compile(r"</?think>|final|analysis|thought|to=(user|self)|assistant")
 CONTROL = re.compile(
     r"<[|｜][^<>\s'\"{}]*?[|｜]>|<[|]?[a-z_]+[|]>|<[|][a-z_]+>|</?s>|<eos>|<bos>|\[gMASK\]|<sop>|"
     r"<(?:start|end)_of_[a-z]+>"
@@ -167,10 +163,9 @@ def check(tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -> str:
     """`exact`, `refused: ...` or `WRONG: ...` for a conversation under the tokenizer's template."""
     messages: Messages = case["messages"]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            rows = sft_rows(Dataset.from_list([case], on_mixed_types="use_json"), "d", tokenizer)
+        rows = conversation_rows(tokenizer, messages, options=template_options(case))
     except InputError as error:
-        return "refused: " + str(error).removeprefix("--dataset_name d: row 0: ")
+        return f"refused: {error}"
     except Exception:
         return "TRACEBACK: " + traceback.format_exc().strip().rsplit("\n", 1)[-1][:200]
     spans = [(row["input_ids"], span) for row in rows for span in _spans(row["labels"])]
@@ -221,9 +216,6 @@ def _wrong_prompt(
     messages, dated = case["messages"][:number], "strftime_now('%Y-%m-%d %H" in str(tokenizer.chat_template)
     options = template_options(case)
     if not dated and before != encode_prompt(tokenizer, messages, options):
-        return "the prompt isn't encode_prompt's"
-    rows = Dataset.from_list([{**case, "prompt": messages}], on_mixed_types="use_json").remove_columns("messages")
-    if not dated and before != prompt_rows(rows, "d", tokenizer, 0, None)[0]["input_ids"]:
         return "the prompt isn't that of PPO and collect"
     try:
         theirs = tokenizer.apply_chat_template(
@@ -233,7 +225,8 @@ def _wrong_prompt(
         return None
     ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
     if dated:
-        return None if tokenizer.decode(before)[40:] == theirs[40:] else "the prompt isn't transformers'"
+        same = tokenizer.decode(before)[40:] == tokenizer.decode(ids)[40:]
+        return None if same else "the prompt isn't transformers'"
     said = all(message["content"] in theirs for message in messages if message["role"] == "user")
     without = tokenizer.apply_chat_template(messages, tools=case.get("tools"), tokenize=False)
     same = before == ids or (without == theirs and before[: len(ids)] == ids)  # the template has no generation prompt
@@ -271,7 +264,6 @@ def table(found: dict[str, dict[str, str]]) -> str:
 
 
 def main() -> None:
-    datasets.disable_progress_bars()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TEMPLATE", help="these alone; docs/ is left as it is")
     arguments = parser.parse_args()

@@ -37,6 +37,18 @@ def test_labels_are_the_replies_and_their_end_behind_the_prompt_that_ppo_samples
             assert found == "exact" or (case in refused and found.startswith("refused")), (name, case, found)
 
 
+def test_sft_learns_behind_the_prompts_that_ppo_and_collect_get(tokenizer):
+    own = with_template(tokenizer, all_templates()["qwen3"])
+    case = CASES["think, multi"]
+    rows = sft_rows(Dataset.from_list([case]), "d", own)
+    assert [len(learned(own, row)) for row in rows] == [1, 1]
+    for row, count in zip(rows, (1, 3), strict=True):
+        asked = Dataset.from_list([{"prompt": case["messages"][:count]}])
+        prompt = prompt_rows(asked, "d", own, 1, None)[0]["input_ids"]
+        assert row["input_ids"][: len(prompt)] == prompt and set(row["labels"][: len(prompt)]) == {-100}
+        assert -100 not in row["labels"][len(prompt) :]
+
+
 @pytest.mark.parametrize(
     "template",
     [

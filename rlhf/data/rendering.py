@@ -43,7 +43,7 @@ class _Facts(NamedTuple):
     hide: re.Pattern[str]  # control tokens
     hide_in_reply: re.Pattern[str]  # the same without REASONING_TAGS
     end: re.Pattern[str]  # control tokens in a row, followed by nothing but control tokens and whitespace
-    any_end: re.Pattern[str]  # the same with all added tokens
+    any_control: re.Pattern[str]  # added tokens in a row
     special: dict[str, str]  # variables such as bos_token
     adds_space: bool  # whether a text gets a space in front (SentencePiece)
 
@@ -55,6 +55,7 @@ class _Habits(NamedTuple):
     prompt: str  # generation prompt
     header: str  # what it puts in front of a reply without a generation prompt
     end: str  # control tokens that end a reply
+    after: str  # what it puts behind the end, such as a newline
 
 
 _known_facts: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, _Facts]] = WeakKeyDictionary()
@@ -76,7 +77,7 @@ def facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
         hide=_pattern(controls),
         hide_in_reply=_pattern([control for control in controls if control not in REASONING_TAGS]),
         end=_end(controls),
-        any_end=_end(sorted({*controls, *tokenizer.get_added_vocab()}, key=len, reverse=True)),
+        any_control=_row_of(sorted({*controls, *tokenizer.get_added_vocab()}, key=len, reverse=True)),
         special=dict(tokenizer.special_tokens_map),
         adds_space=bool(tokens) and tokens[0].startswith("▁"),
     )
@@ -87,6 +88,10 @@ def facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
 
 def _pattern(controls: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(control) for control in [*controls, "\U000f0000", "\U000f0001"]))
+
+
+def _row_of(tokens: list[str]) -> re.Pattern[str]:
+    return re.compile(f"(?:{'|'.join(map(re.escape, tokens)) or '(?!)'})+")
 
 
 def _end(tokens: list[str]) -> re.Pattern[str]:
@@ -200,8 +205,10 @@ class RenderedChat:
         """A reply's text without its end, and the end. What follows, such as a newline, is dropped."""
         assert self.habits is not None
         usual = self.habits.end
-        if usual and (place := text.rfind(usual)) >= 0 and not self.facts.any_end.sub("", text[place:]).strip():
-            return text[:place], usual
+        if usual and (place := text.rfind(usual)) >= 0:
+            after = text[place + len(usual) :].strip()
+            if after == self.habits.after or not self.facts.any_control.sub("", after).strip():
+                return text[:place], usual
         if found := self.facts.end.search(text):
             return text[: found.start()], found.group()
         if (
@@ -309,7 +316,7 @@ def _habits_of(tokenizer: PreTrainedTokenizerBase) -> _Habits:
     template = tokenizer.chat_template
     probe.template = template["default"] if isinstance(template, dict) else template
     for parts in (False, True):
-        probe.habits, probe.messages = _Habits(parts, "", "", ""), [*asked, *answered]
+        probe.habits, probe.messages = _Habits(parts, "", "", "", ""), [*asked, *answered]
         try:
             plain, prompt, whole = (probe._text(*what) for what in ((1, False), (1, True), (2, False)))
         except InputError:
@@ -318,10 +325,12 @@ def _habits_of(tokenizer: PreTrainedTokenizerBase) -> _Habits:
             opening = prompt[_fork(plain, prompt) :]
             text = _behind(prompt, whole, opening) or ""
             header = text.partition("Zw3")[0] if "Zw3" in text and not opening else ""
-            probe.habits = _Habits(parts, opening, header if header.strip() else "", "")
-            found = probe.facts.any_end.search(text)
-            return probe.habits._replace(end=found.group() if found else "")
-    return _Habits(False, "", "", "")
+            probe.habits = _Habits(parts, opening, header if header.strip() else "", "", "")
+            found = probe.facts.any_control.search(text, text.find("Zw3") + 3)
+            if found and "Zw3" in text:
+                return probe.habits._replace(end=found.group(), after=text[found.end() :].strip())
+            return probe.habits
+    return _Habits(False, "", "", "", "")
 
 
 def _behind(prompt: str, whole: str, opening: str) -> str | None:
