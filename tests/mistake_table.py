@@ -377,7 +377,6 @@ for name, command, rows, *says in (
     ("prompts longer than the context", "recipes/ppo", lines([{"prompt": user("tea " * 900)}] * 8), "d.jsonl"),
     ("prompts longer than the context", "recipes/collect", lines([{"prompt": user("tea " * 900)}] * 8), "d.jsonl"),
     ("prompts longer than the context", "eval/compare", lines([{"prompt": user("tea " * 900)}] * 8), "d.jsonl"),
-    ("fewer prompts than a batch", "recipes/rloo", lines(ROWS["prompts"][:1]), "d.jsonl"),
     ("one label", "recipes/finetune", lines([{"text": "a", "label": "x"}] * 8), "d.jsonl", "label"),
     ("a span outside", "recipes/finetune", lines([{"question": "a?", "context": "b c d",
      "answers": {"text": ["zzz"], "answer_start": [50]}}] * 8), "answer_start"),
@@ -385,7 +384,7 @@ for name, command, rows, *says in (
     ("text that is a number", "recipes/pretrain", lines([{"text": 5}] * 4), "d.jsonl", "text"),
     ("empty texts", "recipes/pretrain", lines([{"text": ""}] * 4), "d.jsonl"),
     ("empty texts", "recipes/tokenizer", lines([{"text": ""}] * 4), "d.jsonl"),
-    ("too little text", "recipes/pretrain", lines([{"text": "a"}] * 2), "d.jsonl"),
+    ("too little text", "recipes/pretrain", lines([{"text": "a"}] * 2), "--block_size 32", "Give more text"),
     ("no answers to learn from", "recipes/star", lines([{"prompt": "a?"}] * 9), "--num_fewshot"),
     ("a problem in both splits", "recipes/star", lines([ROWS["problems"][0]] * 20), "d.jsonl"),
 ):  # fmt: skip
