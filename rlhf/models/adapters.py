@@ -79,7 +79,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         passed_by |= {
             name.rpartition(".")[2] for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
-            and not isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+            and not _projects(module)
         }  # fmt: skip
         if passed_by:
             config.exclude_modules = sorted({*(config.exclude_modules or []), *passed_by})
@@ -90,6 +90,16 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             f"--lora_target_modules: PEFT can't give {model.config.model_type} such an adapter "
             f"({' '.join(str(error).split())[:200]}). Name other modules, or train in full (--use_peft false)."
         ) from error
+
+
+def _projects(module: nn.Linear) -> bool:
+    """Whether a layer of a class of its own still maps (1, in) to (1, out), as an adapter beside it does."""
+    with torch.no_grad():
+        try:
+            output = module(module.weight.new_zeros(1, module.in_features))
+        except (RuntimeError, ValueError):  # projections in groups
+            return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 def refuse_prompt_learning(model: PreTrainedModel | PeftModel, what: str) -> None:

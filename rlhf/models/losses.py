@@ -2,6 +2,7 @@
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from trl import SFTConfig
 from trl.trainer.sft_trainer import _patch_chunked_ce_lm_head
@@ -31,8 +32,12 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         output = whole(input_ids=ids, labels=ids, use_cache=False)
         if router is not None and getattr(output, "aux_loss", None) is None:
             args.router_aux_loss_coef, config.output_router_logits = 0.0, False
-        losses.append(output.loss)
+        # from the logits: some classes don't shift the labels of their own loss (BartForCausalLM)
+        losses.append(cross_entropy(output.logits[0, :-1].float(), ids[0, 1:]))
         _patch_chunked_ce_lm_head(whole, chunk_size=256)
+        whole(input_ids=ids, labels=ids)
+        if router is not None:
+            config.output_router_logits = False
         losses.append(whole(input_ids=ids, labels=ids).loss)
     except CANNOT as error:
         reraise_out_of_memory(error)
