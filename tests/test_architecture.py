@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rlhf.errors import InputError
 from rlhf.models.architecture import check_architecture
@@ -32,6 +32,7 @@ def weightless(tiny, tmp_path):
         ),
         (None, {"target_modules": ["q_proj", "no_such"]}, "--lora_target_modules no_such: .* It has .*q_proj"),
         (None, {"target_modules": ["q_proj"], "modules_to_save": ["gone"]}, "--lora_modules_to_save gone: "),
+        (None, {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "--lora_target_modules: .* adapter"),
     ],
 )
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
@@ -44,3 +45,10 @@ def test_what_fits_passes(weightless):
     fitting = LoraConfig(target_modules=["q_proj", "mlp.up_proj"], modules_to_save=["lm_head"])
     for attention, lora in (("eager", None), ("sdpa", fitting), (None, LoraConfig(target_modules="all-linear"))):
         check_architecture(weightless, AutoModelForCausalLM, attention, lora)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_an_adapter_of_trls_task_type_fits_a_classifier(auto_class, weightless):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    check_architecture(weightless, auto_class, None, lora)
+    assert (lora.task_type, lora.target_modules) == ("CAUSAL_LM", "all-linear")  # the model gets it later

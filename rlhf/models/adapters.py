@@ -85,7 +85,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             config.exclude_modules = sorted({*(config.exclude_modules or []), *passed_by})
     try:
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a module to save that gets an adapter too
         raise InputError(
             f"--lora_target_modules: PEFT can't give {model.config.model_type} such an adapter "
             f"({' '.join(str(error).split())[:200]}). Name other modules, or train in full (--use_peft false)."

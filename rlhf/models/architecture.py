@@ -1,5 +1,6 @@
 """Flags against a model's architecture, before its weights are read: it is built without any memory for them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ def _check_adapter(source: Source, model: PreTrainedModel, lora: LoraConfig) -> 
         gone = [word for word in listed if not any(name == word or name.endswith(f".{word}") for name in names)]
         if gone:
             raise InputError(f"--lora_{flag} {gone[0]}: {source.name} has no such layer. {_layers(model)}")
-    new_adapter(model, lora)
+    plain = copy.copy(lora)
+    plain.task_type = None  # PEFT would save a classifier's head, which who loads the model names
+    new_adapter(model, plain)
 
 
 def _layers(model: PreTrainedModel) -> str:
