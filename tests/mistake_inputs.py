@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,13 @@ def halved(file: Path) -> None:
     """Cut a file in half."""
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
+
+
+def of_nan(file: Path) -> None:
+    """Set the last weight of a safetensors file to NaN."""
+    content = bytearray(file.read_bytes())
+    content[-4:] = struct.pack("<f", float("nan"))  # the models are in float32
+    file.write_bytes(content)
 
 
 def with_keys(**keys: object) -> Callable[[Path], None]:

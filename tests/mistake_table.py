@@ -13,6 +13,7 @@ from mistake_inputs import (
     folder_instead,
     halved,
     lines,
+    of_nan,
     user,
     with_keys,
 )
@@ -215,6 +216,12 @@ for name, command, wrong, *says in (
      "load_best_model_at_end"),
     ("a metric that isn't measured", "recipes/sft", "--load_best_model_at_end true --eval_strategy steps "
      "--eval_steps 1 --metric_for_best_model eval_beauty", "--metric_for_best_model"),
+    ("a metric that isn't measured", "recipes/finetune", "--eval_strategy steps --eval_steps 1 "
+     "--metric_for_best_model eval_f1", "--metric_for_best_model eval_f1", "accuracy"),
+    ("a metric that isn't measured", "recipes/pretrain", "--eval_strategy steps --eval_steps 1 "
+     "--metric_for_best_model perplexity", "--metric_for_best_model perplexity", "loss"),
+    ("a metric that isn't measured", "recipes/rloo", "--eval_strategy steps --eval_steps 1 "
+     "--metric_for_best_model eval_beauty", "--metric_for_best_model eval_beauty", "eval_reward"),
     ("plateau without evaluation", "recipes/sft", "--lr_scheduler_type reduce_lr_on_plateau", "lr_scheduler_type"),
     ("a tracker that isn't known", "recipes/sft", "--report_to cloud", "--report_to cloud"),
     ("an odd loss", "recipes/sft", "--loss_type square", "--loss_type"),
@@ -482,6 +489,21 @@ for name, command, wrong, *says in (
     ("an encoder", "eval/compression", "--models p=made/bert", "bert"),
 ):
     add("models", name, command, wrong, *says, files={"m": copy("lm", weights=halved)})
+for command in ("recipes/sft", "recipes/reward", "recipes/ppo", "recipes/rloo", "recipes/collect", "recipes/finetune",
+                "recipes/star", "eval/in_context"):  # fmt: skip
+    add("models", "a weight that is NaN", command, "--model_name_or_path m", "--model_name_or_path m", "NaN",
+        files={"m": copy("lm", weights=of_nan)})  # fmt: skip
+for command in ("recipes/chat", "eval/compare", "eval/compression"):
+    add("models", "a weight that is NaN", command, "--models p=m lm=made/lm", "--models", "m", "NaN",
+        files={"m": copy("lm", weights=of_nan)})  # fmt: skip
+add("models", "an adapter of NaN", "recipes/ppo", "--model_name_or_path m", "--model_name_or_path m", "NaN",
+    files={"m": copy("sft", adapter_weights=of_nan)})  # fmt: skip
+add("models", "a reward model of NaN", "recipes/ppo", "--reward_model_path m", "--reward_model_path m", "NaN",
+    files={"m": copy("rm", weights=of_nan)})  # fmt: skip
+for command, flag in (("recipes/sft", "--model_name_or_path "), ("recipes/star", "--model_name_or_path "),
+                      ("eval/in_context", "--model_name_or_path "), ("eval/compression", "--models p="),
+                      ("recipes/chat", "--models p=")):  # fmt: skip
+    add("models", "a classifier where replies are wanted", command, f"{flag}made/rm", flag.strip(), "made/rm")
 add("models", "a Hub id with dots", "recipes/sft", "--model_name_or_path a/..", "--model_name_or_path a/..")
 add("models", "a Hub id with a space", "recipes/sft", "--model_name_or_path 'a b/c'", "--model_name_or_path a b/c")
 add("models", "a Hub id offline", "recipes/sft", "--model_name_or_path someone/model", "someone/model")

@@ -2,9 +2,12 @@
 
 import pytest
 from transformers import TrainingArguments
+from transformers.trainer_callback import TrainerState
 from trl import RewardConfig, SFTConfig
 
 from rlhf.errors import InputError
+from rlhf.pretraining.config import PretrainingConfig
+from rlhf.run.trainers import WholeCheckpoints
 from rlhf.run.trial import check_training
 
 
@@ -23,6 +26,8 @@ def training(kind=TrainingArguments, **changes):
         ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers true"),
         ({"kind": SFTConfig, "metric_for_best_model": "eval_beauty"}, "--metric_for_best_model eval_beauty"),
         ({"kind": RewardConfig, "metric_for_best_model": "entropy"}, "--metric_for_best_model entropy: .*accuracy"),
+        ({"metric_for_best_model": "eval_f1"}, "--metric_for_best_model eval_f1: .*accuracy"),  # of fine-tuning
+        ({"kind": PretrainingConfig, "metric_for_best_model": "perplexity"}, "--metric_for_best_model perplexity"),
     ],
 )
 def test_what_a_trainer_would_refuse_late(changes, said):
@@ -36,3 +41,12 @@ def test_what_a_trainer_would_refuse_late(changes, said):
 def test_what_works_passes(optim, schedule):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1} if schedule == "reduce_lr_on_plateau" else {}
     check_training(training(SFTConfig, optim=optim, lr_scheduler_type=schedule, **evaluated))
+
+
+def test_a_metric_that_only_the_evaluation_knows_is_one_line():
+    trainer = WholeCheckpoints.__new__(WholeCheckpoints)
+    trainer.args, trainer.state = training(metric_for_best_model="rewards/gone/mean"), TrainerState()
+    with pytest.raises(InputError, match=r"^--metric_for_best_model rewards/gone/mean: .* Give one of eval_reward"):
+        trainer._determine_best_metric(metrics={"eval_reward": 1.0, "epoch": 2.0}, trial=None)
+    trainer.args.metric_for_best_model = "reward"
+    assert trainer._determine_best_metric(metrics={"eval_reward": 1.0}, trial=None)

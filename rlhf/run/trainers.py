@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from rlhf.errors import InputError
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints
 from rlhf.run.files import read_json
 from rlhf.run.saving import need_room, need_savable
@@ -55,6 +56,19 @@ class WholeCheckpoints(Trainer):
                 _save_state(state, working)
         if args.should_save:
             delete_old_checkpoints(args.output_dir, limit, state.global_step, state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the Trainer's.
+
+        Raises:
+            InputError: if --metric_for_best_model isn't among the metrics.
+        """
+        try:
+            return super()._determine_best_metric(metrics=metrics, trial=trial)
+        except KeyError as error:
+            names = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
+            best = self.args.metric_for_best_model
+            raise InputError(f"--metric_for_best_model {best}: isn't measured. Give one of {names}.") from error
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with no token in training_args.bin."""

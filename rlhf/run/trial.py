@@ -8,11 +8,16 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlhf.errors import InputError
 
-# what TRL's trainers measure in an evaluation, by their config
+# what the trainers measure in an evaluation, by their config; not RLOO's, whose reward functions name metrics
 MEASURED = {
     "SFTConfig": ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
+    "TrainingArguments": ("loss", "accuracy"),  # of fine-tuning
+    "PretrainingConfig": (
+        "loss", "masked_accuracy", "next_sentence_accuracy", "token_accuracy", "replaced_share", "detection_auc",
+        "detection_accuracy", "detection_precision", "detection_recall", "generator_loss", "discriminator_loss",
+    ),
     "RewardConfig": ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens"),
-}
+}  # fmt: skip
 # these take their own flags and ignore --optim_args
 WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
 
