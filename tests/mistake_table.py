@@ -494,7 +494,7 @@ for command in ("recipes/sft", "recipes/reward", "recipes/ppo", "recipes/rloo", 
     add("models", "a weight that is NaN", command, "--model_name_or_path m", "--model_name_or_path m", "NaN",
         files={"m": copy("lm", weights=of_nan)})  # fmt: skip
 for command in ("recipes/chat", "eval/compare", "eval/compression"):
-    add("models", "a weight that is NaN", command, "--models p=m lm=made/lm", "--models", "m", "NaN",
+    add("models", "a weight that is NaN", command, "--models sft=m lm=made/lm", "--models", "m", "NaN",
         files={"m": copy("lm", weights=of_nan)})  # fmt: skip
 add("models", "an adapter of NaN", "recipes/ppo", "--model_name_or_path m", "--model_name_or_path m", "NaN",
     files={"m": copy("sft", adapter_weights=of_nan)})  # fmt: skip
@@ -503,7 +503,7 @@ add("models", "a reward model of NaN", "recipes/ppo", "--reward_model_path m", "
 for command, flag in (("recipes/sft", "--model_name_or_path "), ("recipes/star", "--model_name_or_path "),
                       ("eval/in_context", "--model_name_or_path "), ("eval/compression", "--models p="),
                       ("recipes/chat", "--models p=")):  # fmt: skip
-    add("models", "a classifier where replies are wanted", command, f"{flag}made/rm", flag.strip(), "made/rm")
+    add("models", "a classifier where replies are wanted", command, f"{flag}made/rm", flag.split()[0], "made/rm")
 add("models", "a Hub id with dots", "recipes/sft", "--model_name_or_path a/..", "--model_name_or_path a/..")
 add("models", "a Hub id with a space", "recipes/sft", "--model_name_or_path 'a b/c'", "--model_name_or_path a b/c")
 add("models", "a Hub id offline", "recipes/sft", "--model_name_or_path someone/model", "someone/model")
