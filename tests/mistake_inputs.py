@@ -114,7 +114,7 @@ def copy(source: str, **changes: object) -> Callable[[Path], None]:
 FILE_NAMES = {  # as keyword arguments
     "config": "config.json", "weights": "model.safetensors", "tokenizer": "tokenizer.json",
     "tokenizer_config": "tokenizer_config.json", "template": "chat_template.jinja", "adapter": "adapter_config.json",
-    "adapter_weights": "adapter_model.safetensors", "run": "run.json", "state": "ppo_state.json",
+    "adapter_weights": "adapter_model.safetensors", "run": "run.json", "state": "trainer_state.json",
     "evaluation": "evaluation.json", "generation": "generation_config.json",
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """One notion of the end: everything that samples stops at the eos ids of tokenizer and generation_config alike."""
 
 import math
+import shutil
 
 import pytest
 from conftest import LORA, make_adapter, ppo_config, save_tiny, user
@@ -168,3 +169,11 @@ def test_a_stop_token_that_the_model_cannot_draw_is_refused(ending, tokenizer, r
     config = ppo_config(tmp_path, ref_adapter_name=None, stop_token_id=[9_999_999])
     with pytest.raises(InputError, match="--stop_token_id 9999999: the model samples ids from 0 to 49151"):
         PPOTrainer(config, tokenizer, model, train_dataset=rows, reward_funcs=[counting([])])
+
+
+@pytest.mark.parametrize("content", ["{", "[2, 50]", ""])
+def test_a_broken_generation_config_is_not_passed_over(tiny, tmp_path, content):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"--model_name_or_path .*: generation_config.json "):
+        resolve(str(tmp_path / "model"))

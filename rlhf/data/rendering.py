@@ -277,9 +277,12 @@ class RenderedChat:
     def _refusal(self, count: int, error: Exception) -> str:
         roles = " → ".join(message["role"] for message in self.messages[:count][-8:])
         why = str(error).strip().rstrip(".")[:200] or type(error).__name__
-        if isinstance(error, (TemplateLimitError, RecursionError, MemoryError)):
-            return f"The model's chat template was stopped at a conversation of {roles}: {why}."
-        return f"The model's chat template refuses a conversation of {roles}: {why}."
+        stopped = isinstance(error, (TemplateLimitError, RecursionError, MemoryError))
+        what = "was stopped at" if stopped else "refuses"
+        return (
+            f"The model's chat template {what} a conversation of {roles}: {why}. Correct the conversation, or give "
+            "another template with --chat_template_path."
+        )
 
     def _safe(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Plain data with stand-ins for control tokens."""

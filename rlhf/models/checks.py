@@ -58,6 +58,10 @@ def _why(error: Exception, what: str) -> str:
         return (
             f"{text.splitlines()[0].split(' This could be')[0]} A newer transformers may: pip install -U transformers."
         )
+    if "instantiate the backend tokenizer" in text:
+        return (
+            f"{what} isn't there. Copy its files, tokenizer.json and tokenizer_config.json for example, into the model."
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, EntryNotFoundError):
         return f"{what} isn't in this Hub repo ({_first_line(text)})."

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from trl import ModelConfig
 
 from rlhf.data.paths import need_model, need_name
@@ -136,6 +137,9 @@ def _resolve_repo(name: str, flag: str, revision: str | None) -> Source:
 def _check_source(source: Source) -> None:
     """Raise InputError if config or headers show that the model can't be loaded."""
     check_quantization(base_config(source), source.flag, source.name)
+    generation = Path(source.base) / GENERATION_CONFIG_NAME
+    if generation.exists():  # transformers passes over a broken one, and its end tokens are lost
+        read_settings(generation, source.flag, source.name)
     places = [(source.base, base_revision(source), WEIGHTS), (source.adapter, source.revision, ADAPTER_WEIGHTS)]
     for place, revision, weights in places:
         if place is not None and Path(place).is_dir():
