@@ -100,6 +100,7 @@ def test_raw_prompts_become_the_tokens_that_the_recipe_samples_behind(rows, tiny
         (IterableDataset.from_generator(lambda: iter(CHATS)), "train_dataset: .*IterableDataset"),
         ([{"prompt": "Hi"}], "train_dataset: needs a datasets.Dataset; found list"),
         (Dataset.from_list([{"prompt": "Hi"}, {"prompt": ""}]), "^train_dataset: column 'prompt', row 1"),
+        (Dataset.from_list([{"input_ids": [5, 999999]}]), "^train_dataset: input_ids has token 999999"),
         (Dataset.from_list([{"question": "Hi"}]), "^train_dataset: needs column 'prompt'"),
     ],
 )
@@ -301,11 +302,14 @@ def test_what_reward_functions_log_is_in_the_log_and_the_tables(sft, tokenizer, 
     table = [json.loads(line) for line in (tmp_path / "eval_samples" / "4.jsonl").read_text().splitlines()]
     assert [row["verdict"] for row in table] == [f"row {n}" for n in range(10)]
     assert "verdict" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"log_metric\('episode', ...\): the trainer logs this name itself"):
-        names = ppo_trainer(
-            sft, tokenizer, prompts, tmp_path, [lambda completions, log_metric: [log_metric("episode", 1) or 0.0] * 8]
-        )
-        names.train()
+    for name, moment in (("episode", "train"), ("epoch", "train"), ("kl", "evaluate")):
+        ppo = ppo_trainer(
+            sft, tokenizer, prompts, tmp_path, [lambda completions, log_metric, name=name: [0.0 for _ in completions
+                                                if log_metric(name, 1) is None]],
+            extra={"eval_dataset": prompts},
+        )  # fmt: skip
+        with pytest.raises(InputError, match=rf"log_metric\('{name}', ...\): the trainer logs this name itself"):
+            getattr(ppo, moment)()
 
 
 def test_a_completion_without_any_score_teaches_nothing(sft, tokenizer, prompts, tmp_path):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import assistant, learned, user
-from datasets import Dataset
+from datasets import Dataset, Value
 from templates import CASES, TOKENIZERS, all_templates, check, spaced_tokenizer, with_template
 from trl import RewardConfig, RewardTrainer, ScriptArguments, SFTConfig
 
@@ -245,6 +245,11 @@ def test_files_are_read_as_they_are(tmp_path):
         ("e.csv", b"text,text\na,b\n", "has the column 'text' twice"),
         ("f.csv", b"text,b\na,b\nc\n", r"row 1 \(line 3\) has 1 cells, and the header 2"),
         ("g.jsonl", b"\n\n", "has no rows"),
+        (
+            "i.jsonl",
+            b'{"text": "a", "meta": {"id": 99999999999999999999}}\n',
+            r"row 0\): the number 9+ has more than 64",
+        ),
         ("h.csv", b"messages\n[{'role': 'user'}]\n", "must be JSON"),
     ],
 )
@@ -260,3 +265,70 @@ def test_a_row_is_named_as_it_stands_in_the_file(tokenizer, tmp_path):
     halves = load_splits(ScriptArguments(str(tmp_path / "a.jsonl")), "sft")
     with pytest.raises(InputError, match="row 3: the assistant message has no text"):
         [sft_rows(half, "d", tokenizer) for half in halves]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": assistant("b"), "rejected": assistant("c")}, "'chosen' messages without the prompt"),
+        ({"chosen": user("a") + assistant("b"), "rejected": user("x") + assistant("c")}, "have different prompts"),
+        ({"chosen": user("a") + assistant("b") + user("d"), "rejected": user("a") + assistant("c")}, "the user's"),
+    ],
+)
+def test_sides_that_are_no_two_replies_to_one_prompt_are_refused(tokenizer, row, message):
+    with pytest.raises(InputError, match=f"row 0: .*{message}"):
+        preference_rows(Dataset.from_list([row]), "d", tokenizer, None)
+    turns = {side: user("a") + assistant(side) + user("d") + assistant("e") for side in ("chosen", "rejected")}
+    assert len(preference_rows(Dataset.from_list([turns, {**turns, "prompt": "a"}]), "d", tokenizer, None)) == 2
+
+
+def test_tools_beside_plain_text_are_named_as_not_used(tokenizer, capsys):
+    tools = [{"type": "function", "function": {"name": "get"}}]
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b", "tools": tools}])
+    sft_rows(text, "d", tokenizer)
+    preference_rows(text, "d", tokenizer, None)
+    prompt_rows(text, "d", tokenizer, 1, None)
+    assert capsys.readouterr().out.count("d: tools not used") == 3
+
+
+def test_parts_of_other_types_and_replies_of_weight_0_are_refused(tokenizer):
+    parts = [{"role": role, "content": [{"type": kind, "text": "a"}]} for role, kind in
+             (("user", "text"), ("assistant", "reasoning"))]  # fmt: skip
+    with pytest.raises(InputError, match="row 0: the assistant message has a part 'reasoning'"):
+        sft_rows(Dataset.from_list([{"messages": parts}]), "d", tokenizer)
+    weighted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    with pytest.raises(InputError, match="row 0: message 1 has 'weight' 0"):
+        sft_rows(Dataset.from_list([{"messages": weighted}]), "d", tokenizer)
+
+
+def test_tool_calls_may_be_json_text(tokenizer):
+    own = with_template(tokenizer, all_templates()["qwen3"])
+    call = {"type": "function", "function": {"name": "get", "arguments": {"n": 1}}}
+    rows = [
+        {"messages": [*user("a"), {"role": "assistant", "content": None, "tool_calls": calls}]}
+        for calls in ([call], json.dumps([call]))
+    ]
+    made = [sft_rows(Dataset.from_list([row]), "d", own)[0]["input_ids"] for row in rows]
+    assert made[0] == made[1] and '"n": 1' in own.decode(made[0])
+
+
+def test_messages_written_as_text_are_found_by_their_roles(tokenizer, tmp_path):
+    chat = [{"name": "x", "role": "user", "content": "a"}]
+    rows = [{"prompt": json.dumps(chat, indent=1)}] * 3
+    Dataset.from_list(rows).cast_column("prompt", Value("large_string")).to_parquet(str(tmp_path / "a.parquet"))
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    for name in ("a.parquet", "b.jsonl"):
+        assert load_splits(ScriptArguments(str(tmp_path / name)), "ppo")[0][0]["prompt"] == chat
+    mixed = Dataset.from_list([{"prompt": "a"}, *rows])
+    with pytest.raises(InputError, match="row 1 holds messages as text"):
+        prompt_rows(mixed, "d", tokenizer, 1, None)
+    one = Dataset.from_list([{"prompt": json.dumps(chat[0])}])
+    with pytest.raises(InputError, match="row 0 holds messages as text"):
+        prompt_rows(one, "d", tokenizer, 1, None)
+    assert len(prompt_rows(Dataset.from_list([{"prompt": '{"role": "clerk"}'}]), "d", tokenizer, 1, None)) == 1
+
+
+def test_text_that_ends_with_eos_and_a_newline_gets_no_second_end(tokenizer):
+    for text, completion in ((f"a{tokenizer.eos_token}\n", ""), ("a", f"b{tokenizer.eos_token}\n")):
+        ids = encode_text_with_end(tokenizer, text, completion)
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id

@@ -44,6 +44,7 @@ SPLIT_SEED = 20
 OWN_FILES = (".jsonl", ".json", ".csv")
 CHAT_COLUMNS = {"messages", "prompt", "completion", "chosen", "rejected"}
 ROLES = ("system", "user", "assistant", "tool")
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of the parts of a content
 
 
 @dataclass
@@ -189,7 +190,8 @@ def _card(folder: Path) -> str:
 def _with_parsed_chats(dataset: Dataset, name: str) -> Dataset:
     """Columns of messages that arrive as JSON text, such as those of a CSV file, as messages."""
     for column in CHAT_COLUMNS & set(dataset.column_names):
-        if dataset.features[column] != Value("string") or not len(dataset) or not _is_chat_text(dataset[0][column]):
+        is_text = dataset.features[column] in (Value("string"), Value("large_string"))
+        if not is_text or not len(dataset) or not _is_chat_text(dataset[0][column]):
             continue
 
         def parse(row: Row, number: int, column: str = column, dataset: Dataset = dataset) -> Row:
@@ -205,7 +207,15 @@ def _with_parsed_chats(dataset: Dataset, name: str) -> Dataset:
 
 
 def _is_chat_text(value: object) -> bool:
-    return isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value) is not None
+    """Whether a text is a list of messages, or one, as JSON or nearly so (as Python writes it)."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value) is not None
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    return bool(messages) and all(isinstance(message, dict) and message.get("role") in ROLES for message in messages)
 
 
 def place_of(dataset: Dataset, number: int) -> str:
@@ -266,7 +276,9 @@ def _problem(value: object, before: type | None, column: str) -> str | None:
         found, others = ("text", "messages") if isinstance(value, str) else ("messages", "text")
         return f" is {found}, and the rows before are {others}. Make all rows the same."
     if isinstance(value, str):
-        if column == "messages" or _is_chat_text(value):
+        if _is_chat_text(value):
+            return f" holds messages as text ({value[:40]!r}). Give lists of messages, or such text in every row."
+        if column == "messages":
             return f" is the text {value[:40]!r}, and not JSON. Give a list of messages."
         return None
     return next(filter(None, map(_message_problem, value)), None)
@@ -280,7 +292,8 @@ def _message_problem(message: object) -> str | None:
         return f": role {role!r} is unknown. Roles are {', '.join(ROLES)}."
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            is_text = isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in TEXT_PARTS
+            if not is_text:
                 found = part.get("type", part) if isinstance(part, dict) else part
                 return f": the {role} message has a part {str(found)[:40]!r}; only text is taken here."
         content = "".join(part["text"] for part in content)

@@ -40,9 +40,9 @@ def template_options(row: Mapping[str, Any]) -> TemplateOptions:
     Raises:
         InputError: naming the column that holds something else.
     """
-    tools, variables = (_parsed(row.get(column), column) for column in OPTION_COLUMNS)
+    tools, variables = (_parsed(row.get(column), f"column {column!r}") for column in OPTION_COLUMNS)
     if tools is not None:
-        tools = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [tools]
+        tools = [_parsed(tool, "column 'tools'") for tool in tools] if isinstance(tools, list) else [tools]
         if not all(isinstance(tool, dict) for tool in tools):
             raise InputError(f"column 'tools': a list of JSON schemas is needed; found {str(tools)[:60]}.")
         tools = [_dense(tool) for tool in tools]
@@ -60,13 +60,13 @@ def options_of_rows(columns: Mapping[str, Any], count: int) -> list[TemplateOpti
     return [template_options({column: values[number] for column, values in given.items()}) for number in range(count)]
 
 
-def _parsed(value: Any, column: str) -> Any:
+def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise InputError(f"column {column!r}: not JSON ({error}).") from error
+        raise InputError(f"{where}: not JSON ({error}).") from error
 
 
 def _dense(value: Any) -> Any:
@@ -76,9 +76,15 @@ def _dense(value: Any) -> Any:
     return [_dense(part) for part in value] if isinstance(value, list) else value
 
 
+def _calls(value: Any) -> Any:
+    """Tool calls, which may be written as JSON text."""
+    calls = _parsed(value, "tool_calls")
+    return _dense([_parsed(call, "tool_calls") for call in calls] if isinstance(calls, list) else calls)
+
+
 def _chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions | None) -> RenderedChat:
     dense = [
-        {key: _dense(value) if key == "tool_calls" else value for key, value in message.items() if value is not None}
+        {key: _calls(value) if key == "tool_calls" else value for key, value in message.items() if value is not None}
         for message in messages
     ]
     return RenderedChat(tokenizer, dense, options)
@@ -163,6 +169,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def encode_text_with_end(tokenizer: PreTrainedTokenizerBase, text: str, completion: str = "") -> list[int]:
     """Token ids of a plain text that end with eos; of a prompt and its completion, tokenized as it would be sampled."""
+    eos = tokenizer.eos_token
+    if not completion and text.rstrip().endswith(eos):  # a rendered chat, whose template puts a newline behind the end
+        text = text.rstrip()
+    if completion.rstrip().endswith(eos):
+        completion = completion.rstrip()
     ids = encode_text(tokenizer, text)
     if completion:
         ids = ids + _piece(tokenizer, completion, behind=bool(text))

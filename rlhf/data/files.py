@@ -26,6 +26,8 @@ CSV_TYPES = {
     "bool": re.compile(r"True|False"),
 }
 
+LONG_NUMBER = re.compile(r"[0-9]{19}")
+
 READ_AS: dict[str, Callable[[str], Any]] = {"int64": int, "float64": float, "bool": "True".__eq__}
 
 
@@ -169,12 +171,20 @@ def _parse(text: str, where: str) -> Any:
         value = json.loads(text, object_pairs_hook=unique)
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where}: isn't JSON ({error}).") from error
+    if LONG_NUMBER.search(text):
+        json.loads(text, parse_int=lambda digits: _need_64_bits(digits, where))
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: has half of a surrogate pair, which is no text. Remove it.") from error
     return value
+
+
+def _need_64_bits(digits: str, where: str) -> None:
+    """Refuse a number that a `Json` column would give back as text, with all that is around it."""
+    if not -(2**63) <= int(digits) < 2**64:
+        raise InputError(f"{where}: the number {digits[:40]} has more than 64 bits. Write it as text, in quotes.")
 
 
 def _csv_features(file: Path, where: str) -> Features:

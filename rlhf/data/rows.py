@@ -1,6 +1,7 @@
 """Datasets → the rows that each trainer takes."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import pyarrow.compute as pc
@@ -96,6 +97,7 @@ def sft_rows(
     _refuse_for_sft(dataset, name)
     check_messages(dataset, name, columns)
     chat = isinstance(dataset[0][min(columns)], list)
+    _say_unused(dataset, name, chat)
     if not chat and args and args.assistant_only_loss:
         raise InputError(f"--assistant_only_loss: {name} has plain text, and no assistant in it. Leave it off.")
     options = {column for column in OPTION_COLUMNS if column in dataset.column_names and chat}
@@ -107,6 +109,23 @@ def sft_rows(
     num_proc = args.dataset_num_proc if args else None
     rows = _map(dataset.select_columns(sorted(columns | options)), name, encode, "Tokenizing", num_proc=num_proc)
     return _learnable(rows, len(dataset), name, args)
+
+
+def _say_unused(dataset: Dataset, name: str, chat: bool) -> None:
+    """Say which columns are left out because plain text goes through no chat template."""
+    unused = [column for column in OPTION_COLUMNS if column in dataset.column_names]
+    if unused and not chat:
+        print(f"{name}: {' and '.join(unused)} not used: a chat template reads them, and these rows are plain text.")
+
+
+def _refuse_weights(messages: Messages) -> None:
+    """Refuse replies that OpenAI's format for fine-tuning marks as not to be learned."""
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("weight") == 0:
+            raise InputError(
+                f"message {number} has 'weight' 0, and every reply is learned here. Give the replies to learn as "
+                "'completion', and what is before them as 'prompt'."
+            )
 
 
 def _refuse_for_sft(dataset: Dataset, name: str) -> None:
@@ -124,6 +143,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
         raise InputError("one of 'prompt' and 'completion' is text and the other messages. Make both messages.")
     if not any(message["role"] == "assistant" for message in completion):
         return [{"input_ids": [], "labels": []}]
+    _refuse_weights(completion)
     rows = conversation_rows(tokenizer, prompt + completion, len(prompt), template_options(row))
     return [dict(part) for part in rows]
 
@@ -196,6 +216,7 @@ def seq2seq_rows(
     _refuse_for_sft(dataset, name)
     check_messages(dataset, name, columns)
     known = columns | {column for column in OPTION_COLUMNS if column in dataset.column_names}
+    _say_unused(dataset, name, isinstance(dataset[0][min(columns)], list))
 
     def encode(row: Row) -> list[Row]:
         prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
@@ -290,10 +311,13 @@ def preference_rows(
     refuse_columns(dataset, name, {**MEDIA, **PAIR_TOKENS})
     check_messages(dataset, name, columns)
     known = columns | {column for column in (*OPTION_COLUMNS, "margin") if column in dataset.column_names}
+    _say_unused(dataset, name, isinstance(dataset[0]["chosen"], list))
 
     def encode(row: Row) -> list[Row]:
         if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
             raise InputError("one of 'chosen' and 'rejected' is text and the other messages. Make both the same.")
+        if isinstance(row["chosen"], list):
+            _check_pair(row)
         margin = {"margin": _margin(row["margin"])} if "margin" in row else {}
         row = maybe_extract_prompt(row) if pairs and "prompt" not in row else row  # pairs have no template
         sides = {side: _encode_side(tokenizer, row, side, pairs) for side in ("chosen", "rejected")}
@@ -302,6 +326,21 @@ def preference_rows(
 
     encoded = _map(dataset.select_columns(sorted(known)), name, encode, "Tokenizing pairs", num_proc=num_proc)
     return _usable_pairs(encoded, name, max_length, context_length)
+
+
+def _check_pair(row: Row) -> None:
+    """Refuse two conversations that don't end with a reply, whose prompts differ, or that lack their prompt."""
+    before = {}
+    for side in ("chosen", "rejected"):
+        messages = row[side]
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{side!r} ends with the {messages[-1]['role']}'s message. End it with the assistant's.")
+        asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
+        before[side] = [(message["role"], _plain(message.get("content"))) for message in asked]
+        if isinstance(row.get("prompt"), str) and not asked:
+            raise InputError(f"'prompt' is text, and {side!r} messages without the prompt. Make 'prompt' messages too.")
+    if before["chosen"] != before["rejected"]:
+        raise InputError("'chosen' and 'rejected' have different prompts. Compare replies to one prompt.")
 
 
 def _usable_pairs(encoded: Dataset, name: str, max_length: int | None, context_length: int | None) -> Dataset:
@@ -372,6 +411,7 @@ def prompt_rows(
     columns = need_columns(dataset, name, [{"prompt"}, {"messages"}, {"chosen", "rejected"}])
     refuse_columns(dataset, name, {**MEDIA, **PROMPT_TOKENS, **REWARD_ARGUMENTS})
     check_messages(dataset, name, columns)
+    _say_unused(dataset, name, isinstance(dataset[0][min(columns)], list))
 
     def encode(row: Row) -> list[Row]:
         if "prompt" not in row and "messages" in row:

@@ -29,6 +29,7 @@ from rlhf.ppo.checkpoint import (
 )
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import best_metric, note_best
+from rlhf.ppo.metrics import with_own
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
@@ -171,10 +172,9 @@ class TrainerConventions(TRLPPOTrainer):
         args = self.args
         self.last_metrics = metrics
         self.loss_sum += stats.policy_loss + args.vf_coef * stats.value_loss - args.entropy_coef * stats.entropy
-        own = scored.rewards.metrics if scored.rewards else None
-        for name, value in (own or {}).items():
-            if name in metrics:
-                raise InputError(f"log_metric({name!r}, ...): the trainer logs this name itself. Choose another one.")
+        own = (scored.rewards.metrics if scored.rewards else None) or {}
+        with_own(metrics, own)
+        for name, value in own.items():
             self.reward_metrics.setdefault(name, []).append(value)
 
     def step_scheduler(self) -> None:

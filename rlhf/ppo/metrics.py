@@ -5,9 +5,12 @@ import math
 import torch
 
 from rlhf.data.datasets import Row
+from rlhf.errors import InputError
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
+
+TRAINERS_OWN = ("step", "epoch")  # what Trainer adds to every entry of the log
 
 
 def batch_metrics(
@@ -73,7 +76,19 @@ def evaluation_metrics(
     for name, value in reward_metrics(held_out.by_function, processes).items():
         if name.endswith("/mean"):
             metrics[f"held_out/{name.split('/')[1]}"] = value
-    return {**(held_out.metrics or {}), **(rewards.metrics or {}), **metrics}
+    return with_own(metrics, {**(held_out.metrics or {}), **(rewards.metrics or {})})
+
+
+def with_own(metrics: dict[str, float], own: dict[str, float] | None) -> dict[str, float]:
+    """The trainer's metrics, and what reward functions logged.
+
+    Raises:
+        InputError: if a reward function logs a name of the trainer's, which would hide one of the two.
+    """
+    for name in own or {}:
+        if name in (*metrics, *TRAINERS_OWN):
+            raise InputError(f"log_metric({name!r}, ...): the trainer logs this name itself. Choose another one.")
+    return {**metrics, **(own or {})}
 
 
 def update_metrics(stats: UpdateStats) -> dict[str, float]:

@@ -71,10 +71,14 @@ def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | 
 def check_prompts(
     dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, response_length: int, context: int | None
 ) -> None:
-    """Raise InputError for prompts without tokens, or prompts that leave no room for a response."""
+    """Raise InputError for prompts without tokens or with unknown ones, or that leave no room for a response."""
     longest = max(len(ids) for ids in dataset["input_ids"])
     if longest == 0 or min(len(ids) for ids in dataset["input_ids"]) == 0:
         raise InputError(f"{name}: has a prompt without tokens.")
+    largest = max(max(ids) for ids in dataset["input_ids"])
+    if largest >= len(tokenizer):
+        raise InputError(f"{name}: input_ids has token {largest}, and the tokenizer {len(tokenizer)} tokens. Is it the "
+                         "model's? Leave input_ids out to have 'prompt' tokenized.")  # fmt: skip
     if context is not None and tokens_needed(tokenizer, longest, response_length) > context:
         raise InputError(
             f"--response_length {response_length}: the longest prompt of {name} has {longest} tokens, together more "
