@@ -226,6 +226,9 @@ def test_files_are_read_as_they_are(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,code,size\n" + "".join(f"q,{cell},{n}\n" for n, cell in enumerate(cells)))
     train, test = load_splits(ScriptArguments(str(tmp_path / "a.csv")), "sft")
     assert sorted([*train["code"], *test["code"]]) == sorted(cells) and isinstance(train[0]["size"], int)
+    (tmp_path / "d.csv").write_text("prompt,id,size\n" + f"q,{10**18 + 1},1\nq,{10**20 + 1},1.5\n" * 2)
+    train, _ = load_splits(ScriptArguments(str(tmp_path / "d.csv")), "sft")
+    assert set(train["id"]) <= {str(10**18 + 1), str(10**20 + 1)} and set(train["size"]) <= {1.0, 1.5}
     rows = [{"prompt": f"p{n}", "completion": "2024-01-01", "meta": {"a": n} if n else {"b": 1}} for n in range(5)]
     write_jsonl(tmp_path / "b.jsonl", rows)
     train, test = load_splits(ScriptArguments(str(tmp_path / "b.jsonl")), "sft")

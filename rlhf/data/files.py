@@ -22,7 +22,8 @@ from rlhf.errors import InputError
 TEXT_COLUMNS = {"text", "messages", "prompt", "completion", "chosen", "rejected"}
 CSV_TYPES = {
     "int64": re.compile(r"-?(0|[1-9][0-9]{0,17})"),
-    "float64": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"),
+    # no more digits than a float keeps: longer numbers, such as ids, stay text
+    "float64": re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][+-]?[0-9]+)?"),
     "bool": re.compile(r"True|False"),
 }
 
