@@ -93,7 +93,7 @@ def save_guesser(folder, tokenizer):
     ]
     batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-2)
-    for _ in range(60):
+    for _ in range(100):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

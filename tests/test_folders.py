@@ -37,7 +37,7 @@ from rlhf.run.checkpoints import (
     write_digests,
 )
 from rlhf.run.folders import finish_run, read_run, start_run
-from rlhf.run.saving import need_room, need_savable
+from rlhf.run.saving import make_savable, need_room
 
 
 @dataclasses.dataclass
@@ -417,22 +417,22 @@ def test_a_generation_config_that_transformers_would_not_save_is_repaired(tokeni
         file = Path(folder) / "generation_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **odd}))
         model = load_causal_lm(resolve(folder), settings, tokenizer)
+        make_savable(model, tokenizer)
         assert f"generation_config.json; {word}" in " ".join(capsys.readouterr().out.split())
-        need_savable(model, tokenizer)
         model.save_pretrained(tmp_path / "saved")
         again = LlamaForCausalLM.from_pretrained(tmp_path / "saved").generation_config
         assert tokenizer.eos_token_id in again.eos_token_id and again.pad_token_id == tokenizer.pad_token_id
     folder = save_tiny(tmp_path / "plain", tokenizer)
-    load_causal_lm(resolve(folder), settings, tokenizer)
+    make_savable(load_causal_lm(resolve(folder), settings, tokenizer), tokenizer)
     assert "generation_config" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_saved_is_refused_before_training(tiny, tokenizer):
     model = LlamaForCausalLM.from_pretrained(tiny)
-    need_savable(model, tokenizer)
-    model.generation_config.temperature = -3.0
-    with pytest.raises(InputError, match="the model's generation_config can't be saved"):
-        need_savable(model, tokenizer)
+    make_savable(model, tokenizer)
+    model.config.odd = object()
+    with pytest.raises(InputError, match="the model's config can't be saved .*JSON serializable"):
+        make_savable(model, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- full disks

@@ -38,7 +38,7 @@ from rlhf.ppo.setup import EvalDataset
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints, last_checkpoint
-from rlhf.run.saving import need_room, need_savable
+from rlhf.run.saving import make_savable, need_room
 
 
 class TrainerConventions(TRLPPOTrainer):
@@ -93,7 +93,7 @@ class TrainerConventions(TRLPPOTrainer):
         self.reward_scale, self.kl_coef, self.remarked = None, args.kl_coef, {}
         self.last_metrics, self.reward_metrics, self.loss_sum = {}, {}, 0.0
         set_seed(args.seed + 100_003 * self.accelerator.process_index)
-        need_savable(self.model.policy, self.processing_class)
+        make_savable(self.model.policy, self.processing_class)
         need_room(args, self.model, copies=2)  # what PPO trains, and the policy for others to load
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 from rlhf.errors import InputError, full_disk
 from rlhf.run.checkpoints import checkpoints
+from rlhf.run.processes import main_process
 
 KEPT = 2  # checkpoints that lie on the disk at once, at least: the last one stays until the next one is whole
 
@@ -40,12 +41,15 @@ def need_room(args: TrainingArguments, model: nn.Module, copies: int = 1) -> Non
         )
 
 
-def need_savable(model: nn.Module, processing_class: Any) -> None:
-    """Refuse a model or tokenizer whose configuration can't be saved, by saving it once.
+def make_savable(model: nn.Module, processing_class: Any) -> None:
+    """Repair a generation_config that transformers refuses to save; refuse what else can't be saved, by saving it once.
 
     Raises:
         InputError: naming what can't be saved.
     """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(model, "generation_config", None) is not None:
+        _repair_generation_config(model)
     parts = {name: getattr(model, name, None) for name in ("config", "generation_config")}
     for name, part in (parts | {"tokenizer": processing_class}).items():
         if part is None or not hasattr(part, "save_pretrained"):
@@ -56,11 +60,33 @@ def need_savable(model: nn.Module, processing_class: Any) -> None:
         except Exception as error:  # each class of configurations has its own
             if full_disk(error) is not None:
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
                 f"--model_name_or_path: the model's {name} can't be saved ({reason}), so training would be lost. "
                 "Correct it in the model's folder."
             ) from error
+
+
+def _repair_generation_config(model: Any) -> None:
+    """Change what transformers would refuse to save, and say so. Many public models have a temperature for no sampling.
+
+    transformers saves such a configuration only as it was loaded, and its eos and pad tokens may have changed.
+    """
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError:
+        config.do_sample = True  # the other settings are then of use
+    try:
+        config.validate(strict=True)
+        change = "do_sample is now true"
+    except ValueError as error:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        model.generation_config = GenerationConfig(**{key: getattr(config, key) for key in ids})
+        change = f"only its token ids are kept ({' '.join(str(error).split()).removesuffix('.')})"
+    if main_process():
+        print(f"transformers would not save the model's generation_config.json; {change}.")
 
 
 def saved_bytes(model: nn.Module) -> int:

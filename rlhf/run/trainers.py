@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf.errors import InputError
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints
 from rlhf.run.files import read_json
-from rlhf.run.saving import need_room, need_savable
+from rlhf.run.saving import make_savable, need_room
 
 STATE_FILE = "trainer_state.json"
 T = TypeVar("T", bound=Trainer)
@@ -34,7 +34,7 @@ class WholeCheckpoints(Trainer):
         Raises:
             InputError: if the disk has no room for two checkpoints and the model, or a configuration can't be saved.
         """
-        need_savable(self.model, self.processing_class)
+        make_savable(self.model, self.processing_class)
         need_room(self.args, self.model)
         return super().train(*args, **kwargs)
 
