@@ -171,9 +171,9 @@ def test_a_stop_token_that_the_model_cannot_draw_is_refused(ending, tokenizer, r
         PPOTrainer(config, tokenizer, model, train_dataset=rows, reward_funcs=[counting([])])
 
 
-@pytest.mark.parametrize("content", ["{", "[2, 50]", ""])
+@pytest.mark.parametrize("content", ["{", "[2, 50]", "", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, -5]}'])
 def test_a_broken_generation_config_is_not_passed_over(tiny, tmp_path, content):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(content)
-    with pytest.raises(InputError, match=r"--model_name_or_path .*: generation_config.json "):
+    with pytest.raises(InputError, match=r"--model_name_or_path .*: generation_config.json"):
         resolve(str(tmp_path / "model"))

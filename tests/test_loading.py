@@ -347,3 +347,12 @@ def test_a_reward_model_keeps_its_adapters_and_heads(reward_adapter, sft, tiny, 
         model = load_reward_model(resolve(name), LORA, tokenizer)
         assert isinstance(model, PeftModel)
     load_policy(resolve(sft), LORA, tokenizer)
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_reward_model])
+def test_weights_of_more_layers_than_the_config_has_are_not_dropped(tiny, tokenizer, tmp_path, load):
+    shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"config.json has fewer layers than the weights: 9 .*layers\.1\."):
+        load(resolve(str(tmp_path / "model")), ModelConfig(dtype="float32"), tokenizer)

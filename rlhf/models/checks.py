@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 # weights that this library does not read: pickles run code when they are loaded, the others are for other programs
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 DENIED = (401, 403, 404)
+LAYER = re.compile(r"^(.*?)\.\d+\.")  # the beginning of a weight's name up to the number of its layer
 
 
 @contextmanager
@@ -213,7 +215,30 @@ def check_loaded(model: PreTrainedModel, info: dict[str, set], flag: str, name: 
             f"{flag} {name}: config.json doesn't fit the weights: {key} has shape {tuple(found)}, not {tuple(wanted)}. "
             "Use the config.json that was saved with them."
         )
+    check_layers(model, info, flag, name)
     check_finite(model, flag, name)
+
+
+def check_layers(model: PreTrainedModel, info: dict[str, set], flag: str, name: str) -> None:
+    """Refuse files with more layers than config.json says: transformers drops the others and only warns.
+
+    Args:
+        info: as for `check_loaded`. What transformers leaves out by intention isn't in it.
+
+    Raises:
+        InputError: naming a weight that was dropped.
+    """
+    layers = {match[0] for key in model.state_dict() for match in LAYER.finditer(key)}
+    kinds = {LAYER.sub(r"\1.", key) for key in model.state_dict()}
+    dropped = sorted(
+        key for key in info["unexpected_keys"]
+        if LAYER.sub(r"\1.", key) in kinds and any(match[0] not in layers for match in LAYER.finditer(key))
+    )  # fmt: skip
+    if dropped:
+        raise InputError(
+            f"{flag} {name}: config.json has fewer layers than the weights: {len(dropped)} would be dropped, "
+            f"{dropped[0]} for example. Use the config.json that was saved with them."
+        )
 
 
 @torch.no_grad()

@@ -139,7 +139,14 @@ def _check_source(source: Source) -> None:
     check_quantization(base_config(source), source.flag, source.name)
     generation = Path(source.base) / GENERATION_CONFIG_NAME
     if generation.exists():  # transformers passes over a broken one, and its end tokens are lost
-        read_settings(generation, source.flag, source.name)
+        settings = read_settings(generation, source.flag, source.name)
+        ends = settings.get("eos_token_id")
+        for end in ends if isinstance(ends, list) else [ends]:
+            if end is not None and (type(end) is not int or end < 0):
+                raise InputError(
+                    f"{source.flag} {source.name}: generation_config.json: eos_token_id {end!r} isn't a token's id. "
+                    "Give an id or a list of them."
+                )
     places = [(source.base, base_revision(source), WEIGHTS), (source.adapter, source.revision, ADAPTER_WEIGHTS)]
     for place, revision, weights in places:
         if place is not None and Path(place).is_dir():

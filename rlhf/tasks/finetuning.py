@@ -21,7 +21,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import new_adapter
 from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
-from rlhf.models.checks import check_finite, loading
+from rlhf.models.checks import check_finite, check_layers, loading
 from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
 from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
 from rlhf.run.trainers import WholeCheckpoints
@@ -164,6 +164,7 @@ def load_finetuning_model(
         embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         if f"{embeddings}.weight" in missing:
             raise InputError(f"--model_name_or_path {source.name}: {head_class.__name__} finds no body in it.")
+        check_layers(model, info, source.flag, source.name)
         check_finite(model, source.flag, source.name)
     if model_args.attn_implementation is None:
         group_attention(model)
