@@ -431,7 +431,7 @@ def test_what_cannot_be_saved_is_refused_before_training(tiny, tokenizer):
     model = LlamaForCausalLM.from_pretrained(tiny)
     make_savable(model, tokenizer)
     model.config.odd = object()
-    with pytest.raises(InputError, match="the model's config can't be saved .*JSON serializable"):
+    with pytest.raises(InputError, match=r"the model's config can't be saved .*JSON serializable"):
         make_savable(model, tokenizer)
 
 
