@@ -47,6 +47,7 @@ from rlhf.pretraining.scaling import (
     lstm_point,
     sweep_points,
     train_points,
+    trained_points,
     transformer_parameters,
     write_texts,
 )
@@ -74,7 +75,8 @@ def main() -> None:
     # Tokenizer
     tokenizer = resolve_tokenizer(args.tokenizer_name)
     texts = cut_texts(train, test, tokenizer, args)
-    if not start_run(__file__, args.output_dir, script_args, args, derived=[TEXTS]):
+    open_flags = [] if trained_points(args) else ["base_config"]  # pretrain.py checks its own settings
+    if not start_run(__file__, args.output_dir, script_args, args, open_flags=open_flags, derived=[TEXTS]):
         return
     folders = write_texts(texts, args.output_dir)
     train_with = (folders, PRETRAIN, PRELOAD)

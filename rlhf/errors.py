@@ -38,7 +38,7 @@ def report_errors() -> Iterator[None]:
 
     Ctrl-C and SIGTERM end in one line as well, with the exit codes 130 and 143. Other exceptions pass through.
     """
-    before = _end_at_sigterm()
+    before = _raise_at_signals()
     try:
         with _undone_at_failure():
             yield
@@ -55,8 +55,8 @@ def report_errors() -> Iterator[None]:
         _say(f"error: the disk is full{place}. Free some space. {CONTINUE}")
         sys.exit(2)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str, every_process: bool = False) -> None:
@@ -71,8 +71,29 @@ def _say_once(line: str) -> None:
         _say(line)
 
 
-def _end_at_sigterm() -> Any:
-    """Have SIGTERM raise SystemExit, so that files half written are removed; the handler that was there before."""
+def end_at_signals() -> None:
+    """Have Ctrl-C and SIGTERM end the process at once, in their line, until `report_errors` takes over.
+
+    That is for the imports of a command: they take seconds and leave nothing to clean up. An exception would be printed
+    with a traceback, or caught by one of them.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end_at_once)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+            signal.signal(signal.SIGINT, _end_at_once)
+
+
+def _end_at_once(number: int, _frame: object) -> NoReturn:
+    _say_once(f"{'Interrupted.' if number == signal.SIGINT else 'Ended by SIGTERM.'} {CONTINUE}")
+    os._exit(128 + number)
+
+
+def _raise_at_signals() -> dict[int, Any]:
+    """Have SIGTERM raise SystemExit and Ctrl-C KeyboardInterrupt, so that files half written are removed.
+
+    Returns:
+        the handlers that were there before.
+    """
 
     def end(_number: int, _frame: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
@@ -80,8 +101,11 @@ def _end_at_sigterm() -> Any:
         sys.exit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, end)
+        return {}
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    return before
 
 
 def full_disk(error: BaseException) -> str | None:

@@ -1,13 +1,16 @@
 """Disturb runs of every recipe, run the same command again, and compare with an undisturbed run.
 
     python tests/kill_runs.py --count 5
-    python tests/kill_runs.py --count 20 --recipes ppo --disturbances kill
+    python tests/kill_runs.py --count 20 --seed 7 --recipes ppo --disturbances kill
 
 Four disturbances, each at random: SIGKILL; SIGTERM; a full disk; a damaged file of the newest checkpoint (or, without
 checkpoints, of what the run goes on from). A run is disturbed and started again until it finishes; then the next run
 starts, until there were --count disturbances. All weights, data and logged numbers must be equal to those of the
 undisturbed run, byte for byte. A damaged run may end with one line instead. After SIGKILL and SIGTERM no process of the
 run may be left. A full disk is a real one, of a small tmpfs, which only root can mount.
+
+The table at the end counts how the disturbed runs ended: identical / in one line / wrong. After a wrong one the next
+kind is tried; its folder is kept with --keep, and the exit code is 1.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,10 +64,11 @@ Act = Callable[[Any, Path, Path], bool]  # of a process, its run folder and its 
 
 
 class Case(NamedTuple):
-    """A recipe and its flags without --output_dir."""
+    """A recipe, its flags without --output_dir, and the seed of its disturbances."""
 
     script: str
     words: list[str]
+    seed: int = 0
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -167,7 +172,8 @@ def disturb(
     case: Case, folder: Path, expected: dict[str, Any], duration: float, count: int, act: Act
 ) -> Iterator[float]:
     """Start runs and disturb them with `act`, until it says `count` times that it did; the moments, in seconds."""
-    generator, done, number = random.Random(case.script), 0, 0
+    generator, done, number = random.Random(f"{case.script} {folder.name} {case.seed}"), 0, 0
+    folder.mkdir(exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")  # not on a disk that gets full
     while done < count:
         number += 1
@@ -228,7 +234,8 @@ def full_disk(process: Any, run: Path, log: Path) -> bool:
 
 def damage(case: Case, whole: Path, folder: Path, expected: dict[str, Any], count: int) -> Iterator[str]:
     """Damage copies of a finished run that say they are not finished, and run them; what happened each time."""
-    generator, log = random.Random(case.script), folder / "log"
+    generator, log = random.Random(f"{case.script} {folder.name} {case.seed}"), folder / "log"
+    folder.mkdir()
     for number in range(count):
         run = folder / f"damaged-{number}"
         shutil.copytree(whole, run)
@@ -274,31 +281,44 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def try_recipe(name: str, case: Case, folder: Path, count: int, disturbances: tuple[str, ...]) -> dict[str, int]:
-    """Disturb a recipe `count` times in each way. Raises SystemExit at the first fault.
+def endings(
+    name: str, kind: str, case: Case, folder: Path, expected: dict[str, Any], duration: float, count: int
+) -> Iterator[str]:
+    """Disturb a recipe `count` times in one way; how each disturbance ended: identical, one line, or wrong."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if kind == "damage":
+                said: Iterator[Any] = damage(case, folder / "whole", folder / kind, expected, count)
+            elif kind == "disk":
+                disk = stack.enter_context(small_disk(folder / kind))
+                said = disturb(case, disk, expected, duration, count, full_disk)
+            else:
+                number = signal.SIGKILL if kind == "kill" else signal.SIGTERM
+                said = disturb(case, folder / kind, expected, duration, count, signalled(number))
+            for what in said:
+                line = what if isinstance(what, str) else f"after {what:.1f} s"
+                print(f"{name} {kind}: {line}", flush=True)
+                yield "one line" if line.endswith("one line") else "identical"
+    except SystemExit as fault:
+        print(f"{name} {kind}: WRONG: {fault}", flush=True)
+        yield "wrong"
 
-    Returns:
-        how many disturbances there were, by kind; all ended as they should.
-    """
+
+def try_recipe(name: str, case: Case, folder: Path, count: int, kinds: tuple[str, ...]) -> dict[str, Counter[str]]:
+    """Disturb a recipe `count` times in each way. Returns how the disturbances ended, by kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    complete(case, folder / "first", folder / "log")  # warms up the disk's cache
-    shutil.rmtree(folder / "first")
     duration = complete(case, folder / "whole", folder / "log")
-    expected, counts = outcome(folder / "whole"), {}
-    for kind in disturbances:
-        if kind == "damage":
-            said = [print(f"{name} damage: {line}", flush=True)
-                    for line in damage(case, folder / "whole", folder, expected, count)]  # fmt: skip
-        elif kind == "disk":
-            with small_disk(folder / "disk") as disk:
-                said = [print(f"{name} disk: full after {moment:.1f} s", flush=True)
-                        for moment in disturb(case, disk, expected, duration, count, full_disk)]  # fmt: skip
-        else:
-            number = signal.SIGKILL if kind == "kill" else signal.SIGTERM
-            said = [print(f"{name} {kind}: after {moment:.1f} s", flush=True)
-                    for moment in disturb(case, folder, expected, duration, count, signalled(number))]  # fmt: skip
-        counts[kind] = len(said)
-    return counts
+    expected = outcome(folder / "whole")
+    return {kind: Counter(endings(name, kind, case, folder, expected, duration, count)) for kind in kinds}
+
+
+def table(total: dict[str, dict[str, Counter[str]]], kinds: tuple[str, ...]) -> str:
+    """Identical / one line / wrong, by recipe and kind."""
+    lines = [f"{'':>13}" + "".join(f"{kind:>12}" for kind in kinds)]
+    for recipe, counts in total.items():
+        cells = ["/".join(str(counts[kind][how]) for how in ("identical", "one line", "wrong")) for kind in kinds]
+        lines.append(f"{recipe:>13}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join([*lines, "identical / one line / wrong"])
 
 
 # ---------------------------------------------------------------------------------------------- the recipes
@@ -382,12 +402,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5, help="disturbances of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damages")
     parser.add_argument("--recipes", nargs="+", help="default: all")
     parser.add_argument("--disturbances", nargs="+", default=list(DISTURBANCES), choices=DISTURBANCES)
+    parser.add_argument("--keep", help="a new folder for everything written; default: a temporary one")
     arguments = parser.parse_args()
     kinds = tuple(arguments.disturbances)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(arguments.keep or name)
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(starter_model())
         tiny = save_tiny(folder / "tiny", tokenizer)
         sft = make_adapter(tiny, tokenizer, folder / "sft")
@@ -396,13 +419,15 @@ def main() -> None:
             folder / "tokenizer"
         )
         cases = make_cases(folder, tiny, sft, guesser, str(folder / "tokenizer"))
-        total: dict[str, dict[str, int]] = {}
-        for recipe in arguments.recipes or cases:
-            total[recipe] = try_recipe(recipe, cases[recipe], folder / "runs" / recipe, arguments.count, kinds)
-            print(
-                f"{recipe:>13}: " + ", ".join(f"{kind} {number}" for kind, number in total[recipe].items()), flush=True
+        total = {
+            recipe: try_recipe(
+                recipe, cases[recipe]._replace(seed=arguments.seed), folder / "runs" / recipe, arguments.count, kinds
             )
-    print(f"{sum(sum(counts.values()) for counts in total.values())} disturbances, all identical or one line.")
+            for recipe in arguments.recipes or cases
+        }
+    print(table(total, kinds))
+    if any(counts["wrong"] for by_kind in total.values() for counts in by_kind.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -474,6 +474,7 @@ def started(words, text):
     process = subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it behind &
     )  # fmt: skip
     for line in present(process.stdout):
         if text in line:
@@ -522,6 +523,30 @@ def test_stages_end_with_their_parent(number, way, tmp_path):
         assert process.returncode == 143 and said == "Ended by SIGTERM. Run the same command again to continue.\n"
     if number == signal.SIGINT:
         assert process.returncode == 130 and said.count("Interrupted. Run the same command again to continue.") == 1
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGTERM, "Ended by SIGTERM."), (signal.SIGINT, "Interrupted.")])
+def test_a_signal_during_the_imports_ends_in_one_line(number, said, tmp_path):
+    """A library may catch every exception while it is imported."""
+    importing = "try:\n    time.sleep(600)\nexcept BaseException:\n    time.sleep(600)"
+    (tmp_path / "recipe.py").write_text(STAGE.replace("time.sleep(600)", importing))
+    process = started([tmp_path / "recipe.py"], "stage ")
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == f"{said} Run the same command again to continue.\n"
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_after_the_imports_undoes_what_is_half_done(tmp_path):
+    (tmp_path / "recipe.py").write_text(
+        "import time\nfrom rlhf.errors import at_failure, report_errors\nfrom rlhf.run.arguments import answer_early\n"
+        "answer_early(__file__)\nwith report_errors():\n    at_failure(lambda: print('undone'))\n"
+        "    print('stage ', flush=True)\n    time.sleep(600)\n"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = started([tmp_path / "recipe.py"], "stage ")
+        process.send_signal(number)
+        out, said = process.communicate(timeout=60)
+        assert out == "undone\n" and said.count("\n") == 1 and process.returncode == 128 + number
 
 
 def test_a_stage_that_refuses_its_input_says_so_alone(tmp_path):

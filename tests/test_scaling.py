@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,23 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_left_alone(swept):
     assert "already finished" in last.stdout and "===" not in last.stdout
     other = run(*command, "--token_budgets", 500, 1000, check=False)
     assert other.returncode == 2 and "--token_budgets: 2 different numbers" in other.stderr
+
+
+def test_a_base_config_may_be_corrected_until_a_point_is_trained(swept):
+    folder, command, _ = swept
+    point = Path(ScalingArguments().base_config).read_text()
+    (folder / "base.yaml").write_text(point.replace("weight_decay: 0.1", "weight_decay: 0.03"))
+    words = [*command, "--base_config", folder / "base.yaml", "--output_dir", folder / "other"]
+    shutil.copytree(folder / "out", folder / "other")
+    unfinish = lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))  # noqa: E731
+    unfinish(folder / "other" / "run.json")
+    refused = run(*words, check=False)
+    assert refused.returncode == 2 and "these differ: base_config" in refused.stderr and "===" not in refused.stdout
+    for file in (folder / "other" / "points").rglob("run.json"):
+        unfinish(file)
+    # now the recipe goes on, and the point that was begun with another weight decay says so
+    begun = run(*words, check=False)
+    assert begun.returncode == 2 and "these differ: weight_decay" in begun.stderr and "===" in begun.stdout
 
 
 def test_an_edited_base_config_makes_another_sweep(tmp_path, monkeypatch):

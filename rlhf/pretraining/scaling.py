@@ -13,7 +13,7 @@ from rlhf.errors import InputError
 from rlhf.models.lstm import matching_hidden_size
 from rlhf.pretraining.tokenization import tokens_and_bytes
 from rlhf.run.files import read_json, write_jsonl
-from rlhf.run.folders import RUN_FILE
+from rlhf.run.folders import RUN_FILE, is_finished
 from rlhf.run.parser import read_yaml
 from rlhf.run.ranges import LearningRate, NonNegativeInt, PositiveInt, Seed, check_ranges
 from rlhf.run.stages import check_stage, run_all
@@ -217,6 +217,11 @@ def _flags_of(args: ScalingArguments, point: Point, texts: Path) -> dict[str, An
         "learning_rate": point.learning_rate, "seed": args.seed, "tokenizer_name": args.tokenizer_name,
         "dataset_name": texts,
     }  # fmt: skip
+
+
+def trained_points(args: ScalingArguments) -> list[Point]:
+    """The points that are trained: with another --base_config they would be others, and are not trained again."""
+    return [point for point in sweep_points(args) if is_finished(folder_of(args, point))]
 
 
 def check_base_config(args: ScalingArguments, script: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.paths import check_paths
-from rlhf.errors import InputError, report_errors
+from rlhf.errors import InputError, end_at_signals, report_errors
 from rlhf.run.declarations import argument_types
 from rlhf.run.parser import LibraryError, Parser
 from rlhf.run.processes import cpu_has_bfloat16, end_with_parent, main_process, use_all_cores
@@ -20,12 +20,14 @@ from rlhf.starter.model import STARTER
 def answer_early(command: str, **runs: str) -> None:
     """Answer `--help`, unknown flags and missing files before torch is imported: in 1 s of a core instead of 13 s.
 
-    The process ends here if there is such an answer. `parse` repeats these checks and makes others.
+    The process ends here if there is such an answer. `parse` repeats these checks and makes others. Ctrl-C and SIGTERM
+    end it in one line from here on.
 
     Args:
         command: the command's `__file__`.
         runs: flags that name folders of runs, and the error for a missing folder.
     """
+    end_at_signals()
     end_with_parent()
     if "torch" in sys.modules:  # forked from a server that has imported everything
         return

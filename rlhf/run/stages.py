@@ -145,9 +145,10 @@ def run_all(
     failed: list[str] = []
     refused = f"exit code 2. {CONTINUE}"
     running: list[Any] = []
+    interrupted: list[BaseException] = []
 
     def run(folder: Path) -> None:
-        if failed:
+        if failed or interrupted:
             return
         flags = [word for name, value in runs[folder].items() for word in (f"--{name}", str(value))]
         words = [str(script), "--config", config, "--output_dir", str(folder), *flags]
@@ -155,6 +156,8 @@ def run_all(
         process = context.Process(target=_run, args=(words, max_workers))
         process.start()
         running.append(process)
+        if interrupted:  # while it was being started
+            process.terminate()
         process.join()
         if process.exitcode:
             failed.append(f"{folder}: {_short(script)} ended with exit code {process.exitcode}. {CONTINUE}")
@@ -162,10 +165,13 @@ def run_all(
     with ThreadPoolExecutor(max_workers) as pool:
         try:
             list(pool.map(run, [folder for folder in runs if not is_finished(folder)]))
-        except BaseException:
-            failed.append("interrupted")
+        except BaseException as error:
+            interrupted.append(error)
             for process in running:
                 process.terminate()
+            for process in running:
+                process.join(PATIENCE)
+                process.kill()  # a signal in the first moments of a process can get lost
             raise
     if failed and failed[0].endswith(refused):
         sys.exit(2)  # its own line says why

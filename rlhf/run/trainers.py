@@ -13,20 +13,23 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf.errors import InputError
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints
-from rlhf.run.files import read_json
 from rlhf.run.saving import make_savable, need_room
+from rlhf.run.files import read_json, write_json
 
 STATE_FILE = "trainer_state.json"
+TOKENS_FILE = "num_tokens.json"  # of a checkpoint: tokens trained on so far
 T = TypeVar("T", bound=Trainer)
 
 
 class WholeCheckpoints(Trainer):
     """A Trainer whose checkpoints are written as a whole and carry digests.
 
-    A checkpoint knows the best one by its name alone, so that a run folder may move.
+    A checkpoint knows the best one by its name alone, so that a run folder may move. A resumed run logs what the
+    undisturbed one does: it goes on counting TRL's `num_tokens`, and makes no second evaluation at the start.
     """
 
     _writing: Path | None = None
+    _total_train_tokens: float  # of TRL's trainers for SFT and rewards, which don't save it
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's.
@@ -36,7 +39,11 @@ class WholeCheckpoints(Trainer):
         """
         make_savable(self.model, self.processing_class)
         need_room(self.args, self.model)
-        return super().train(*args, **kwargs)
+        eval_on_start = self.args.eval_on_start
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.eval_on_start = eval_on_start
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
@@ -54,6 +61,8 @@ class WholeCheckpoints(Trainer):
                 state.best_model_checkpoint = str(folder)
             if args.should_save:
                 _save_state(state, working)
+                if hasattr(self, "_total_train_tokens"):
+                    write_json(working / TOKENS_FILE, {"num_tokens": self._total_train_tokens})
         if args.should_save:
             delete_old_checkpoints(args.output_dir, limit, state.global_step, state.best_model_checkpoint)
 
@@ -84,6 +93,10 @@ class WholeCheckpoints(Trainer):
         if best:
             here = Path(self.args.output_dir) / Path(best).name
             self.state.best_model_checkpoint = str(here) if here.is_dir() else None
+        if folder:
+            self.args.eval_on_start = False  # `train` sets it back
+            if tokens := read_json(Path(folder) / TOKENS_FILE):  # other programs' checkpoints have none
+                self._total_train_tokens = tokens["num_tokens"]
         return begin
 
 
