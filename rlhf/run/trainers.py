@@ -13,8 +13,8 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf.errors import InputError
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints
-from rlhf.run.saving import make_savable, need_room
 from rlhf.run.files import read_json, write_json
+from rlhf.run.saving import make_savable, need_room
 
 STATE_FILE = "trainer_state.json"
 TOKENS_FILE = "num_tokens.json"  # of a checkpoint: tokens trained on so far
