@@ -316,6 +316,7 @@ def test_an_edited_base_config_makes_another_sweep(tmp_path, monkeypatch):
         args = sweep(output_dir=str(tmp_path / f"out-{file.stem}"), **given)
         assert start_run("recipes/scaling.py", args.output_dir, args)
         assert start_run("recipes/scaling.py", args.output_dir, args)
+        write_jsonl(Path(args.output_dir) / "scaling.jsonl", [])  # a result
         file.write_text("warmup_steps: 2")
         with pytest.raises(InputError, match=f"these differ: content of .*{file.name}"):
             start_run("recipes/scaling.py", args.output_dir, args)

@@ -102,6 +102,12 @@ def _contents(arguments: tuple[DataclassInstance, ...]) -> dict[str, str]:
     return contents
 
 
+def _contents_of_defaults(flags: Collection[str], arguments: tuple[DataclassInstance, ...]) -> set[str]:
+    """Keys of the settings for the content of these flags' defaults, which the flags themselves don't name there."""
+    fields = [field for argument in arguments for field in dataclasses.fields(argument)]
+    return {f"content of {field.default}" for field in fields if field.name in flags}
+
+
 def start_run(
     recipe: str,
     output_dir: str,
@@ -144,7 +150,8 @@ def start_run(
             if old["finished"] and not more:
                 print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
             return more or not old["finished"]
-        may_change = old["recipe"] == run["recipe"] and (more or not old["finished"]) and set(differ) <= set(open_flags)
+        may_change = old["recipe"] == run["recipe"] and (more or not old["finished"])
+        may_change &= set(differ) <= {*open_flags, *_contents_of_defaults(open_flags, arguments)}
         if not may_change and not _holds_nothing(folder, derived):
             same = old["recipe"] == run["recipe"]
             known = old["settings"]
