@@ -257,7 +257,7 @@ def rounds(guesser, tmp_path_factory, monkeypatch_module):
     write_jsonl(out / "data" / "train.jsonl", problems(10))
     write_jsonl(out / "data" / "test.jsonl", problems(6, 100))
     sft = dict(zip((w.removeprefix("--") for w in TINY_TRAINING[::2]), TINY_TRAINING[1::2], strict=True))
-    sft |= {"use_peft": "true", "lora_target_modules": "all-linear", "learning_rate": "0.05", "max_steps": "2"}
+    sft |= {"use_peft": "true", "lora_target_modules": "all-linear", "learning_rate": "0.005", "max_steps": "2"}
     (out / "sft.yaml").write_text("".join(f"{key}: {value}\n" for key, value in sft.items()))
     words = ["--model_name_or_path", guesser, "--dataset_name", out / "data", "--num_fewshot", 0, "--dtype", "float32",
              "--max_new_tokens", 8, "--temperature", 1, "--sft_config", out / "sft.yaml",
@@ -303,7 +303,7 @@ def test_a_run_with_an_edited_sft_config_is_another_run(rounds, monkeypatch):
     file = out.parent / "sft.yaml"
     before = file.read_text()
     try:
-        file.write_text(before.replace("0.05", "0.04"))
+        file.write_text(before.replace("0.005", "0.004"))
         with pytest.raises(InputError, match=r"these differ: content of .*sft\.yaml"):
             star(monkeypatch, *words, "--rounds", 2)
     finally:
