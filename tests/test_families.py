@@ -16,6 +16,9 @@ from families import check_family
         ("mamba", ["PPO LoRA"]),  # a recurrent state alone
         ("qwen3_next", ["PPO LoRA"]),  # recurrent states and keys and values
         ("rwkv", ["PPO"]),  # reads padding; its cache is wrong for several rows
+        ("git", ["PPO", "SFT"]),  # its cache counts tokens of an image: wrong behind padding; no loss without an image
+        ("laguna", ["SFT LoRA"]),  # PEFT would rename its shared_experts a second time
+        ("recurrent_gemma", ["SFT"]),  # caps its logits by another name than TRL knows
         ("deepseek_v3", ["PPO"]),  # values narrower than queries
         ("llama4_text", ["SFT LoRA"]),  # a router that returns two things, and no loss for it
         ("granite", ["SFT"]),  # divides its logits

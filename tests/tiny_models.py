@@ -71,7 +71,13 @@ QWEN4_INDEXER = {
 # what a model type needs beyond SIZES
 TYPES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1], "num_hidden_layers": 3},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_hash_byte_group_size": [3, 4],
+        "use_cache": False,  # transformers can't make its cache
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -80,12 +86,34 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 32},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 32,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "downsample_hidden_size": 8,
+            "adapter_input_size": 32,
+            "adapter_out_dim": 32,
+        },
+    },
     "doge": {"keep_window_size": CONTEXT},  # with more tokens than that, it looks ahead
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4,
@@ -113,7 +141,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8},
-    "moshi": {"audio_vocab_size": 64},
+    "moshi": {"audio_vocab_size": 64, "sliding_window": CONTEXT},  # as in the real one; else its cache loses tokens
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_head_dim": 16},
     "qwen4_exp": {"text_config": QWEN4_INDEXER},
@@ -184,7 +212,9 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "marian": {"decoder_start_token_id": PAD, "decoder_vocab_size": VOCABULARY},
     "prophetnet": {"decoder_start_token_id": BOS, "ngram": 2},
 }
-ENCODERS: dict[str, dict[str, Any]] = {}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": PAD, "mask_token_id": VOCABULARY - 1},
+}
 
 
 def tiny_config(model_type: str, kind: str = "decoder") -> PreTrainedConfig:

@@ -1,8 +1,10 @@
 """Several adapters over one base in memory: policy, reference, reward model, value function."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import (
@@ -15,7 +17,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
@@ -26,6 +28,31 @@ from rlhf.models.sources import Source, saved_rows
 
 # Names of the adapters beside the policy's, over one base in memory.
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
+
+
+def _unless_named_alike(convert: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """PEFT's conversion of adapters from transformers 4, left out where the names are the model's own already.
+
+    It would rename some of these a second time (Laguna's `shared_experts`). PEFT then leaves them at their random
+    beginning without a word, also where a Trainer resumes.
+    """
+
+    @functools.wraps(convert)
+    def converted(
+        model: Any, peft_config: PeftConfig, adapter_state_dict: dict[str, torch.Tensor], adapter_name: str = "default"
+    ) -> dict[str, torch.Tensor]:
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        shapes = {key: weight.shape for key, weight in own.items()}
+        if all(shapes.get(key) == weight.shape for key, weight in adapter_state_dict.items() if ".lora_" in key):
+            return adapter_state_dict
+        return convert(model, peft_config, adapter_state_dict, adapter_name)
+
+    return converted
+
+
+transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = _unless_named_alike(
+    transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+)
 
 
 @contextmanager

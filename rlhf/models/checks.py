@@ -283,7 +283,7 @@ def check_adapter(model: PeftModel, adapter: str, shapes: dict[str, tuple[int, .
     own = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
     lost = sorted(set(shapes) - own - {f"base_model.model.{key}" for key in base.state_dict()})
     lacking = sorted(own - set(shapes))
-    if get_checkpoint_conversion_mapping(base.config.model_type):  # PEFT renames weights of these on its own
+    if lost and get_checkpoint_conversion_mapping(base.config.model_type):  # PEFT renames weights of transformers 4
         lost = lacking = []
     if lost or lacking:
         what = f"has no place for {lost[0]}" if lost else f"needs {lacking[0]}, which it lacks"

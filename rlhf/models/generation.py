@@ -8,7 +8,7 @@ the same effect as in `generate`.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
@@ -280,7 +280,7 @@ def _generate(
     model: PreTrainedModel | PeftModel,
     batch: dict[str, torch.Tensor],
     config: GenerationConfig,
-    loop: Callable[..., Samples],
+    loop: functools.partial[Samples],
     **settings: Any,
 ) -> Samples:
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
@@ -288,6 +288,8 @@ def _generate(
     try:
         for owner in owners:
             owner.generation_config = config
+        if loop.keywords["way"] is Way.UNCACHED:
+            settings["use_cache"] = False  # else generate makes one, which fails for BLT
         return model.generate(**batch, generation_config=config, custom_generate=loop, **settings)
     finally:
         for owner, own in zip(owners, saved, strict=True):
@@ -313,17 +315,18 @@ def way_to_decode(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Ten
 
 
 class _Watch:
-    """Keeps the logits of every step. Two of three rows stop after the first token, so that they are dropped."""
+    """Keeps the logits of every step. The first half of the rows stops after the first token, so they are dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.kept = rows // 2
 
     def processor(self, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         self.seen += zip(sequences, logits, strict=True)
         return logits
 
     def stop(self, sequences: torch.Tensor, _scores: None) -> torch.Tensor:
-        return torch.arange(len(sequences), device=sequences.device) < len(sequences) - 1
+        return torch.arange(len(sequences), device=sequences.device) < len(sequences) - self.kept
 
 
 @torch.no_grad()
@@ -333,12 +336,12 @@ def _is_right(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, way: 
     tokens = input_ids[input_ids != 0].repeat(9)[:9]  # 0 marks padding here
     if len(tokens) < 9:
         tokens = torch.arange(1, 10, device=input_ids.device)
-    rows = torch.stack([tokens, tokens.roll(2), tokens.roll(4)])
+    rows = torch.stack([tokens, tokens.roll(2), tokens.roll(4), tokens.roll(6)])
     rows[1:, :5] = 0
-    rows[2, :2] = tokens[:2]
+    rows[2, :2] = tokens[:2]  # of those that go on, one is padded and one isn't
     rows[2, 2:5] = tokens[4:7]
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
-    watch = _Watch()
+    watch = _Watch(len(rows))
     try:
         _generate(
             model, {"input_ids": rows, "attention_mask": (rows != 0).long()}, config,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ from peft import (
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +38,7 @@ from rlhf.models.sources import (
     Source,
     base_config,
     base_revision,
+    is_half,
     language_model_class,
     saved_rows,
     saved_shapes,
@@ -193,11 +196,7 @@ def load_reward_model(
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
     config = base_config(source)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping and "auto_map" not in vars(config):
-        raise InputError(
-            f"{source.flag} {source.name}: transformers has no sequence classifier of type {config.model_type}. Give "
-            "another model."
-        )
+    _refuse_without_classifier(source, config, trainable)
     fresh = trainable and model_args.use_peft and source.adapter is None
     tried = _lora_config(model_args, TaskType.SEQ_CLS) if fresh else None
     check_architecture(source, AutoModelForSequenceClassification, model_args.attn_implementation, tried)
@@ -221,6 +220,24 @@ def load_reward_model(
             model = new_adapter(model, lora)
     _take_what_is_known(model)
     return model
+
+
+def _refuse_without_classifier(source: Source, config: PreTrainedConfig, trainable: bool) -> None:
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and "auto_map" not in vars(config):
+        raise InputError(
+            f"{source.flag} {source.name}: transformers has no sequence classifier of type {config.model_type}. Give "
+            "another model."
+        )
+    if (config.architectures or [""])[0].endswith("ForCausalLM") and is_half(config):
+        raise InputError(
+            f"{source.flag} {source.name}: is the decoder of a {config.model_type} model, whose sequence classifier "
+            "needs the encoder too. Give the whole model."
+        )
+    if trainable and getattr(config, "axial_pos_embds", False):
+        raise InputError(
+            f"{source.flag} {source.name}: {config.model_type} with axial positions trains only on rows of exactly "
+            f"{math.prod(config.axial_pos_shape)} tokens. Give another model."
+        )
 
 
 def score_labels(source: Source) -> int:

@@ -4,9 +4,11 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from trl import SFTConfig
 from trl.trainer.sft_trainer import _patch_chunked_ce_lm_head
 
+from rlhf.errors import InputError
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
 
 
@@ -17,6 +19,9 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     TRL's `chunked_nll` takes the last hidden states through the head by itself. It doesn't know what some models do in
     between (Granite divides the logits, BERT has a layer more), and fails with others; these get `nll`. Mixtures of
     experts that have no loss for their routers get none. Both are tried once on a few tokens; the model is as before.
+
+    Raises:
+        InputError: if the model's own loss is needed and fails (GIT's, without an image).
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     if whole.config.is_encoder_decoder:
@@ -25,22 +30,20 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     router = getattr(config, "output_router_logits", None)
     ids = torch.arange(16, device=whole.device)[None] % (whole.get_input_embeddings().num_embeddings - 1) + 1
     whole.eval()
-    losses = []
     try:
         if router is not None:
             config.output_router_logits = args.router_aux_loss_coef != 0  # as SFTTrainer sets it
-        output = whole(input_ids=ids, labels=ids, use_cache=False)
-        if router is not None and getattr(output, "aux_loss", None) is None:
+        own = _tried(whole, ids)
+        if router is not None and getattr(own, "aux_loss", None) is None:
             args.router_aux_loss_coef, config.output_router_logits = 0.0, False
+            own = _tried(whole, ids)
         # from the logits: some classes don't shift the labels of their own loss (BartForCausalLM)
-        losses.append(cross_entropy(output.logits[0, :-1].float(), ids[0, 1:]))
+        expected = cross_entropy(whole(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:])
         _patch_chunked_ce_lm_head(whole, chunk_size=256)
-        whole(input_ids=ids, labels=ids)
-        if router is not None:
+        chunked = _tried(whole, ids)
+        if chunked is not None and router is not None:
             config.output_router_logits = False
-        losses.append(whole(input_ids=ids, labels=ids).loss)
-    except CANNOT as error:
-        reraise_out_of_memory(error)
+            chunked = _tried(whole, ids)
     finally:
         vars(whole).pop("forward", None)
         if forward is not None:  # accelerate's hooks
@@ -48,6 +51,18 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         if router is not None:
             config.output_router_logits = router
         whole.train(training)
-    same = len(losses) == 2 and bool(torch.isclose(losses[0].float(), losses[1].float(), rtol=1e-2))
+    rounding = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    same = chunked is not None and bool(torch.isclose(chunked.loss.float(), expected, rtol=rounding))
     if args.loss_type == "chunked_nll" and not same:
         args.loss_type = "nll"
+    if args.loss_type == "nll" and own is None:
+        raise InputError(f"--loss_type nll: {type(whole).__name__} has no loss for text alone. Give another model.")
+
+
+def _tried(model: PreTrainedModel, ids: torch.Tensor) -> ModelOutput | None:
+    """The output with the loss of ids (1, L), or None if that fails."""
+    try:
+        return model(input_ids=ids, labels=ids, use_cache=False)
+    except CANNOT as error:
+        reraise_out_of_memory(error)
+        return None

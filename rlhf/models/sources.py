@@ -405,6 +405,11 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+def is_half(config: PreTrainedConfig) -> bool:
+    """Whether the model is one half of an encoder-decoder, such as BartForCausalLM."""
+    return type(config) in AutoModelForSeq2SeqLM._model_mapping and not config.is_encoder_decoder
+
+
 def reads_pairs(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> bool:
     """Whether a classifier reads prompt and reply as a pair of texts: an encoder without a chat template.
 
