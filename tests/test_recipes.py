@@ -349,7 +349,7 @@ def bad(tmp_path, tiny, files):
         ),
         "no prompts": ("collect", [*model, *out, "--max_prompts", "0"], "--max_prompts 0: must be at least 1"),
         "no replies": ("collect", [*model, *out, "--num_generations", "0"], "--num_generations 0: must be at least 2"),
-        "unknown labeler": ("collect", ["--labeler", "oracle"], "--labeler oracle"),
+        "unknown labeler": ("collect", ["--labeler", "oracle"], "--labeler: invalid choice: 'oracle'"),
         "not a reward model": ("ppo", [*model, *out, "--reward_model_path", tiny], "sequence classifier"),
     }  # fmt: skip
 

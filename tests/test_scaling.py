@@ -286,7 +286,7 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_left_alone(swept):
     last = run(*command)
     assert "already finished" in last.stdout and "===" not in last.stdout
     other = run(*command, "--token_budgets", 500, 1000, check=False)
-    assert other.returncode == 2 and "--token_budgets: 2 different numbers" in other.stderr
+    assert other.returncode == 2 and "--token_budgets: is given twice" in other.stderr
 
 
 def test_a_base_config_may_be_corrected_until_a_point_is_trained(swept):
@@ -333,5 +333,5 @@ if __name__ == "__main__":
     run_all(Path("recipes/pretrain.py"), "recipes/configs/scaling_point.yaml", runs, 1, ("trl",))
 """)
     done = run(script, check=False)
-    assert "first: recipes/pretrain.py ended with exit code 2" in done.stderr
-    assert done.stdout.count("===") == 1 and "--model_type nothing: unknown" in done.stderr
+    assert "--model_type nothing: unknown" in done.stderr
+    assert done.stdout.count("===") == 1  # the second was not begun

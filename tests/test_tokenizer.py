@@ -102,7 +102,7 @@ def test_the_saved_tokenizer_frames_texts_as_its_model_was_trained(objective, ex
 def test_later_stages_load_it_unchanged(own, tmp_path, capsys):
     own.save_pretrained(tmp_path)
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
-    loaded = load_tokenizer(resolve(str(tmp_path)))
+    loaded = load_tokenizer(resolve(str(tmp_path), weights=False))
     assert (loaded.pad_token, loaded.eos_token, loaded.chat_template) == (
         own.pad_token,
         own.eos_token,
@@ -140,16 +140,15 @@ def test_bad_input_gets_one_clear_line(tmp_path):
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert "error: --vocab_size 300: too small for 256 bytes and 106 special tokens. Give at least 362" in result.stderr
     check_vocab_size(362, 100)
-    for arguments, message in (((361, 100), "at least 362"), ((400, -1), "--extra_ids -1")):
-        with pytest.raises(InputError, match=message):
-            check_vocab_size(*arguments)
+    with pytest.raises(InputError, match="at least 362"):
+        check_vocab_size(361, 100)
     with pytest.raises(InputError, match=r"outputs/nothing: no tokenizer there. Train one first"):
         resolve_tokenizer("outputs/nothing")
 
 
 def test_a_tokenizer_without_a_pad_token_of_its_own_gets_one(tmp_path):
     for pad in ({}, {"pad_token": "<|endoftext|>"}):
-        pieces = Tokenizer(BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+        pieces = Tokenizer(BPE({"H": 0, "e": 1, "<|endoftext|>": 2}, []))
         made = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|endoftext|>", **pad)
         made.save_pretrained(tmp_path / str(len(pad)))
         found = resolve_tokenizer(str(tmp_path / str(len(pad))))

@@ -82,6 +82,10 @@ def _load_base(
             output_loading_info=True,
         )
     check_loaded(model, info, source.flag, source.name, new_head=new_head)
+    for module in model.modules():
+        # bitsandbytes would pack 4-bit weights at the first forward pass without gradients, and have none ever after
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     rows = saved_rows(source)
     if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
