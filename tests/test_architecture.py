@@ -43,8 +43,11 @@ def test_what_the_architecture_lacks_is_refused_without_weights(attention, lora,
 
 def test_what_fits_passes(weightless):
     fitting = LoraConfig(target_modules=["q_proj", "mlp.up_proj"], modules_to_save=["lm_head"])
-    for attention, lora in (("eager", None), ("sdpa", fitting), (None, LoraConfig(target_modules="all-linear"))):
+    every = LoraConfig(target_modules="all-linear")
+    for attention, lora in (("eager", None), ("sdpa", fitting), (None, every)):
         check_architecture(weightless, AutoModelForCausalLM, attention, lora)
+    # they are as they were given, for the model that gets them later
+    assert fitting.target_modules == {"q_proj", "mlp.up_proj"} and every.target_modules == "all-linear"
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])

@@ -40,7 +40,10 @@ def test_what_a_trainer_would_refuse_late(changes, said):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse_sqrt", "reduce_lr_on_plateau"])
 def test_what_works_passes(optim, schedule):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1} if schedule == "reduce_lr_on_plateau" else {}
-    check_training(training(SFTConfig, optim=optim, lr_scheduler_type=schedule, **evaluated))
+    args = training(SFTConfig, optim=optim, lr_scheduler_type=schedule, **evaluated)
+    before = args.to_dict()
+    check_training(args)
+    assert args.to_dict() == before
 
 
 def test_a_metric_that_only_the_evaluation_knows_is_one_line():

@@ -239,7 +239,7 @@ def _clear(folder: Path, derived: Collection[str] = ()) -> None:
     """Remove what an earlier run of other settings left. It holds no result, and would mix with this run's files."""
     for path in list(folder.iterdir()):
         if path.name in derived or any(path.match(name) for name in PASSING):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _release(folder: Path) -> None:
