@@ -43,6 +43,7 @@ from rlhf.rewards import (
     need_scores,
     reward_functions,
     reward_names,
+    with_own,
 )
 from rlhf.run.ranges import check_ranges
 from rlhf.run.trainers import WholeCheckpoints
@@ -156,6 +157,7 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             processing_class=processing_class, **arguments,
         )  # fmt: skip
         self.reward_func_names = reward_names(functions)
+        self._own: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}  # by whether it is training
         self.processing_class.is_encoder_decoder = self.model.config.is_encoder_decoder  # for encode_prompt
         need_causal(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model, "model")
         # TRL's own has the tokenizer's eos alone
@@ -272,12 +274,25 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             count: completions of this process.
         """
         for name, value in log.gathered_means().items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._own[self.model.training].setdefault(name, []).append(value)
         table, extra = self._logs["extra"], log.gathered_extra(count)
         before, rows = len(self._logs["prompt"]), count * self.accelerator.num_processes
         for column in {*table, *extra}:
             table[column].extend([None] * (before - len(table[column])))  # of batches that didn't log it
             table[column].extend(extra.get(column, [None] * rows))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the means of what the reward functions logged since the last line.
+
+        Raises:
+            InputError: if the trainer logs one of their names itself.
+        """
+        training = self.model.training
+        own = {name: sum(values) / len(values) for name, values in self._own[training].items()}
+        self._own[training] = {}
+        with_own({**logs, **self._metrics["train" if training else "eval"]}, own)
+        logs.update({name if training else f"eval_{name}": mean for name, mean in own.items()})
+        super().log(logs, start_time)
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, object]:
         """With the two additional log entries, and with what each row gives to the chat template."""

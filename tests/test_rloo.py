@@ -329,6 +329,21 @@ def test_functions_written_for_grpo_work_and_what_they_log_arrives(sft, tmp_path
         wrong.train()
 
 
+def test_names_of_the_trainer_are_refused(sft, tmp_path):
+    def log_as(name, what):
+        def reward(completions, log_metric, log_extra):
+            log_metric(name, 1.0) if what == "metric" else log_extra(name, completions)
+            return [0.0] * len(completions)
+
+        return reward
+
+    for name in ("kl", "entropy", "epoch"):
+        with pytest.raises(InputError, match=rf"log_metric\('{name}', ...\): the trainer logs this name itself"):
+            trainer(sft, tmp_path, [log_as(name, "metric")]).train()
+    with pytest.raises(InputError, match=r"log_extra\('completion', ...\): the tables have this column"):
+        trainer(sft, tmp_path, [log_as("completion", "extra")]).train()
+
+
 def test_a_name_a_function_and_prompts_are_enough_for_rloo(tiny, reward_adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = Dataset.from_list([{"prompt": "Tea is"}, {"prompt": "Rain is"}] * 4)

@@ -72,6 +72,20 @@ def test_each_reply_of_a_conversation_is_a_row(t5, capsys):
         sft_rows(Dataset.from_list([{"text": "only a text"}]), "d", tokenizer)
 
 
+def test_replies_that_a_decoder_can_not_learn(t5, capsys):
+    tokenizer = load_tokenizer(resolve(t5))
+    asked = {"messages": user("Hi")}
+    rows = sft_rows(Dataset.from_list([asked, {"messages": user("Hi") + assistant("Yo")}]), "d", tokenizer)
+    assert len(rows) == 1 and "left out 1 of 2 rows" in capsys.readouterr().out
+    with pytest.raises(InputError, match="nothing is left to learn"):
+        sft_rows(Dataset.from_list([asked]), "d", tokenizer)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for more in ({"tool_calls": [call]}, {"thinking": "Hm."}, {"reasoning": "Hm."}, {"weight": 0}):
+        reply = {"role": "assistant", "content": "Yo", **more}
+        with pytest.raises(InputError, match=f"row 0.*message 1 has '{next(iter(more))}'"):
+            sft_rows(Dataset.from_list([{"messages": [*user("Hi"), reply]}]), "d", tokenizer)
+
+
 def test_the_template_renders_prompts_where_there_is_one(t5, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text(

@@ -26,6 +26,7 @@ from rlhf.data.encoding import (
     tokens_needed,
 )
 from rlhf.data.pairs import Encoded, encode_pair
+from rlhf.data.rendering import REASONING_FIELDS
 from rlhf.errors import InputError
 
 MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio"), "these recipes train on text alone. Remove it.")
@@ -165,36 +166,52 @@ def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None) -> 
     Args:
         count: number of rows of the dataset.
     """
-    lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist() if len(rows) else []
-    full = [number for number, length in enumerate(lengths) if length]
-    empty = len(lengths) - len(full)
-    if len(lengths) > count:
+    if len(rows) > count:
         print(
-            f"{name}: {count} conversations are {len(lengths)} rows: the chat template renders earlier turns "
-            "differently once later ones follow, so those replies stand in rows of their own, as they would be sampled."
+            f"{name}: {count} conversations are {len(rows)} rows: the chat template renders earlier turns differently "
+            "once later ones follow, so those replies stand in rows of their own, as they would be sampled."
         )
+    rows = _without_empty(rows, count, name)
+    lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist()
     limit = args.max_length if args else None
-    long = {number for number in full if limit is not None and lengths[number] > limit}
+    long = {number for number, length in enumerate(lengths) if limit is not None and length > limit}
     if long and args and args.packing and args.packing_strategy != "bfd":
         long = set()  # packed in pieces
-    lost = set()
     part = slice(-(limit or 0), None) if args and args.truncation_mode == "keep_end" else slice(limit)
-    for number in sorted(long):
-        kept = rows[number]["labels"][part]
-        if all(label == -100 for label in kept):
-            lost.add(number)
-    if empty:
-        print(f"{name}: left out {empty} of {count} rows: without an assistant's message there is nothing to learn.")
+    lost = {number for number in sorted(long) if all(label == -100 for label in rows[number]["labels"][part])}
     if long:
         print(
             f"{name}: --max_length {limit} cuts {len(long)} of {len(lengths)} rows"
             + (f", {len(lost)} of them before anything that is learned; those are left out." if lost else ".")
         )
-    kept_rows = [number for number in full if number not in lost]
-    if not kept_rows:
-        why = f"--max_length {limit} cuts off all that is learned" if lost else "no assistant's message is"
-        raise InputError(f"--dataset_name {name}: {why} in all {count} rows of a split, so nothing is left to learn.")
-    return rows if len(kept_rows) == len(lengths) else rows.select(kept_rows)
+    if len(lost) == len(lengths):
+        raise InputError(
+            f"--dataset_name {name}: --max_length {limit} cuts off all that is learned in all {len(lengths)} rows of a "
+            "split, so nothing is left to learn."
+        )
+    return rows.select([number for number in range(len(rows)) if number not in lost]) if lost else rows
+
+
+def _without_empty(rows: Dataset, count: int, name: str) -> Dataset:
+    """Rows that have tokens. Prints how many have none, as conversations without a reply.
+
+    Raises:
+        InputError: if none has.
+    """
+    lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist() if len(rows) else []
+    full = [number for number, length in enumerate(lengths) if length]
+    if not full:
+        raise InputError(
+            f"--dataset_name {name}: no assistant's message is in all {count} rows of a split, so nothing is left to "
+            "learn."
+        )
+    if len(full) == len(lengths):
+        return rows
+    print(
+        f"{name}: left out {len(lengths) - len(full)} of {count} rows: without an assistant's message there is nothing "
+        "to learn."
+    )
+    return rows.select(full)
 
 
 def seq2seq_rows(
@@ -207,10 +224,11 @@ def seq2seq_rows(
     """Rows for an encoder-decoder model: `input_ids` of the prompt, and `labels`, the reply and eos.
 
     Each assistant message of a conversation, or of its completion, is a row of its own. Its prompt is all that comes
-    before it. Prompts and replies longer than `args.max_length` or the context are cut at their end, and counted.
+    before it. Conversations without one are left out and counted. Prompts and replies longer than `args.max_length` or
+    the context are cut at their end, and counted.
 
     Raises:
-        InputError: if columns are missing or can't be used, or a row can't be encoded or has no reply.
+        InputError: if columns are missing or can't be used, a row can't be encoded, or nothing is left.
     """
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}])
     _refuse_for_sft(dataset, name)
@@ -219,25 +237,16 @@ def seq2seq_rows(
     _say_unused(dataset, name, isinstance(dataset[0][min(columns)], list))
 
     def encode(row: Row) -> list[Row]:
-        prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
-        if isinstance(prompt, str) != isinstance(completion, str) and prompt:
-            raise InputError("one of 'prompt' and 'completion' is text and the other messages. Make both the same.")
-        if isinstance(completion, str):
-            turns = [(prompt, completion)]
-        else:
-            every = prompt + completion
-            turns = [(every[:n], _plain(message.get("content"))) for n, message in enumerate(every)
-                     if message["role"] == "assistant" and n >= max(1, len(prompt))]  # fmt: skip
-        if not turns:
-            raise InputError("a conversation without an assistant message has nothing to learn.")
         options = template_options(row)
-        return [
+        rows = [
             {"input_ids": encode_prompt(tokenizer, before, options), "labels": encode_reply(tokenizer, reply)}
-            for before, reply in turns
+            for before, reply in _turns(row)
         ]
+        return rows or [{"input_ids": [], "labels": []}]
 
     selected = dataset.select_columns(sorted(known))
     rows = _map(selected, name, encode, "Tokenizing conversations", num_proc=args.dataset_num_proc if args else None)
+    rows = _without_empty(rows, len(dataset), name)
     limit = min((n for n in (args and args.max_length, context_length) if n is not None), default=None)
     if limit is None:
         return rows
@@ -245,6 +254,29 @@ def seq2seq_rows(
     if long:
         print(f"{name}: cut {long} of {len(rows)} rows, whose prompt or reply has more than {limit} tokens.")
     return rows.map(lambda row: {key: ids[:limit] for key, ids in row.items()}, desc="Cutting")
+
+
+def _turns(row: Row) -> list[tuple[Any, str]]:
+    """What comes before each reply of a row, and the reply's text."""
+    prompt, completion = row.get("prompt", []), row["completion"] if "completion" in row else row["messages"]
+    if isinstance(prompt, str) != isinstance(completion, str) and prompt:
+        raise InputError("one of 'prompt' and 'completion' is text and the other messages. Make both the same.")
+    if isinstance(completion, str):
+        return [(prompt, completion)]
+    _refuse_weights(completion)
+    messages = prompt + completion
+    turns = []
+    for number in range(max(1, len(prompt)), len(messages)):
+        message = messages[number]
+        if message["role"] == "assistant":
+            more = [key for key in ("tool_calls", *REASONING_FIELDS) if message.get(key)]
+            if more:
+                raise InputError(
+                    f"message {number} has {more[0]!r}, and the decoder of an encoder-decoder learns the 'content' "
+                    "alone. Write it there."
+                )
+            turns.append((messages[:number], _plain(message.get("content"))))
+    return turns
 
 
 def texts_of(dataset: Dataset, name: str) -> list[str]:

@@ -29,7 +29,6 @@ from rlhf.ppo.checkpoint import (
 )
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import best_metric, note_best
-from rlhf.ppo.metrics import with_own
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
@@ -37,6 +36,7 @@ from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
+from rlhf.rewards import with_own
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints, last_checkpoint
 from rlhf.run.saving import make_savable, need_room
 

@@ -5,12 +5,10 @@ import math
 import torch
 
 from rlhf.data.datasets import Row
-from rlhf.errors import InputError
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
-
-TRAINERS_OWN = ("step", "epoch")  # what Trainer adds to every entry of the log
+from rlhf.rewards import with_own
 
 
 def batch_metrics(
@@ -79,18 +77,6 @@ def evaluation_metrics(
     return with_own(metrics, {**(held_out.metrics or {}), **(rewards.metrics or {})})
 
 
-def with_own(metrics: dict[str, float], own: dict[str, float] | None) -> dict[str, float]:
-    """The trainer's metrics, and what reward functions logged.
-
-    Raises:
-        InputError: if a reward function logs a name of the trainer's, which would hide one of the two.
-    """
-    for name in own or {}:
-        if name in (*metrics, *TRAINERS_OWN):
-            raise InputError(f"log_metric({name!r}, ...): the trainer logs this name itself. Choose another one.")
-    return {**metrics, **(own or {})}
-
-
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
     """Means over the optimizer steps of an update."""
     metrics = {
@@ -126,5 +112,5 @@ def sample_table(rollout: Rollout, rewards: Rewards, rows: int) -> list[Row]:
     """The first rows as `prompt`, `completion`, `score` (None without one), and what the reward functions logged."""
     scores = [None if math.isnan(score) else score for score in rewards.scores.tolist()]
     columns = {"prompt": rollout.prompts, "completion": rollout.completions, "score": scores}
-    columns |= {name: values for name, values in (rewards.extra or {}).items() if name not in columns}
+    columns |= rewards.extra or {}
     return [dict(zip(columns, row, strict=True)) for row in list(zip(*columns.values(), strict=True))[:rows]]

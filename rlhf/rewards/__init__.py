@@ -11,7 +11,7 @@ from rlhf.rewards.calling import (
     reward_names,
     total_scores,
 )
-from rlhf.rewards.log import RewardLog
+from rlhf.rewards.log import RewardLog, with_own
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.sources import (
     RewardArgument,
@@ -50,4 +50,5 @@ __all__ = [
     "reward_names",
     "starter_reward",
     "total_scores",
+    "with_own",
 ]

@@ -6,7 +6,11 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from rlhf.errors import InputError
 from rlhf.rewards.answers import RewardError, as_number
+
+TRAINERS_OWN = ("step", "epoch")  # what Trainer adds to every entry of the log
+TABLES_OWN = ("prompt", "completion", "score", "advantage", "step")  # columns of the tables of samples
 
 
 class RewardLog:
@@ -26,7 +30,13 @@ class RewardLog:
         self.metrics.setdefault(str(name), []).append(number)
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """Add a column to the tables of samples, with one value for each completion of the batch."""
+        """Add a column to the tables of samples, with one value for each completion of the batch.
+
+        Raises:
+            InputError: if the tables have a column of this name.
+        """
+        if column in TABLES_OWN:
+            raise InputError(f"log_extra({column!r}, ...): the tables have this column already. Choose another name.")
         self.extra.setdefault(str(column), []).extend(values)
 
     def check(self, count: int) -> None:
@@ -56,3 +66,15 @@ class RewardLog:
         everywhere = gather_object([self.extra])
         names = sorted({name for extra in everywhere for name in extra})
         return {name: [value for extra in everywhere for value in extra.get(name, [None] * count)] for name in names}
+
+
+def with_own(metrics: dict[str, float], own: dict[str, float] | None) -> dict[str, float]:
+    """The trainer's metrics, and what reward functions logged.
+
+    Raises:
+        InputError: if a reward function logs a name of the trainer's, which would hide one of the two.
+    """
+    for name in own or {}:
+        if name in (*metrics, *TRAINERS_OWN):
+            raise InputError(f"log_metric({name!r}, ...): the trainer logs this name itself. Choose another one.")
+    return {**metrics, **(own or {})}
