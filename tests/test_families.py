@@ -18,7 +18,9 @@ from families import check_family
         ("rwkv", ["PPO"]),  # reads padding; its cache is wrong for several rows
         ("git", ["PPO", "SFT"]),  # its cache counts tokens of an image: wrong behind padding; no loss without an image
         ("laguna", ["SFT LoRA"]),  # PEFT would rename its shared_experts a second time
-        ("recurrent_gemma", ["SFT"]),  # caps its logits by another name than TRL knows
+        ("recurrent_gemma", ["PPO", "SFT"]),  # keeps its state; caps its logits by another name than TRL knows
+        ("moss_transcribe_diarize", ["PPO"]),  # counts padding as positions
+        ("blt", ["PPO"]),  # transformers can't make its cache
         ("deepseek_v3", ["PPO"]),  # values narrower than queries
         ("llama4_text", ["SFT LoRA"]),  # a router that returns two things, and no loss for it
         ("granite", ["SFT"]),  # divides its logits

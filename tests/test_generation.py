@@ -84,7 +84,8 @@ def test_same_seed_same_completions_in_the_prompts_order(tiny, tokenizer):
 @pytest.mark.parametrize(
     ("model_type", "way"),
     [("llama", Way.TOGETHER), ("gpt2", Way.TOGETHER), ("mistral", Way.TOGETHER), ("jamba", Way.TOGETHER),
-     ("rwkv", Way.UNCACHED)],
+     ("rwkv", Way.UNCACHED), ("blt", Way.UNCACHED),
+     ("recurrent_gemma", Way.UNCACHED)],  # its state isn't in the cache: dropped rows leave it wrong
 )  # fmt: skip
 def test_the_fastest_right_way_to_decode_is_found(model_type, way):
     """Common models and those that mask their states keep one padded batch."""

@@ -81,6 +81,21 @@ def test_generation_can_go_on_from_the_cache(model_type):
         assert torch.allclose(model(torch.tensor([[*row, int(token)]])).logits[0, -1], logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["moss_transcribe_diarize", "roformer"])
+def test_rows_share_no_beginning_where_padding_counts_as_positions(model_type):
+    model = tiny_model(model_type).eval()
+    rows = [
+        [*SYSTEM, *range(5, 30)],
+        [*SYSTEM, *range(5, 15)],
+        [*SYSTEM, 5, 6],
+        [*SYSTEM, 5],
+    ]  # begin within the prefix
+    ids, mask = left_padded(rows)
+    output = prefill(model, ids, mask, DynamicCache(config=model.config.get_text_config()))
+    for row, logits in zip(rows, output.logits[:, -1], strict=True):
+        assert torch.allclose(model(torch.tensor([row])).logits[0, -1], logits, atol=1e-4)
+
+
 def test_nothing_is_shared_where_it_does_not_pay_or_may_not_be(tiny, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     whole = forward_sharing_prefix(model, model.config, prompts(), share=False)

@@ -315,18 +315,19 @@ def way_to_decode(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Ten
 
 
 class _Watch:
-    """Keeps the logits of every step. The first half of the rows stops after the first token, so they are dropped."""
+    """Keeps the logits of every step. Half of the rows read together stop after the first token, and are dropped."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, width: int) -> None:
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.kept = rows // 2
+        self.width = width  # of the prompts
 
     def processor(self, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         self.seen += zip(sequences, logits, strict=True)
         return logits
 
     def stop(self, sequences: torch.Tensor, _scores: None) -> torch.Tensor:
-        return torch.arange(len(sequences), device=sequences.device) < len(sequences) - self.kept
+        first = sequences.shape[1] == self.width + 1
+        return torch.arange(len(sequences), device=sequences.device) < (len(sequences) // 2 if first else 0)
 
 
 @torch.no_grad()
@@ -336,12 +337,12 @@ def _is_right(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, way: 
     tokens = input_ids[input_ids != 0].repeat(9)[:9]  # 0 marks padding here
     if len(tokens) < 9:
         tokens = torch.arange(1, 10, device=input_ids.device)
-    rows = torch.stack([tokens, tokens.roll(2), tokens.roll(4), tokens.roll(6)])
-    rows[1:, :5] = 0
-    rows[2, :2] = tokens[:2]  # of those that go on, one is padded and one isn't
-    rows[2, 2:5] = tokens[4:7]
+    rows = torch.stack([tokens.roll(number) for number in range(6)])
+    # one token is a case of its own: some models take it for the next one, and go on from what they read before
+    for row, padding in zip(rows, (0, 5, 8, 0, 5, 8), strict=True):
+        row[:padding] = 0
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
-    watch = _Watch(len(rows))
+    watch = _Watch(rows.shape[1])
     try:
         _generate(
             model, {"input_ids": rows, "attention_mask": (rows != 0).long()}, config,

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -149,21 +149,35 @@ def prefill(
     """
     starts = (attention_mask == 0).sum(1)
     shared = shared_length(input_ids, starts, input_ids.shape[1] - starts - 1)
-    placed = {} if position_ids is None else {"position_ids": position_ids}
     settings |= {"past_key_values": past_key_values, "use_cache": True}
     start = int(starts[0])
-    prefix = input_ids[:1, start : start + shared]
     pays = shared * (len(input_ids) - 1) >= WORTH_IT
-    if not pays or not can_continue(model, model.config.get_text_config(decoder=True), prefix[0]):
-        return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
+    if pays and can_prefill(model, input_ids[0, start : start + shared], position_ids is not None):
+        return _prefilled(model, input_ids, attention_mask, shared, position_ids, settings)
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **placed, **settings)
+
+
+def _prefilled(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    shared: int,
+    position_ids: torch.Tensor | None,
+    settings: dict[str, Any],
+) -> ModelOutput:
+    """The output for the columns (B, P) behind those that hold nothing but padding and `shared` tokens."""
+    starts = (attention_mask == 0).sum(1)
+    start = int(starts[0])
+    prefix = input_ids[:1, start : start + shared]
     model(input_ids=prefix, attention_mask=torch.ones_like(prefix), **settings)
     columns = int(starts.min()) + shared
     source = (torch.arange(columns, device=starts.device) - starts[:, None]).clamp(min=0)
-    for layer in past_key_values.layers:
+    for layer in settings["past_key_values"].layers:
         if layer.is_initialized:
             layer.keys = layer.keys[0][:, source].transpose(0, 1).contiguous()
             layer.values = layer.values[0][:, source].transpose(0, 1).contiguous()
-    placed = {name: positions[:, columns:] for name, positions in placed.items()}
+    placed = {} if position_ids is None else {"position_ids": position_ids[:, columns:]}
     return model(input_ids=input_ids[:, columns:], attention_mask=attention_mask, **placed, **settings)
 
 
@@ -216,25 +230,65 @@ def can_continue(model: nn.Module, config: PreTrainedConfig, tokens: torch.Tenso
     All layers must cache plain keys and values: no sliding window, no recurrent state. Whether the model then continues
     rightly is tried once, on `tokens`.
     """
-    if not _plain(DynamicCache(config=config)):
-        return False
     if model not in _CONTINUES:
         ids = tokens.repeat(12)[:12].repeat(2, 1)
         ids[1, -3:] = ids[0, :3]
         mask = torch.ones_like(ids)
         mask[1, -1:] = 0
         try:
-            plain = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            found = _continued(model, config, ids, mask, ids.shape[1] - 3)[0]
-            _CONTINUES[model] = same(found[mask[:, -3:].bool()], plain[:, -3:][mask[:, -3:].bool()])
-        except CANNOT as error:
+            _CONTINUES[model] = _plain(config) and _goes_on_rightly(model, config, ids, mask)
+        except CANNOT as error:  # for BLT, transformers can't even make the cache
             reraise_out_of_memory(error)
             _CONTINUES[model] = False
     return _CONTINUES[model]
 
 
-def _plain(cache: Cache) -> bool:
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+def _plain(config: PreTrainedConfig) -> bool:
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def _goes_on_rightly(
+    model: nn.Module, config: PreTrainedConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> bool:
+    """Whether the outputs for the last three tokens are those of the plain forward pass."""
+    plain = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    found = _continued(model, config, input_ids, attention_mask, input_ids.shape[1] - 3)[0]
+    kept = attention_mask[:, -3:].bool()
+    return same(found[kept], plain[:, -3:][kept])
+
+
+_PREFILLS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def can_prefill(model: PreTrainedModel, tokens: torch.Tensor, placed: bool) -> bool:
+    """Whether a prefix's keys and values serve rows with different padding in front of them.
+
+    That needs positions that don't count padding: MOSS and RoFormer take no `position_ids` and give every column its
+    own rotation, so a row whose padding ends within the copied columns would have a gap. Tried once, on `tokens`.
+
+    Args:
+        placed: whether the model is given position ids.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not can_continue(model, config, tokens):
+        return False
+    if model not in _PREFILLS:
+        prefix = tokens.repeat(8)[:8]
+        ids = torch.stack([torch.cat([prefix, prefix[:4]]), torch.cat([prefix[:3], prefix, prefix[3:4]])])
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        positions = positions_of(mask) if placed else None
+        try:
+            settings = {"past_key_values": DynamicCache(config=config), "use_cache": True}
+            found = _prefilled(model, ids, mask, len(prefix), positions, settings)[0][:, -1]
+            plain = [model(input_ids=row[kept.bool()][None], use_cache=False)[0][0, -1]
+                     for row, kept in zip(ids, mask, strict=True)]  # fmt: skip
+            _PREFILLS[model] = same(found, torch.stack(plain))
+        except CANNOT as error:
+            reraise_out_of_memory(error)
+            _PREFILLS[model] = False
+    return _PREFILLS[model]
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
