@@ -23,7 +23,8 @@ from rlhf.data.pairs import PreferenceCollator, encode_pair
 from rlhf.data.rows import preference_rows
 from rlhf.errors import InputError
 from rlhf.models.loading import load_reward_model
-from rlhf.models.sources import base_config, context_length, reads_pairs, resolve
+from rlhf.models.padding import SHORTEST, Layout, pad_neutrally
+from rlhf.models.sources import base_config, context_length, reads_pairs, resolve, usable_context
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards import RewardModel, load_reward, resolve_reward
 
@@ -142,6 +143,34 @@ def test_an_encoder_decoder_reads_the_same_number_of_ends_in_every_row(tmp_path)
     for chat, reply, score in zip(chats, ["No", "Yes"], found, strict=True):
         ids = torch.tensor([reward.encode(chat, reply)])
         assert score == pytest.approx(float(scored.eval()(ids).logits), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [("bert", Layout.RIGHT), ("xlnet", Layout.LEFT), ("funnel", Layout.AT_LEAST), ("canine", Layout.AT_LEAST),
+     ("fnet", Layout.BY_LENGTH)],
+)  # fmt: skip
+def test_a_batch_has_the_scores_of_its_rows(tmp_path, model_type, layout):
+    """XLNet reads its score at the last token, Funnel and CANINE pool neighbours, FNet mixes all tokens."""
+    tiny_model(model_type, "decoder" if model_type == "xlnet" else "encoder").save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    model = load_reward_model(resolve(str(tmp_path)), FULL, tokenizer).eval()
+    assert pad_neutrally(model) is layout
+    rows = [tokenizer(text).input_ids for text in ("a", "ab", *TEXTS)]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([row]), use_cache=False).logits for row in rows])
+        assert torch.allclose(model(**batch, use_cache=False).logits, alone, atol=1e-5)  # as in training
+        plain = type(model)(model.config).eval()
+        plain.load_state_dict(model.state_dict())
+        read = [row for row in rows if layout is not Layout.AT_LEAST or len(row) >= SHORTEST]  # by the model alone
+        scores = [plain(torch.tensor([row])).logits[0] for row in read]
+        assert torch.allclose(torch.stack(scores), alone[[rows.index(row) for row in read]], atol=1e-5)
+    assert alone.std() > 1e-3
+
+
+def test_a_model_without_positions_has_no_context_limit():
+    assert usable_context(tiny_model("xlnet").config) is None
 
 
 def test_two_labels_score_by_log_odds_and_say_so(tmp_path, capsys):

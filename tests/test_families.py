@@ -27,6 +27,8 @@ from families import check_family
         ("t5 (encoder-decoder)", ["PPO LoRA", "reward LoRA"]),
         ("bart (encoder-decoder)", ["PPO"]),
         ("deberta-v2 (encoder)", ["reward"]),
+        ("xlnet", ["reward LoRA"]),  # reads its score at the last token, and names a context of -1
+        ("canine (encoder)", ["reward LoRA"]),  # pools neighbouring tokens, padding too
     ],
 )
 def test_a_family_is_exact(name, checks, tmp_path):

@@ -139,6 +139,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"block_multiple_of": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "mistral4": {"head_dim": 12},  # from which it takes the share that is rotated
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "moshi": {"audio_vocab_size": 64, "sliding_window": CONTEXT},  # as in the real one; else its cache loses tokens
@@ -214,6 +215,9 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 }
 ENCODERS: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": PAD, "mask_token_id": VOCABULARY - 1},
+    # four places of a box, its height and its width make up the hidden size
+    "layoutlmv3": {"hidden_size": 48, "coordinate_size": 8, "shape_size": 8},
+    "lilt": {"hidden_size": 48},
 }
 
 

@@ -33,6 +33,7 @@ from rlhf.models.attention import group_attention
 from rlhf.models.causality import need_causal
 from rlhf.models.checks import check_adapter, check_loaded, loading
 from rlhf.models.generation import seeded
+from rlhf.models.padding import Layout, pad_neutrally, reads_the_last_token
 from rlhf.models.seq2seq import decoder_prefix
 from rlhf.models.sources import (
     Source,
@@ -264,6 +265,8 @@ def _head_modules(model: PreTrainedModel, new: set[str], named: list[str] | None
 def _take_what_is_known(model: PreTrainedModel | PeftModel) -> None:
     """Let a classifier be called with arguments that it has not: TRL's RewardTrainer always passes `use_cache`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not reads_the_last_token(base) and pad_neutrally(base) is not Layout.RIGHT:
+        return  # what reads the rows leaves such arguments out
     unknown = {"use_cache", "attention_mask", "token_type_ids"} - {*inspect.signature(base.forward).parameters}
 
     def drop(_model: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

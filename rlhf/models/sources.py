@@ -371,7 +371,9 @@ def usable_context(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     config = getattr(config, "encoder", text) if config.is_encoder_decoder else text
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_encoder_position_embeddings", None))
-    return positions and positions - first_position(config.model_type, config.pad_token_id)
+    if positions is None or positions < 0:  # XLNet says -1
+        return None
+    return positions - first_position(config.model_type, config.pad_token_id)
 
 
 def resolve_start(model_name_or_path: str | None, source: Source, revision: str | None = None) -> Source:

@@ -12,6 +12,7 @@ from rlhf.data.encoding import continued, encode_messages, encode_text_with_end,
 from rlhf.data.pairs import Encoded, encode_pair
 from rlhf.data.rendering import TemplateOptions
 from rlhf.models.adapters import active_adapter, trunk
+from rlhf.models.padding import pad_neutrally, reads_the_last_token
 from rlhf.models.prefix import Rows, forward_sharing_prefix
 from rlhf.models.sources import reads_pairs, usable_context
 from rlhf.rewards.answers import Completion, completion_text
@@ -45,7 +46,6 @@ class RewardModel:
         self.model, self.tokenizer, self.batch_size, self.__name__ = model, tokenizer, batch_size, name
         self.adapter, self.head = adapter, head
         self.longest, self._cut_something = usable_context(model.config), False
-        self._padding_is_right: bool | None = None  # not tried yet
         self.pairs = head is None and reads_pairs(tokenizer, model.config)
         if adapter is None:
             model.eval().requires_grad_(False)
@@ -83,38 +83,23 @@ class RewardModel:
         rows = [self.features(*parts) for parts in zip(prompts, texts, options, strict=True)]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
         scores = [0.0] * len(rows)
-        alike = self._pads_rightly(rows, order)
-        start = 0
-        while start < len(order):
-            length = len(rows[order[start]]["input_ids"])
-            numbers = [
-                number for number in order[start : start + self.batch_size]
-                if alike or len(rows[number]["input_ids"]) == length
-            ]  # fmt: skip
+        if not self._reads_the_last_token():
+            pad_neutrally(self._classifier())
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
             for number, score in zip(numbers, self._padded_scores([rows[n] for n in numbers]), strict=True):
                 scores[number] = score
-            start += len(numbers)
         return scores
 
     def _padded_scores(self, rows: list[Encoded]) -> list[float]:
         batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt").to(self.model.device)
         return self._scores(**batch).tolist()
 
-    def _pads_rightly(self, rows: list[Encoded], order: list[int]) -> bool:
-        """Whether padding leaves a row's score alone; tried once. Some encoders mix or sample all positions (FNet)."""
-        if self._reads_the_last_token() or len(order) < 2:
-            return True
-        short, long = rows[order[0]], rows[order[-1]]
-        if self._padding_is_right is None and len(short["input_ids"]) < len(long["input_ids"]):
-            (alone,), (padded, _) = self._padded_scores([short]), self._padded_scores([short, long])
-            close = 1e-4 if self.model.dtype == torch.float32 else 1e-2
-            self._padding_is_right = abs(alone - padded) <= close * max(1.0, abs(alone))
-        return self._padding_is_right is not False
+    def _classifier(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _reads_the_last_token(self) -> bool:
-        """Whether the score is read at the last token, as decoders do. An encoder pools in its own way."""
-        classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return self.head is not None or (isinstance(getattr(classifier, "score", None), nn.Linear) and not self.pairs)
+        return self.head is not None or (reads_the_last_token(self._classifier()) and not self.pairs)
 
     def _scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """Scores (B,) float32."""
@@ -129,8 +114,7 @@ class RewardModel:
             computed = forward_sharing_prefix(body, body.config, Rows(ids, attention_mask, nothing))
         hidden = computed.at(computed.output[0], attention_mask.sum(1, keepdim=True) - 1)[:, 0]
         if self.head is None:
-            classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            return one_score(classifier.score(hidden))
+            return one_score(self._classifier().score(hidden))
         return self.head.to(hidden.device)(hidden.float())[:, 0]
 
 
