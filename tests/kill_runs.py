@@ -10,11 +10,18 @@ undisturbed run, byte for byte. A damaged run may end with one line instead. Aft
 run may be left. A full disk is a real one, of a small tmpfs, which only root can mount.
 
 The table at the end counts how the disturbed runs ended: identical / in one line / wrong. After a wrong one the next
-kind is tried; its folder is kept with --keep, and the exit code is 1.
+kind is tried; its folder is kept with --keep, and the exit code is 1. Results are kept in --results_dir, and a second
+run goes on where the first one ended, also with a larger --count; what was wrong, or had another --seed, begins anew
+(--again: all). The table of all recipes goes to docs/kills.md.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -24,9 +31,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +42,10 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTURBANCES = ("kill", "term", "disk", "damage")
+DISTURBANCES = {"kill": "SIGKILL", "term": "SIGTERM", "disk": "full disk", "damage": "damaged file"}
+RECIPES = ("sft", "reward", "ppo", "rloo", "pretrain", "finetune", "collect", "instructions", "tokenizer", "rounds",
+           "star", "scaling")  # fmt: skip
+ENDINGS = ("identical", "one line", "wrong")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}  # fmt: skip
 PLAIN = ["--dtype", "float32"]
@@ -177,7 +188,7 @@ def disturb(
     log = folder.with_name(f"{folder.name}.log")  # not on a disk that gets full
     while done < count:
         number += 1
-        run = folder / f"run-{number}"
+        run, moments = folder / f"run-{number}", []
         while not finished(run):
             if done == count:
                 complete(case, run, log)
@@ -187,12 +198,15 @@ def disturb(
             process.join(moment)
             if process.exitcode is None and act(process, run, log):
                 done += 1
-                yield moment
+                moments.append(moment)
+                continue
             process.join()
-            if process.exitcode == 0:
-                duration = min(duration, time.monotonic() - began)
+            if process.exitcode:
+                raise SystemExit(f"{run}: after {moments} it ended by itself: {log.read_text()[-3000:]}")
+            duration = min(duration, time.monotonic() - began)
         compare(case, run, expected)
         shutil.rmtree(run)
+        yield from moments
 
 
 def signalled(number: int) -> Act:
@@ -304,21 +318,134 @@ def endings(
         yield "wrong"
 
 
-def try_recipe(name: str, case: Case, folder: Path, count: int, kinds: tuple[str, ...]) -> dict[str, Counter[str]]:
-    """Disturb a recipe `count` times in each way. Returns how the disturbances ended, by kind."""
+def try_recipe(
+    name: str, case: Case, folder: Path, count: int, done: dict[str, int]
+) -> Iterator[tuple[str, Counter[str]]]:
+    """Disturb a recipe in each way, until there were `count` with those that are `done`; how the new ones ended."""
+    if min(done.values()) >= count:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     duration = complete(case, folder / "whole", folder / "log")
     expected = outcome(folder / "whole")
-    return {kind: Counter(endings(name, kind, case, folder, expected, duration, count)) for kind in kinds}
+    print(f"{name}: {duration:.1f} s undisturbed", flush=True)
+    for kind, before in done.items():
+        if before < count:
+            others = case._replace(seed=1000 * case.seed + before)  # than those before
+            yield kind, Counter(endings(name, kind, others, folder, expected, duration, count - before))
 
 
-def table(total: dict[str, dict[str, Counter[str]]], kinds: tuple[str, ...]) -> str:
+# ---------------------------------------------------------------------------------------------- results
+
+WAYS = """- **SIGKILL** and **SIGTERM** go to the recipe's process alone. No process that it started may be left.
+- **Full disk:** a tmpfs of 64 MB is filled. The run must end in one line that says so. Then there is room again.
+- **Damaged file:** a byte of a file in the newest checkpoint is changed, or the file is cut or removed. Where there are
+  no checkpoints, it is a file that the run goes on from.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How some disturbances ended, as it is kept in a file."""
+
+    ended: dict[str, int]  # by ENDINGS
+    seed: int
+    time: str  # when they had ended
+    code: str  # as `code_digest` gives it
+    versions: str
+
+
+Results = dict[str, dict[str, list[Result]]]  # by recipe and kind, oldest first
+
+
+def code_digest() -> str:
+    """Of the project's code, without tests."""
+    sha = hashlib.sha256()
+    for file in sorted(file for name in ("rlhf", "recipes", "eval") for file in (ROOT / name).rglob("*.py")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+
+
+def read_results(folder: Path) -> Results:
+    found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    return {
+        recipe: {kind: [Result(**result) for result in results] for kind, results in kinds.items()}
+        for recipe, kinds in found.items()
+    }
+
+
+def keep_results(folder: Path, recipe: str, kind: str, results: list[Result]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**read_results(folder).get(recipe, {}), kind: results}
+    content = {kind: [dataclasses.asdict(result) for result in results] for kind, results in kept.items()}
+    (folder / f"{recipe}.json").write_text(json.dumps(content, indent=2))
+
+
+def counted(results: list[Result]) -> Counter[str]:
+    return sum((Counter(result.ended) for result in results), Counter[str]())
+
+
+def still_good(results: list[Result], seed: int) -> list[Result]:
+    """Those to go on from: none if one was wrong."""
+    same = [result for result in results if result.seed == seed]
+    return [] if counted(same)["wrong"] else same
+
+
+def table(results: Results, kinds: list[str]) -> str:
     """Identical / one line / wrong, by recipe and kind."""
     lines = [f"{'':>13}" + "".join(f"{kind:>12}" for kind in kinds)]
-    for recipe, counts in total.items():
-        cells = ["/".join(str(counts[kind][how]) for how in ("identical", "one line", "wrong")) for kind in kinds]
+    for recipe, of_kinds in results.items():
+        counts = [counted(of_kinds[kind]) for kind in kinds]
+        cells = ["/".join(str(count[how]) for how in ENDINGS) for count in counts]
         lines.append(f"{recipe:>13}" + "".join(f"{cell:>12}" for cell in cells))
-    return "\n".join([*lines, "identical / one line / wrong"])
+    return "\n".join([*lines, " / ".join(ENDINGS)])
+
+
+def page(results: Results, recipes: Sequence[str]) -> str:
+    """The page docs/kills.md.
+
+    Args:
+        results: some of the recipes, and kinds, may be missing.
+        recipes: all that there are, in order.
+    """
+    every = [result for kinds in results.values() for of_kind in kinds.values() for result in of_kind]
+    every.sort(key=lambda result: result.time)
+    facts = [(result.time[:10], result.versions, str(result.seed), result.code) for result in every]
+    dates, with_versions, seeds, codes = (list(dict.fromkeys(fact)) for fact in zip(*facts, strict=True))
+    counts = counted(every)
+    said = (
+        f"Written by `make kills` (tests/kill_runs.py) with {', and with '.join(with_versions)}, on "
+        f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, seed {' and '.join(seeds)}. Small runs of "
+        f"{len(results)} of {len(recipes)} recipes were disturbed {counts.total()} times, each at a random moment, and "
+        "continued with the same command: "
+        + ", ".join(f"{counts[how]} {how}" for how in ENDINGS)
+        + ". *Identical*: all weights, data and logged numbers are those of an undisturbed run, byte for byte. *One "
+        "line*: the run refused in one line to go on from what was damaged. *Wrong*: anything else."
+    )
+    text = io.StringIO()
+    print("# Disturbed runs\n", file=text)
+    print(textwrap.fill(said, 120, break_on_hyphens=False), WAYS, sep="\n\n", file=text)
+    print("| recipe | " + " | ".join(DISTURBANCES.values()) + " |", file=text)
+    print("|-|" + "-|" * len(DISTURBANCES), file=text)
+    for recipe in recipes:
+        cells = [_cell(results.get(recipe, {}).get(kind, []), codes[-1]) for kind in DISTURBANCES]
+        print(f"| {recipe} | " + " | ".join(cells) + " |", file=text)
+    if len(codes) > 1:
+        print("\n\\* all or in part with earlier code of the project than the others", file=text)
+    return text.getvalue()
+
+
+def _cell(results: list[Result], code: str) -> str:
+    counts = counted(results)
+    said = ", ".join(f"{counts[how]} {how}" for how in ENDINGS if counts[how]) or "not tried"
+    return said if all(result.code == code for result in results) else f"{said} \\*"
+
+
+def write_page(folder: Path) -> None:
+    (ROOT / "docs" / "kills.md").write_text(page(read_results(folder), RECIPES), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- the recipes
@@ -383,7 +510,8 @@ def make_cases(folder: Path, tiny: str, sft: str, guesser: str, tokenizer: str) 
         "pretrain": Case("recipes/pretrain.py", [*text, *NEW, *small]),
         "finetune": Case("recipes/finetune.py", [*on("labels"), *TRAINING, *LORA]),
         "collect": Case("recipes/collect.py", [*on("prompts", sft), *sample, "--labeler", "simulated"]),
-        "instructions": Case("recipes/instructions.py", ["--max_examples_per_task", "40"]),
+        "instructions": Case("recipes/instructions.py", ["--max_examples_per_task", "40",
+                             "--tasks", "sort_numbers", "subtraction"]),
         "tokenizer": Case("recipes/tokenizer.py", words_of(dataset_name=files["text"], vocab_size=400, extra_ids=0)),
         "rounds": Case("recipes/rounds.py", [*on("sft", sft), *rounds, "--rounds", "1"]),
         "star": Case("recipes/star.py", [*on("problems", guesser), *sample, "--num_fewshot", "0", "--temperature", "1",
@@ -403,11 +531,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5, help="disturbances of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damages")
-    parser.add_argument("--recipes", nargs="+", help="default: all")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, help="these alone; docs/ is left as it is")
     parser.add_argument("--disturbances", nargs="+", default=list(DISTURBANCES), choices=DISTURBANCES)
+    parser.add_argument("--again", action="store_true", help="try all anew")
     parser.add_argument("--keep", help="a new folder for everything written; default: a temporary one")
+    parser.add_argument("--results_dir", type=Path, default=ROOT / "outputs" / "kills")
+    parser.add_argument("--page", action="store_true", help="only write docs/kills.md, from what --results_dir has")
     arguments = parser.parse_args()
-    kinds = tuple(arguments.disturbances)
+    if arguments.page:
+        write_page(arguments.results_dir)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(arguments.keep or name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -419,14 +552,21 @@ def main() -> None:
             folder / "tokenizer"
         )
         cases = make_cases(folder, tiny, sft, guesser, str(folder / "tokenizer"))
-        total = {
-            recipe: try_recipe(
-                recipe, cases[recipe]._replace(seed=arguments.seed), folder / "runs" / recipe, arguments.count, kinds
-            )
-            for recipe in arguments.recipes or cases
-        }
-    print(table(total, kinds))
-    if any(counts["wrong"] for by_kind in total.values() for counts in by_kind.values()):
+        recipes = arguments.recipes or RECIPES
+        for recipe in recipes:
+            kept = {} if arguments.again else read_results(arguments.results_dir).get(recipe, {})
+            good = {kind: still_good(kept.get(kind, []), arguments.seed) for kind in arguments.disturbances}
+            done = {kind: counted(results).total() for kind, results in good.items()}
+            case = cases[recipe]._replace(seed=arguments.seed)
+            for kind, ended in try_recipe(recipe, case, folder / "runs" / recipe, arguments.count, done):
+                now = datetime.datetime.now().isoformat(timespec="seconds")
+                result = Result(dict(ended), arguments.seed, now, code_digest(), versions())
+                keep_results(arguments.results_dir, recipe, kind, [*good[kind], result])
+    results = read_results(arguments.results_dir)
+    print(table({recipe: results[recipe] for recipe in recipes}, arguments.disturbances))
+    if not arguments.recipes:
+        write_page(arguments.results_dir)
+    if any(counted(of_kind)["wrong"] for recipe in recipes for of_kind in results[recipe].values()):
         raise SystemExit(1)
 
 

@@ -6,7 +6,20 @@ import signal
 
 import pytest
 from conftest import TINY_PPO, TINY_TRAINING
-from kill_runs import Case, compare, complete, disturb, outcome, signalled, words_of
+from kill_runs import (
+    Case,
+    Result,
+    compare,
+    complete,
+    disturb,
+    keep_results,
+    outcome,
+    page,
+    read_results,
+    signalled,
+    still_good,
+    words_of,
+)  # fmt: skip
 
 
 def test_a_ppo_run_killed_at_any_moment_ends_with_the_same_weights(sft, files, tmp_path):
@@ -33,3 +46,24 @@ def test_a_resumed_run_logs_what_the_undisturbed_one_does(recipe, data, tiny, fi
     (run / "run.json").write_text(json.dumps({**state, "finished": False}))
     complete(case, run, tmp_path / "log")
     compare(case, run, whole)
+
+
+def test_results_of_several_sessions_make_the_page(tmp_path):
+    day = "2026-11-2{}T10:00:00".format
+    early = Result({"identical": 2}, 0, day(6), code="old", versions="torch 2")
+    late = Result({"identical": 3, "one line": 2}, 0, day(7), code="new", versions="torch 2")
+    wrong = Result({"identical": 1, "wrong": 1}, 0, day(7), code="new", versions="torch 2")
+    for recipe, kind, results in (
+        ("sft", "kill", [early]), ("sft", "damage", [late]), ("sft", "kill", [early, late]), ("ppo", "disk", [wrong]),
+    ):  # fmt: skip
+        keep_results(tmp_path, recipe, kind, results)
+    kept = read_results(tmp_path)
+    assert kept == {"sft": {"kill": [early, late], "damage": [late]}, "ppo": {"disk": [wrong]}}
+    text = page(kept, ["sft", "ppo", "star"])
+    said = " ".join(text.split())
+    assert "2 of 3 recipes were disturbed 14 times" in said and "9 identical, 4 one line, 1 wrong" in said
+    assert "| sft | 5 identical, 2 one line \\* | not tried | not tried | 3 identical, 2 one line |" in text
+    assert "| ppo | not tried | not tried | 1 identical, 1 wrong | not tried |" in text
+    assert (
+        still_good([early, late], 0) == [early, late] and still_good([early], 1) == still_good([early, wrong], 0) == []
+    )
