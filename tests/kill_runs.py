@@ -46,7 +46,8 @@ DISTURBANCES = {"kill": "SIGKILL", "term": "SIGTERM", "disk": "full disk", "dama
 RECIPES = ("sft", "reward", "ppo", "rloo", "pretrain", "finetune", "collect", "instructions", "tokenizer", "rounds",
            "star", "scaling")  # fmt: skip
 ENDINGS = ("identical", "one line", "wrong")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
+# ACCELERATE_USE_CPU would let a recipe use all cores, whose threads wait for each other where others use them too
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}  # fmt: skip
 PLAIN = ["--dtype", "float32"]
 TRAINING = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8", "--logging_steps", "1",
