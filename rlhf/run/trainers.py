@@ -48,6 +48,12 @@ class WholeCheckpoints(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # resumed from its last checkpoint, within an epoch: the Trainer would train one more step
+        self.control.should_training_stop = True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, state = self.args, self.state
         folder, limit = checkpoint_folder(args, state.global_step), args.save_total_limit
