@@ -431,7 +431,10 @@ for name, command, model, *says in (
     ("sizes that don't fit", "recipes/sft", copy("lm", config=with_keys(hidden_size=32)), "--model_name_or_path m"),
     ("sizes that don't fit", "recipes/collect", copy("lm", config=with_keys(vocab_size=99)), "--model_name_or_path m"),
     ("a size that is a word", "recipes/sft", copy("lm", config=with_keys(hidden_size="big")), "--model_name_or_path m"),
-    ("no layers", "recipes/sft", copy("lm", config=with_keys(num_attention_heads=0)), "--model_name_or_path m"),
+    ("no heads", "recipes/sft", copy("lm", config=with_keys(num_attention_heads=0)), "--model_name_or_path m"),
+    ("no layers", "recipes/sft", copy("lm", config=with_keys(num_hidden_layers=-1)), "num_hidden_layers -1"),
+    ("a size that is text", "recipes/ppo", copy("lm", config=with_keys(rms_norm_eps="x")), "rms_norm_eps", "str"),
+    ("a function that isn't known", "recipes/sft", copy("lm", config=with_keys(hidden_act="warp")), "no 'warp'"),
     ("code of its own", "recipes/sft", copy("lm", config=with_keys(
         model_type="own", auto_map={"AutoConfig": "own.Own"})), "--model_name_or_path m", "trust_remote_code"),
     ("a folder without a model", "recipes/sft", copy("data"), "--model_name_or_path m", "config.json"),

@@ -69,13 +69,17 @@ def _why(error: Exception, what: str) -> str:
         return f"{what} isn't in this Hub repo ({_first_line(text)})."
     if isinstance(error, HfHubHTTPError) and status in DENIED:
         return "the Hub says no: it doesn't exist, is gated, or needs a token (hf auth login)."
+    if isinstance(error, KeyError):  # of a table of names: hidden_act "warp"
+        return f"{what} can't be loaded (no {text} is known or given). Look for it in the model's files."
     kind = "" if isinstance(error, OSError | ImportError) else f"{type(error).__name__}: "
     misfit = [line for line in text.splitlines() if "size mismatch" in line]  # torch names them after a headline
     return f"{what} can't be loaded ({kind}{_first_line(misfit[0] if misfit else text)})."
 
 
 def _first_line(text: str) -> str:
-    line = " ".join(next((line for line in text.splitlines() if line.strip()), "no message").split()).rstrip(".")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    headline = 1 + lines[0].endswith(":")
+    line = " ".join(" ".join(lines[:headline]).split()).rstrip(".")
     return line if len(line) <= 300 else line[:300] + " ..."
 
 

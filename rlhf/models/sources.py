@@ -136,7 +136,11 @@ def _resolve_repo(name: str, flag: str, revision: str | None) -> Source:
 
 def _check_source(source: Source) -> None:
     """Raise InputError if config or headers show that the model can't be loaded."""
-    check_quantization(base_config(source), source.flag, source.name)
+    config = base_config(source)
+    check_quantization(config, source.flag, source.name)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise InputError(f"{source.flag} {source.name}: config.json: num_hidden_layers {layers} makes no model.")
     generation = Path(source.base) / GENERATION_CONFIG_NAME
     if generation.exists():  # transformers passes over a broken one, and its end tokens are lost
         settings = read_settings(generation, source.flag, source.name)
