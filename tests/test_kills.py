@@ -32,17 +32,19 @@ def test_a_ppo_run_killed_at_any_moment_ends_with_the_same_weights(sft, files, t
     assert len(list(disturb(case, tmp_path / "killed", whole, duration, 1, signalled(signal.SIGKILL)))) == 1
 
 
-@pytest.mark.parametrize("ended", ["before its last checkpoint", "behind its last checkpoint"])
+@pytest.mark.parametrize("ended", ["before its last checkpoint", "behind its last checkpoint", "between two entries"])
 @pytest.mark.parametrize("recipe, data", [("sft", "sft"), ("reward", "pairs")])
 def test_a_resumed_run_logs_what_the_undisturbed_one_does(recipe, data, ended, tiny, files, tmp_path):
-    """The tokens that TRL counts, one evaluation at the start, and no step more than --max_steps."""
+    """The tokens that TRL counts, means over all steps, one evaluation at the start, no step more than --max_steps."""
+    logging = 3 if ended == "between two entries" else 1
     words = words_of(model_name_or_path=tiny, dataset_name=files / f"{data}.jsonl", max_steps=3)
-    case = Case(f"recipes/{recipe}.py", [*words, *TINY_TRAINING, "--eval_on_start", "true"])
+    words += [*TINY_TRAINING, "--eval_on_start", "true", "--save_steps", "2", "--logging_steps", str(logging)]
+    case = Case(f"recipes/{recipe}.py", words)
     run = tmp_path / "run"
     complete(case, run, tmp_path / "log")
     whole = outcome(run)
     assert {"eval_loss", "num_tokens"} <= {key for entry in whole["trainer_state.json"] for key in entry}
-    if ended == "before its last checkpoint":
+    if ended != "behind its last checkpoint":
         shutil.rmtree(run / "checkpoint-3")
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**state, "finished": False}))

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput
 
 from rlhf.errors import InputError
@@ -17,19 +18,31 @@ from rlhf.run.files import read_json, write_json
 from rlhf.run.saving import make_savable, need_room
 
 STATE_FILE = "trainer_state.json"
-TOKENS_FILE = "num_tokens.json"  # of a checkpoint: tokens trained on so far
+LOG_FILE = "log.json"  # of a checkpoint: what the next entry of the log is made of
 T = TypeVar("T", bound=Trainer)
+
+
+class _Log(TypedDict, total=False):
+    """Content of log.json: what the Trainer and TRL keep of the steps since the last entry of the log."""
+
+    loss: float  # sum, mean over the processes
+    last_step: int  # of the last entry
+    metrics: dict[str, list[float]]
+    num_tokens: float  # trained on since the run began
 
 
 class WholeCheckpoints(Trainer):
     """A Trainer whose checkpoints are written as a whole and carry digests.
 
     A checkpoint knows the best one by its name alone, so that a run folder may move. A resumed run logs what the
-    undisturbed one does: it goes on counting TRL's `num_tokens`, and makes no second evaluation at the start.
+    undisturbed one does: it goes on counting TRL's `num_tokens`, its means are also over the steps before the
+    checkpoint, and it makes no second evaluation at the start.
     """
 
     _writing: Path | None = None
+    _resumed: _Log | None = None  # until the first epoch begins
     _total_train_tokens: float  # of TRL's trainers for SFT and rewards, which don't save it
+    _metrics: dict[str, Any]  # of TRL's trainers, whose log has the means of these lists
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's.
@@ -49,6 +62,11 @@ class WholeCheckpoints(Trainer):
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._resumed is not None:  # the Trainer sets these to 0 just before
+            self._tr_loss += self._resumed["loss"]
+            self._total_loss_scalar -= self._resumed["loss"]  # train_loss is that of this session
+            self._globalstep_last_logged = self._resumed["last_step"]
+            self._resumed = None
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
         # resumed from its last checkpoint, within an epoch: the Trainer would train one more step
@@ -57,6 +75,7 @@ class WholeCheckpoints(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, state = self.args, self.state
         folder, limit = checkpoint_folder(args, state.global_step), args.save_total_limit
+        log = self._log_so_far()
         with atomic_folder(folder, args.should_save, self.accelerator.wait_for_everyone) as working:
             self._writing, args.save_total_limit = working.parent, None
             try:
@@ -67,10 +86,19 @@ class WholeCheckpoints(Trainer):
                 state.best_model_checkpoint = str(folder)
             if args.should_save:
                 _save_state(state, working)
-                if hasattr(self, "_total_train_tokens"):
-                    write_json(working / TOKENS_FILE, {"num_tokens": self._total_train_tokens})
+                write_json(working / LOG_FILE, log)
         if args.should_save:
             delete_old_checkpoints(args.output_dir, limit, state.global_step, state.best_model_checkpoint)
+
+    def _log_so_far(self) -> _Log:
+        """All processes call it."""
+        loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        log: _Log = {"loss": loss, "last_step": self._globalstep_last_logged}
+        if hasattr(self, "_metrics"):
+            log["metrics"] = self._metrics["train"]
+        if hasattr(self, "_total_train_tokens"):
+            log["num_tokens"] = self._total_train_tokens
+        return log
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's.
@@ -101,8 +129,13 @@ class WholeCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(here) if here.is_dir() else None
         if folder:
             self.args.eval_on_start = False  # `train` sets it back
-            if tokens := read_json(Path(folder) / TOKENS_FILE):  # other programs' checkpoints have none
-                self._total_train_tokens = tokens["num_tokens"]
+            self._resumed = read_json(
+                Path(folder) / LOG_FILE, loss=float, last_step=int
+            )  # other programs' checkpoints have none
+            if self._resumed and "metrics" in self._resumed:
+                self._metrics["train"].update(self._resumed["metrics"])
+            if self._resumed and "num_tokens" in self._resumed:
+                self._total_train_tokens = self._resumed["num_tokens"]
         return begin
 
 
