@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf.errors import InputError
 from rlhf.models.attention import LARGEST, NAME, group_attention, grouped_attention
 
 
@@ -65,3 +67,18 @@ def test_long_sequences_and_dropout_are_left_to_torch():
         query, key.expand(-1, 2, -1, -1), value.expand(-1, 2, -1, -1), is_causal=True
     )
     torch.testing.assert_close(ours, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "dots3_note"])
+def test_sparse_attention_stays_sparse(model_type):
+    """With more tokens than its attention keeps, a grouped model would attend to all."""
+    model = tiny_model(model_type).eval()
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        group_attention(model)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        if model_type == "deepseek_v32":
+            model.set_attn_implementation(NAME)
+            with pytest.raises(InputError, match="--attn_implementation grouped"):
+                model(ids, use_cache=False)

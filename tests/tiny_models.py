@@ -54,6 +54,7 @@ NAMES = {
     CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
     "max_source_positions model_max_length original_max_position_embeddings",
     1: "topk_group",
+    6: "index_topk",  # fewer than a prompt has, as for windows
     16: "chunk_size mamba_chunk_size block_size",
 }
 SIZES = {name: size for size, names in NAMES.items() for name in names.split()} | {"qk_head_dim": 12}
@@ -110,7 +111,8 @@ TYPES: dict[str, dict[str, Any]] = {
             "adapter_out_dim": 32,
         },
     },
-    "doge": {"keep_window_size": CONTEXT},  # with more tokens than that, it looks ahead
+    # with more tokens than that, equal tokens tie for a place in its first layer, and the length of the row decides
+    "doge": {"keep_window_size": CONTEXT},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "flint": {"mlp_only_layers": [0]},
