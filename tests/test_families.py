@@ -20,6 +20,7 @@ from families import check_family
         ("laguna", ["SFT LoRA"]),  # PEFT would rename its shared_experts a second time
         ("recurrent_gemma", ["PPO", "SFT"]),  # keeps its state; caps its logits by another name than TRL knows
         ("moss_transcribe_diarize", ["PPO"]),  # counts padding as positions
+        ("youtu", ["SFT"]),  # transformers zeroes the pad token's embedding at each loading
         ("blt", ["PPO"]),  # transformers can't make its cache
         ("deepseek_v3", ["PPO"]),  # values narrower than queries
         ("llama4_text", ["SFT LoRA"]),  # a router that returns two things, and no loss for it

@@ -10,6 +10,7 @@ import torch
 from conftest import LORA, ROOT
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
@@ -357,3 +358,20 @@ def test_weights_of_more_layers_than_the_config_has_are_not_dropped(tiny, tokeni
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(InputError, match=r"config.json has fewer layers than the weights: 9 .*layers\.1\."):
         load(resolve(str(tmp_path / "model")), ModelConfig(dtype="float32"), tokenizer)
+
+
+def test_the_padding_that_transformers_zeroes_at_loading_is_not_trained(tmp_path):
+    """Youtu's head is its embeddings; a base without a pad token gets one here."""
+    model = tiny_model("youtu")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 1.0
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "base")
+    loaded = load_causal_lm(resolve(str(tmp_path / "base")), ModelConfig(dtype="float32"), tiny_tokenizer())
+    loaded(torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).sum().backward()
+    weight = loaded.get_input_embeddings().weight
+    assert not weight.grad[0].any() and weight.grad[1].any()
+    loaded.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits)
