@@ -69,7 +69,7 @@ chromium: $(DEV)
 	else $(BIN)/playwright install chromium; fi
 
 test: $(DEV) chromium
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ BROKEN = {
     "unknown model_type": (lambda m: settings(m, model_type="novel"), "`novel` .*pip install -U transformers"),
     "a word for a number": (lambda m: settings(m, hidden_size="x"), "its config can't be loaded .*hidden_size"),
     "no heads": (lambda m: settings(m, num_attention_heads=0), "ZeroDivisionError"),
-    "unknown activation": (lambda m: settings(m, hidden_act="zzz"), "KeyError: 'zzz'"),
+    "unknown activation": (lambda m: settings(m, hidden_act="zzz"), "no 'zzz' is known or given"),
     "quantized by an absent package": (
         lambda m: settings(m, quantization_config={"quant_method": "gptq", "bits": 4}),
         "its quantization can't be loaded .*pip install optimum",
