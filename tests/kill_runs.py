@@ -60,7 +60,8 @@ PPO = [
     "steps", "--eval_steps", "4", *PLAIN, *LORA,
 ]  # fmt: skip
 NEW = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "4", "--block_size", "32"]
-TIMES = ("runtime", "per_second", "time/", "eps", "seconds")  # logged numbers that no two runs have in common
+# parts of the names of logged numbers that no two runs have in common
+TIMES = ("runtime", "per_second", "time/", "step_time", "seconds")
 WEIGHTS = (
     "*.safetensors",
     "*.jsonl",
@@ -146,7 +147,7 @@ def one_line(log: Path) -> bool:
 def timeless(content: Any) -> Any:
     """JSON without times, and without the entry of the log that is about one session."""
     if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if not any(part in key for part in TIMES)}
+        kept = {key: value for key, value in content.items() if key != "eps" and not any(part in key for part in TIMES)}
         return {key: timeless(value) for key, value in kept.items() if key not in ("command", "total_flos")}
     if isinstance(content, list):
         return [timeless(value) for value in content if not (isinstance(value, dict) and "train_runtime" in value)]
