@@ -46,9 +46,21 @@ def test_a_resumed_run_logs_what_the_undisturbed_one_does(recipe, data, ended, t
     assert {"eval_loss", "num_tokens"} <= {key for entry in whole["trainer_state.json"] for key in entry}
     if ended != "behind its last checkpoint":
         shutil.rmtree(run / "checkpoint-3")
+    finish_again(case, run, whole)
+
+
+def test_a_run_that_ended_behind_its_last_checkpoint_is_evaluated_on_the_same_samples(sft, files, tmp_path):
+    words = words_of(model_name_or_path=sft, dataset_name=files / "prompts.jsonl", max_steps=2, num_generations=4)
+    case = Case("recipes/rloo.py", [*words, *TINY_TRAINING, "--max_completion_length", "6"])
+    complete(case, tmp_path / "run", tmp_path / "log")
+    finish_again(case, tmp_path / "run", outcome(tmp_path / "run"))
+
+
+def finish_again(case, run, whole):
+    """Run a finished run once more, as if it had ended before it was finished."""
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**state, "finished": False}))
-    complete(case, run, tmp_path / "log")
+    complete(case, run, run.with_name("log"))
     compare(case, run, whole)
 
 

@@ -41,6 +41,7 @@ class WholeCheckpoints(Trainer):
 
     _writing: Path | None = None
     _resumed: _Log | None = None  # until the first epoch begins
+    _resumed_from: str | None = None
     _total_train_tokens: float  # of TRL's trainers for SFT and rewards, which don't save it
     _metrics: dict[str, Any]  # of TRL's trainers, whose log has the means of these lists
 
@@ -71,6 +72,12 @@ class WholeCheckpoints(Trainer):
             return super()._run_epoch(*args, **kwargs)
         # resumed from its last checkpoint, within an epoch: the Trainer would train one more step
         self.control.should_training_stop = True
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.state.global_step == self._initial_global_step:
+            # resumed without a step left; the Trainer reads the random state only before a step
+            self._load_rng_state(self._resumed_from)
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, state = self.args, self.state
@@ -120,7 +127,7 @@ class WholeCheckpoints(Trainer):
         self.args.hub_token = token
 
     def _init_training_state(self, *args: Any) -> Any:
-        folder = args[3]  # resume_from_checkpoint
+        folder = self._resumed_from = args[3]  # resume_from_checkpoint
         with _without_warning("The best checkpoint"):
             begin = super()._init_training_state(*args)
         best = (read_json(Path(folder) / STATE_FILE) or {}).get("best_model_checkpoint") if folder else None
