@@ -62,6 +62,7 @@ PPO = [
 NEW = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "4", "--block_size", "32"]
 # parts of the names of logged numbers that no two runs have in common
 TIMES = ("runtime", "per_second", "time/", "step_time", "seconds")
+FULL = ("disk is full", "are free on that disk")  # the second before it trains: checkpoints have no room
 WEIGHTS = (
     "*.safetensors",
     "*.jsonl",
@@ -243,7 +244,7 @@ def full_disk(process: Any, run: Path, log: Path) -> bool:
     filler.unlink()
     if process.exitcode == 0:
         return False  # it had written everything
-    if not one_line(log) or "disk is full" not in log.read_text():
+    if not one_line(log) or not any(said in log.read_text() for said in FULL):
         raise SystemExit(f"full disk: {log.read_text()[-3000:]}")
     return True
 
