@@ -482,6 +482,8 @@ def test_a_run_learns_and_leaves_what_others_use(finished):
     assert "pipeline_tag: text-classification" in card and 'pipeline("text-classification", model="sentences")' in card
     assert "held-out accuracy" in card and str(out) not in card
     assert (out / "training.png").exists() and "finetune" in (out / "report.html").read_text()
+    saved = json.loads((out / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None  # those of the call that cut the rows
 
 
 def test_the_pipeline_says_label_names(finished):

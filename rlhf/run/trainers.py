@@ -120,6 +120,17 @@ class WholeCheckpoints(Trainer):
             best = self.args.metric_for_best_model
             raise InputError(f"--metric_for_best_model {best}: isn't measured. Give one of {names}.") from error
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's. The tokenizer is saved without the limits of its last call, which a file would apply.
+
+        That call may be another one in a resumed run: `datasets` keeps what it has tokenized.
+        """
+        tokenizer = getattr(self.processing_class, "backend_tokenizer", None)  # a fast one's
+        if tokenizer is not None:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        super().save_model(*args, **kwargs)
+
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with no token in training_args.bin."""
         token, self.args.hub_token = self.args.hub_token, None
