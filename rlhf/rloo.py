@@ -157,7 +157,8 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             processing_class=processing_class, **arguments,
         )  # fmt: skip
         self.reward_func_names = reward_names(functions)
-        self._own: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}  # by whether it is training
+        self._noted: dict[str, list[float]] = {}  # what reward functions log in training
+        self._noted_in_evaluation: dict[str, list[float]] = {}
         self.processing_class.is_encoder_decoder = self.model.config.is_encoder_decoder  # for encode_prompt
         need_causal(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model, "model")
         # TRL's own has the tokenizer's eos alone
@@ -273,8 +274,9 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
         Args:
             count: completions of this process.
         """
+        noted = self._noted if self.model.training else self._noted_in_evaluation
         for name, value in log.gathered_means().items():
-            self._own[self.model.training].setdefault(name, []).append(value)
+            noted.setdefault(name, []).append(value)
         table, extra = self._logs["extra"], log.gathered_extra(count)
         before, rows = len(self._logs["prompt"]), count * self.accelerator.num_processes
         for column in {*table, *extra}:
@@ -288,8 +290,9 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             InputError: if the trainer logs one of their names itself.
         """
         training = self.model.training
-        own = {name: sum(values) / len(values) for name, values in self._own[training].items()}
-        self._own[training] = {}
+        noted = self._noted if training else self._noted_in_evaluation
+        own = {name: sum(values) / len(values) for name, values in noted.items()}
+        noted.clear()
         with_own({**logs, **self._metrics["train" if training else "eval"]}, own)
         logs.update({name if training else f"eval_{name}": mean for name, mean in own.items()})
         super().log(logs, start_time)

@@ -78,11 +78,12 @@ Act = Callable[[Any, Path, Path], bool]  # of a process, its run folder and its 
 
 
 class Case(NamedTuple):
-    """A recipe, its flags without --output_dir, and the seed of its disturbances."""
+    """A recipe, its flags without --output_dir, the seed of its disturbances, and the folder that it starts in."""
 
     script: str
     words: list[str]
     seed: int = 0
+    cwd: str = str(ROOT)
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -104,7 +105,7 @@ def start(case: Case, folder: Path, log: Path) -> Any:
     words = [str(ROOT / case.script), *case.words, "--output_dir", str(folder)]
     log.write_text("")
     context: Any = recipe_process.start(environment)
-    process = context.Process(target=_alone, args=(words, environment, str(ROOT), os.devnull, str(log)))
+    process = context.Process(target=_alone, args=(words, environment, case.cwd, os.devnull, str(log)))
     process.start()
     return process
 

@@ -56,6 +56,36 @@ def test_a_run_that_ended_behind_its_last_checkpoint_is_evaluated_on_the_same_sa
     finish_again(case, tmp_path / "run", outcome(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("recipe", ["rloo", "finetune", "sft"])
+def test_later_epochs_and_own_numbers_are_those_of_the_undisturbed_run(recipe, sft, tiny, files, tmp_path):
+    """RLOO resumes at the beginning of its third epoch, the others within their second one."""
+    (tmp_path / "noting.py").write_text(
+        "def reward(completions, completion_ids, log_metric):\n"
+        "    log_metric('first', completion_ids[0][0])\n"
+        "    return [float(ids[0] % 7) for ids in completion_ids]\n"
+    )
+    (tmp_path / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": f"I like number {n}", "label": ["odd", "even"][n % 2]}) + "\n" for n in range(24))
+    )
+    model, data, steps, name, words = {
+        "rloo": (sft, files / "prompts.jsonl", 3, "first", ["--reward_funcs", "noting.reward", "--num_generations", "4",
+                                                            "--max_completion_length", "6"]),
+        "finetune": (tiny, tmp_path / "labels.jsonl", 6, "lm_loss", ["--lm_coef", "0.5"]),
+        "sft": (tiny, files / "sft.jsonl", 6, "loss", ["--train_sampling_strategy", "group_by_length"]),
+    }[recipe]  # fmt: skip
+    if recipe != "rloo":
+        words += ["--per_device_train_batch_size", "10"]
+    flags = words_of(model_name_or_path=model, dataset_name=data)
+    often = words_of(max_steps=steps, save_steps=steps - 1, logging_steps=3)
+    case = Case(f"recipes/{recipe}.py", [*flags, *TINY_TRAINING, *often, *words], cwd=str(tmp_path))
+    complete(case, tmp_path / "run", tmp_path / "log")
+    whole = outcome(tmp_path / "run")
+    entry = next(entry for entry in whole["trainer_state.json"] if entry["step"] == steps)
+    assert name in entry and entry["epoch"] > 1
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{steps}")
+    finish_again(case, tmp_path / "run", whole)
+
+
 def finish_again(case, run, whole):
     """Run a finished run once more, as if it had ended before it was finished."""
     state = json.loads((run / "run.json").read_text())

@@ -158,7 +158,10 @@ def _loading_zeroes_padding(model: PreTrainedModel) -> bool:
     embeddings = nn.Embedding(2, 4, padding_idx=0)
     nn.init.ones_(embeddings.weight)
     embeddings.weight._is_hf_initialized = True
-    model._initialize_weights(embeddings, model.is_custom_code())
+    try:
+        model._initialize_weights(embeddings, model.is_custom_code())
+    except AttributeError:  # xLSTM initializes no layer but its own
+        return False
     if bool(embeddings.weight[0].any()):
         return False
     with torch.device("meta"):  # with a pad token in its config, as it will be saved

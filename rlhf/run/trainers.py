@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
+import torch
 from torch import nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
@@ -28,6 +30,7 @@ class _Log(TypedDict, total=False):
     loss: float  # sum, mean over the processes
     last_step: int  # of the last entry
     metrics: dict[str, list[float]]
+    noted: dict[str, list[float]]
     num_tokens: float  # trained on since the run began
 
 
@@ -42,8 +45,10 @@ class WholeCheckpoints(Trainer):
     _writing: Path | None = None
     _resumed: _Log | None = None  # until the first epoch begins
     _resumed_from: str | None = None
+    _sampler: Sampler | None = None
     _total_train_tokens: float  # of TRL's trainers for SFT and rewards, which don't save it
     _metrics: dict[str, Any]  # of TRL's trainers, whose log has the means of these lists
+    _noted: dict[str, list[Any]]  # likewise, of our own trainers
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's.
@@ -62,7 +67,16 @@ class WholeCheckpoints(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        sampler: Any = self._sampler
+        if hasattr(sampler, "generator") and not isinstance(sampler, RandomSampler):
+            # accelerate draws the order of a RandomSampler from the seed and the epoch's number. TRL's RepeatSampler
+            # and transformers' LengthGroupedSampler go on from the epoch before, which a resumed run has not seen.
+            sampler.generator = torch.Generator().manual_seed(self.args.seed + kwargs["epoch"])
         if self._resumed is not None:  # the Trainer sets these to 0 just before
             self._tr_loss += self._resumed["loss"]
             self._total_loss_scalar -= self._resumed["loss"]  # train_loss is that of this session
@@ -103,6 +117,8 @@ class WholeCheckpoints(Trainer):
         log: _Log = {"loss": loss, "last_step": self._globalstep_last_logged}
         if hasattr(self, "_metrics"):
             log["metrics"] = self._metrics["train"]
+        if hasattr(self, "_noted"):
+            log["noted"] = {name: [float(number) for number in numbers] for name, numbers in self._noted.items()}
         if hasattr(self, "_total_train_tokens"):
             log["num_tokens"] = self._total_train_tokens
         return log
@@ -152,6 +168,8 @@ class WholeCheckpoints(Trainer):
             )  # other programs' checkpoints have none
             if self._resumed and "metrics" in self._resumed:
                 self._metrics["train"].update(self._resumed["metrics"])
+            if self._resumed and "noted" in self._resumed:
+                self._noted.update(self._resumed["noted"])
             if self._resumed and "num_tokens" in self._resumed:
                 self._total_train_tokens = self._resumed["num_tokens"]
         return begin

@@ -266,7 +266,7 @@ class FinetuningTrainer(WholeCheckpoints):
     def __init__(self, *args: Any, lm_coef: float = 0.0, lm_head: torch.Tensor | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lm_coef, self.lm_head = lm_coef, lm_head
-        self.lm_losses: list[torch.Tensor] = []
+        self._noted: dict[str, list[torch.Tensor | float]] = {}
         # some heads use the number of items and some ignore it; the mean per batch is right for all
         self.model_accepts_loss_kwargs = False
 
@@ -277,14 +277,14 @@ class FinetuningTrainer(WholeCheckpoints):
         auxiliary = auxiliary_loss(
             outputs.hidden_states[-1], self.lm_head, inputs["input_ids"], inputs["attention_mask"]
         )
-        self.lm_losses.append(auxiliary.detach())
+        self._noted.setdefault("lm_loss", []).append(auxiliary.detach())
         loss = outputs.loss + self.lm_coef * auxiliary
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.lm_losses and "loss" in logs:
-            logs["lm_loss"] = torch.stack(self.lm_losses).mean().item()
-            self.lm_losses.clear()
+        if self._noted and "loss" in logs:
+            losses = self._noted.pop("lm_loss")
+            logs["lm_loss"] = float(sum(losses)) / len(losses)
         super().log(logs, *args, **kwargs)
 
 
