@@ -114,6 +114,7 @@ TYPES: dict[str, dict[str, Any]] = {
     # with more tokens than that, equal tokens tie for a place in its first layer, and the length of the row decides
     "doge": {"keep_window_size": CONTEXT},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {
