@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, present
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from eval.measuring.comparison import agreement_with_gold, differences_of
@@ -210,8 +211,10 @@ def test_every_metric_has_a_card_whose_example_runs(folder):
     assert found["result"]["low"] <= found["result"]["mean"] <= found["result"]["high"]
 
 
-def test_reply_logprobs_equal_the_models_whatever_the_padding(tiny, tokenizer):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_reply_logprobs_equal_the_models_whatever_the_padding(adapted, tiny, sft, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    model = PeftModel.from_pretrained(model, sft).eval() if adapted else model
     prompts, replies = [[5, 6, 7, 8], [9], [4, 5]], [[10, 11], [12, 13, 14, 2], []]
     result = reply_logprobs(model, tokenizer, prompts, replies)
     assert result.tokens == [2, 4, 0]

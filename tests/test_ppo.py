@@ -35,7 +35,7 @@ from rlhf.rewards import completion_text
 
 def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, prompts, tmp_path):
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
-    ppo.train()
+    result = ppo.train()
     first, last = logged(ppo)[0], logged(ppo)[-1]
     assert isinstance(ppo, TRLPPOTrainer)
     assert abs(first["objective/kl"]) < 1e-5
@@ -43,6 +43,8 @@ def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, pr
     assert abs(last["objective/kl"]) > 1e-4
     assert last["episode"] == 16
     assert {"time/rollout", "time/reward", "time/logprobs", "time/update"} <= set(last)
+    # each entry has the seconds of its own update
+    assert sum(ppo.args.batch_size / entry["eps"] for entry in logged(ppo)) <= result.metrics["train_runtime"]
 
 
 def test_policy_and_value_move_and_nothing_else(sft, tokenizer, prompts, tmp_path):

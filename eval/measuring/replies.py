@@ -14,7 +14,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.prefix import Rows, rows_of
 from rlhf.models.sources import Source
 from rlhf.models.tokenizers import end_ids, load_tokenizer, reply_text
-from rlhf.ppo.model import reference_logprobs
+from rlhf.ppo.model import completion_logprobs
 
 T = TypeVar("T")
 
@@ -96,14 +96,18 @@ def reply_logprobs(
     batch_size: int = 32,
     description: str = "Log-probabilities",
 ) -> LogProbs:
-    """Log-probability of each reply given its prompt, at temperature 1, summed over its tokens, in nats."""
+    """Log-probability of each reply given its prompt, at temperature 1, summed over its tokens, in nats.
+
+    Args:
+        model: is read with the adapters that are active.
+    """
     sums = [0.0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]) + len(replies[number]))
     for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch"):
         numbers = order[start : start + batch_size]
         ids, mask = rows_of([prompts[number] + replies[number] for number in numbers], model.device)
         lengths = torch.tensor([len(replies[number]) for number in numbers], device=model.device)
-        logprobs = reference_logprobs(model, None, None, Rows(ids, mask, lengths), temperature=1.0)
+        logprobs = completion_logprobs(model, Rows(ids, mask, lengths), temperature=1.0)
         for number, total in zip(numbers, logprobs.sum(1).tolist(), strict=True):
             sums[number] = total
     return LogProbs(sums, [len(reply) for reply in replies])

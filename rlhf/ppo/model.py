@@ -1,6 +1,5 @@
 """Policy and value function as one module, and the reference."""
 
-from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -197,7 +196,13 @@ def reference_logprobs(
 
     The reference is `ref_model`; if that is None, the policy with adapter `ref_adapter_name`, or with adapters off.
     """
-    model = policy if ref_model is None else ref_model
-    with nullcontext() if ref_model is not None else active_adapter(policy, ref_adapter_name):
-        (logprobs, _), _ = _policy_outputs(model, rows, temperature, entropy="none")
+    if ref_model is not None:
+        return completion_logprobs(ref_model, rows, temperature)
+    with active_adapter(policy, ref_adapter_name):
+        return completion_logprobs(policy, rows, temperature)
+
+
+def completion_logprobs(model: PreTrainedModel | PeftModel, rows: Rows, temperature: float) -> torch.Tensor:
+    """Log-probabilities (B, T) of the completion tokens under a model with the adapters that are active."""
+    (logprobs, _), _ = _policy_outputs(model, rows, temperature, entropy="none")
     return logprobs

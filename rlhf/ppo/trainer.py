@@ -302,6 +302,7 @@ class PPOTrainer(TrainerConventions):
         """Count the update, log it, adapt the schedules, evaluate and save."""
         self.count_update()
         metrics = self.metrics_of_update(rollout, scored, advantages, stats)
+        self.seconds.clear()
         self.note_metrics(metrics, scored, stats)
         self.adapt_kl_coef(metrics["objective/kl"])
         self.step_scheduler()
