@@ -335,7 +335,7 @@ for name, command, content, *says in (
      "gradient_checkpointing"),
 ):  # fmt: skip
     # the base's own flags are left out: what is typed would win
-    keys = [line.split(":")[0] for line in str(content).splitlines()]
+    keys = dict.fromkeys(line.split(":")[0] for line in str(content).splitlines())
     typed = " ".join(f"--{key} -" for key in keys if f"--{key} " in BASES[f"{command}.py"])
     add("yaml", name, command, "--config c.yaml", *says, files={"c.yaml": content}, base=typed, early=True)
 add("yaml", "a folder", "recipes/sft", "--config c.yaml", "--config c.yaml: no such file", early=True,
