@@ -330,7 +330,7 @@ for name, command, content, *says in (
     ("an unknown alias", "recipes/sft", "run_name: *a\n", "c.yaml: not readable as YAML"),
     ("bytes", "recipes/sft", b"\xff\xfe\x00\x01", "c.yaml: not readable as YAML"),
     ("an archive", "recipes/reward", b"PK\x03\x04\x00\x00\x00", "c.yaml: not readable as YAML"),
-    ("an environment that is none", "recipes/sft", "env: 3\n", "env"),
+    ("an environment that is none", "recipes/sft", "env: 3\n", "c.yaml: env: needs a mapping"),
     ("two names for one setting", "recipes/sft", "gradient_checkpointing: true\nactivation_checkpointing: false\n",
      "gradient_checkpointing"),
 ):  # fmt: skip

@@ -156,6 +156,10 @@ class Parser(TrlParser):
 
     def _check_keys(self, content: dict[Any, Any]) -> None:
         known = {action.dest for action in self._actions} - {"help"} | {"env"}
+        if not isinstance(content.get("env", {}), dict):
+            raise InputError(
+                f"--config {self.file}: env: needs a mapping of names and values; found {content['env']!r}."
+            )
         for key in content:
             if key not in known:
                 raise InputError(f"--config {self.file}: unknown key '{key}'.{self._nearest(str(key), '')}")
