@@ -53,7 +53,9 @@ def test_a_run_that_ended_behind_its_last_checkpoint_is_evaluated_on_the_same_sa
     words = words_of(model_name_or_path=sft, dataset_name=files / "prompts.jsonl", max_steps=2, num_generations=4)
     case = Case("recipes/rloo.py", [*words, *TINY_TRAINING, "--max_completion_length", "6"])
     complete(case, tmp_path / "run", tmp_path / "log")
-    finish_again(case, tmp_path / "run", outcome(tmp_path / "run"))
+    whole = outcome(tmp_path / "run")
+    assert any("eval_reward" in entry for entry in whole["trainer_state.json"])
+    finish_again(case, tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("recipe", ["rloo", "finetune", "sft"])
