@@ -200,8 +200,18 @@ def test_bad_messages_are_named(rows, message):
         check_messages(Dataset.from_list(rows), "d", {"prompt"})
 
 
+def test_what_is_done_with_one_row_and_with_other_columns_is_said(tokenizer, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text('{"question": "Hi?", "chosen": "Hello", "rejected": "Go"}')
+    train, test = load_splits(ScriptArguments(str(tmp_path / "one.jsonl")), "reward")
+    assert train[0] == test[0] and "one.jsonl: has one row, so the evaluation is on the row" in capsys.readouterr().out
+    preference_rows(train, "d", tokenizer, None)
+    assert "d: without a column 'prompt', each text is scored alone; question not used." in capsys.readouterr().out
+    preference_rows(train.rename_column("question", "prompt"), "d", tokenizer, None)
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_missing_columns_list_those_found():
-    with pytest.raises(InputError, match=r"needs column 'chosen' \+ 'rejected'; found \['a', 'b'\]"):
+    with pytest.raises(InputError, match=r"needs column 'chosen' and 'rejected'; found \['a', 'b'\]"):
         need_columns(Dataset.from_list([{"a": 1, "b": 2}]), "d", [{"chosen", "rejected"}])
 
 

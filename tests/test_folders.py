@@ -131,7 +131,7 @@ def test_a_second_process_is_told_who_uses_the_folder_until_that_one_is_dead(tmp
     assert present(first.stdout).readline() == "held\n"
     second = hold(tmp_path, 0)
     assert second.wait() == 2 and present(second.stderr).read() == (
-        f"error: --output_dir {tmp_path.name}: in use by process {first.pid}. Wait until it ends, or give another "
+        f"error: --output_dir {tmp_path}: in use by process {first.pid}. Wait until it ends, or give another "
         "--output_dir.\n"
     )
     first.kill()

@@ -334,7 +334,7 @@ def test_defect_32_a_run_has_as_many_episodes_as_asked(train, sft, tokenizer, pr
 
 
 def test_defect_33_prompts_and_models_that_can_t_work_are_refused(sft, tiny, tokenizer, prompts, tmp_path):
-    with pytest.raises(InputError, match=r"train_dataset: needs column 'prompt' .* found \['number'\]"):
+    with pytest.raises(InputError, match=r"train_dataset: needs column 'prompt', .* found \['number'\]"):
         ppo_trainer(sft, tokenizer, prompts.select_columns("number"), tmp_path)
     with pytest.raises(InputError, match=r"--response_length 300: .* context of 256"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, response_length=300)

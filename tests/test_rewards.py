@@ -390,6 +390,8 @@ def test_functions_are_found_by_import_path(tmp_path, monkeypatch):
         ("broken_rewards_for_a_test.f", r"can't import .*SyntaxError.*line 2"),
         ("leaving_rewards_for_a_test.f", r"can't import leaving_rewards_for_a_test, line 2 .*exit\(4\)"),
         ("raising_rewards_for_a_test.f", r"can't import raising_rewards_for_a_test, line 1 \(ZeroDivisionError"),
+        ("raising_rewards_for_a_test", r"Name the function too: raising_rewards_for_a_test\.<function>"),
+        ("raising_rewards_for_a_test.py", r"Name the function too: raising_rewards_for_a_test\.<function>"),
         ("needing_rewards_for_a_test.f", "needs the argument 'gold', which is no column .*: answer"),
     ],
 )

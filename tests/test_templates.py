@@ -244,7 +244,7 @@ def test_files_are_read_as_they_are(tmp_path):
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "isn't UTF-8"),
         ("b.json", b'{"text": "one"}', "holds one object instead of rows"),
         ("c.jsonl", b'{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n', "row 1 is messages"),
-        ("d.jsonl", b'{"text": "a"}\n{"text": }\n', r"line 2 \(row 1\): isn't JSON"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": }\n', r"line 2 \(row 1\): isn't JSON \(Expecting value: column 10\)"),
         ("e.csv", b"text,text\na,b\n", "has the column 'text' twice"),
         ("f.csv", b"text,b\na,b\nc\n", r"row 1 \(line 3\) has 1 cells, and the header 2"),
         ("g.jsonl", b"\n\n", "has no rows"),

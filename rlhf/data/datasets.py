@@ -96,16 +96,17 @@ def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -
     if test_split not in splits:
         if test_split != "test":
             raise InputError(f"--dataset_test_split {test_split}: {name} has no such split; found {sorted(splits)}.")
-        splits[train_split], splits["test"] = _halves(splits[train_split])
+        splits[train_split], splits["test"] = _halves(splits[train_split], name)
     for split in (train_split, test_split):
         if split in splits and len(splits[split]) == 0:
             raise InputError(f"--dataset_name {name}: split {split!r} is empty. Give a dataset with at least one row.")
     return splits
 
 
-def _halves(whole: Dataset) -> tuple[Dataset, Dataset]:
+def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
     """Nine tenths of the rows, and a tenth. Rows with the same prompt, such as four replies' pairs, stay together."""
     if len(whole) < 2:
+        print(f"{name}: has one row, so the evaluation is on the row that is trained on.")
         return whole, whole
     known = [column for column in ("prompt", "chosen") if column in whole.column_names]
     prompts = [
@@ -236,7 +237,8 @@ def need_columns(dataset: Dataset, name: str, choices: list[set[str]]) -> set[st
     for choice in choices:
         if choice <= found:
             return choice
-    wanted = " or ".join(" + ".join(f"'{column}'" for column in sorted(choice)) for choice in choices)
+    fewest = [choice for choice in choices if not any(other < choice for other in choices)]
+    wanted = ", or ".join(" and ".join(f"'{column}'" for column in sorted(choice)) for choice in fewest)
     raise InputError(f"--dataset_name {name}: needs column {wanted}; found {sorted(found)}. Rename or add columns.")
 
 

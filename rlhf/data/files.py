@@ -170,8 +170,11 @@ def _parse(text: str, where: str) -> Any:
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: isn't JSON ({error}).") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""  # `where` names the line of a .jsonl
+        raise InputError(f"{where}: isn't JSON ({error.msg}: {line}column {error.colno}).") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: isn't JSON that can be read ({error}).") from error
     if LONG_NUMBER.search(text):
         json.loads(text, parse_int=lambda digits: _need_64_bits(digits, where))
     if "\\ud" in text or "\\uD" in text:

@@ -343,7 +343,11 @@ def preference_rows(
     refuse_columns(dataset, name, {**MEDIA, **PAIR_TOKENS})
     check_messages(dataset, name, columns)
     known = columns | {column for column in (*OPTION_COLUMNS, "margin") if column in dataset.column_names}
-    _say_unused(dataset, name, isinstance(dataset[0]["chosen"], list))
+    chat = isinstance(dataset[0]["chosen"], list)
+    _say_unused(dataset, name, chat)
+    others = sorted({*dataset.column_names} - {"chosen", "rejected", *OPTION_COLUMNS})
+    if "prompt" not in columns and not chat and others:
+        print(f"{name}: without a column 'prompt', each text is scored alone; {', '.join(others)} not used.")
 
     def encode(row: Row) -> list[Row]:
         if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):

@@ -82,7 +82,10 @@ class PPOConfig(TRLPPOConfig):
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter'."},
+        metadata={
+            "help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter': "
+            "its scorer. That is also what PPO takes without any reward."
+        },
     )
     reward_weights: list[FiniteFloat] | None = field(
         default=None,

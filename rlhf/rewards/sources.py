@@ -66,6 +66,9 @@ def resolve_reward(
     if name == STARTER:
         return RewardSource(name, None, starter_reward)
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
+    if allow_functions and Path(f"{name.removesuffix('.py')}.py").is_file() and not Path(name).is_dir():
+        module = name.removesuffix(".py").replace("/", ".")
+        raise InputError(f"{flag} {name}: names a file of functions. Name the function too: {module}.<function>.")
     if allow_functions and is_import_path:
         return RewardSource(name, None, _imported(name, flag, columns))
     return RewardSource(name, _resolve_reward_model(name, flag, base, trust_remote_code), None)
@@ -149,8 +152,8 @@ def _resolve_reward_model(name: str, flag: str, base: str | None, trust_remote_c
             )
     elif not source.is_reward_adapter:
         raise InputError(
-            f"{flag} {name}: a reward adapter has task type SEQ_CLS; found "
-            f"{source.peft_config.task_type}. Train one with recipes/reward.py."
+            f"{flag} {name}: is an adapter for {source.peft_config.task_type}, and a reward model is a sequence "
+            "classifier (SEQ_CLS). Train one with recipes/reward.py."
         )
     elif base is not None and source.base != base and is_decoder(base_config(source)):
         raise InputError(

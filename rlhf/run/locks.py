@@ -24,7 +24,7 @@ def hold_folder(folder: Path) -> None:
     Raises:
         InputError: if another process holds the folder.
     """
-    folder = folder.resolve()
+    given, folder = folder, folder.resolve()
     if fcntl is None or folder in _held:
         return
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -36,7 +36,7 @@ def hold_folder(folder: Path) -> None:
         if holder == str(os.getpid()):  # by another path
             return
         raise InputError(
-            f"--output_dir {folder.name}: in use by process {holder or 'of another command'}. Wait until it ends, or "
+            f"--output_dir {given}: in use by process {holder or 'of another command'}. Wait until it ends, or "
             "give another --output_dir."
         ) from None
     except OSError:  # a disk without locks
