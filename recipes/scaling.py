@@ -57,8 +57,6 @@ from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 
 PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
-# modules that its runs import, loaded once for all
-PRELOAD = ("transformers.trainer", "trl", "rlhf.pretraining.trainer", "rlhf.hub", "eval.report")
 
 
 def main() -> None:
@@ -79,7 +77,7 @@ def main() -> None:
     if not start_run(__file__, args.output_dir, script_args, args, open_flags=open_flags, derived=[TEXTS]):
         return
     folders = write_texts(texts, args.output_dir)
-    train_with = (folders, PRETRAIN, PRELOAD)
+    train_with = (folders, PRETRAIN)
 
     # Sweep
     points = sweep_points(args)

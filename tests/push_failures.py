@@ -26,12 +26,16 @@ def main() -> None:
     with local_hub() as hub:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                       "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
                        "HF_HOME": str(whole.parent / "home")}  # fmt: skip
+        from huggingface_hub import file_download
+
         from rlhf.errors import InputError
         from rlhf.hub import PushRequest, push_model, pushing
 
         time.sleep = lambda _seconds: None  # the client waits between its attempts
         pushing.TIMEOUT = 0.5
+        file_download._ETAG_RETRY_TIMEOUT = 1
         request = PushRequest("you/x", "hf_secret", None, "trial")
         folder = whole.parent / "pushed"
         for how in (500, 403, 401, 404, "close", "silence"):

@@ -17,12 +17,10 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
+from rlhf.run.stages import LIBRARIES
+
 # libraries only: the project's own modules are imported by each recipe, as their files are then
-PRELOAD = [
-    "torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer",
-    "trl.trainer.reward_trainer", "trl.experimental.ppo", "peft", "datasets", "evaluate", "accelerate",
-    "matplotlib.figure", "scipy.stats", "sklearn.metrics", "rich.table", "bitsandbytes",
-]  # fmt: skip
+PRELOAD = [*LIBRARIES, "trl.experimental.ppo", "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes"]
 
 
 def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run, save_tiny, user
 from trl import ModelConfig
 
 from rlhf.errors import InputError
@@ -20,7 +20,6 @@ from rlhf.models.loading import load_policy
 from rlhf.models.sources import resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.run.files import write_jsonl
-from rlhf.run.stages import run_stage
 
 LORA = ModelConfig(dtype="float32", use_peft=True)
 
@@ -156,16 +155,25 @@ def test_bad_input(flags, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_that_fails_is_named_and_one_that_refuses_its_input_says_so_itself(tmp_path, capfd):
+def test_a_stage_that_fails_is_named_and_one_that_refuses_its_input_says_so_itself(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: ./nowhere\n")
-    with pytest.raises(SystemExit):
-        run_stage(ROOT / "recipes" / "sft.py", str(tmp_path / "c.yaml"), tmp_path / "out", {})
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: --model_name_or_path ./nowhere")
     (tmp_path / "stage.py").write_text("raise SystemExit(3)")
-    with pytest.raises(InputError, match=r"stage\.py ended with exit code 3"):
-        run_stage(tmp_path / "stage.py", "c.yaml", tmp_path / "out", {})
+    (tmp_path / "loop.py").write_text(LOOP)
+    said = run(tmp_path / "loop.py", ROOT / "recipes" / "sft.py", tmp_path / "c.yaml", tmp_path / "out", check=False)
+    assert said.returncode == 2 and said.stderr.splitlines()[-1].startswith("error: --model_name_or_path ./nowhere")
+    said = run(tmp_path / "loop.py", tmp_path / "stage.py", "c.yaml", tmp_path / "out", check=False)
+    assert said.returncode == 2 and "stage.py ended with exit code 3" in said.stderr
 
 
+LOOP = """
+import sys
+from pathlib import Path
+from rlhf.errors import report_errors
+from rlhf.run.stages import run_stage
+if __name__ == "__main__":
+    with report_errors():
+        print("finished:", run_stage(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), {}))
+"""
 STAGE = """
 import json, pathlib, signal, sys, time
 out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
@@ -179,11 +187,11 @@ time.sleep(1)  # longer than subprocess.run leaves a child after Ctrl-C
 
 def test_ctrl_c_lets_a_stage_write_what_there_is(tmp_path):
     (tmp_path / "stage.py").write_text(STAGE)
-    call = f"run_stage(Path({str(tmp_path / 'stage.py')!r}), 'c.yaml', Path({str(tmp_path)!r}), {{}})"
-    code = f"from pathlib import Path; from rlhf.run.stages import run_stage; print('finished:', {call})"
+    (tmp_path / "loop.py").write_text(LOOP)
     loop = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, tmp_path / "loop.py", tmp_path / "stage.py", "c.yaml", tmp_path], cwd=ROOT,
+        stdout=subprocess.PIPE, text=True, start_new_session=True, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     while not (tmp_path / "ready").exists():
         assert loop.poll() is None
         time.sleep(0.1)

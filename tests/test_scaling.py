@@ -330,7 +330,7 @@ from rlhf.run.stages import run_all
 
 if __name__ == "__main__":
     runs = {{Path({str(tmp_path)!r}) / name: {{"model_type": "nothing"}} for name in ("first", "second")}}
-    run_all(Path("recipes/pretrain.py"), "recipes/configs/scaling_point.yaml", runs, 1, ("trl",))
+    run_all(Path("recipes/pretrain.py"), "recipes/configs/scaling_point.yaml", runs, 1)
 """)
     done = run(script, check=False)
     assert "--model_type nothing: unknown" in done.stderr

@@ -189,14 +189,13 @@ def _first(texts: list[str], lengths: list[int], tokens: int) -> list[str]:
 
 
 def train_points(
-    args: ScalingArguments, points: list[Point], texts: dict[int, Path], script: Path, preload: tuple[str, ...] = ()
+    args: ScalingArguments, points: list[Point], texts: dict[int, Path], script: Path
 ) -> list[dict[str, Any]]:
     """Train the points, `max_workers` at a time. Finished ones are skipped.
 
     Args:
         texts: folder of each budget's text.
         script: the recipe that trains one point.
-        preload: modules to import once for all points.
 
     Returns:
         the results of each, see `describe_point`.
@@ -205,7 +204,7 @@ def train_points(
         InputError: if a run fails. Its own message is printed above.
     """
     runs = {folder_of(args, point): _flags_of(args, point, texts[point.tokens]) for point in points}
-    run_all(script, args.base_config, runs, args.max_workers, preload)
+    run_all(script, args.base_config, runs, args.max_workers)
     return [describe_point(args, point) for point in points]
 
 

@@ -1,16 +1,15 @@
 """Recipes as stages of another one, each in a process of its own.
 
-Importing torch and transformers takes several seconds of a core, as long as a small model takes to train. For many
-short runs a fork server imports them once. Each run is forked from it and runs its recipe's file as `__main__`.
+Importing torch and transformers takes several seconds of a core, as long as a small model takes to train. A fork server
+imports them once. Each stage is forked from it and runs its recipe's file as `__main__`.
 
 A stage ends with its parent, however that ends: nobody else would know that it still writes.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
-import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,11 @@ from rlhf.run.declarations import argument_names
 from rlhf.run.folders import is_finished
 from rlhf.run.processes import PATIENCE
 
+# what most recipes import
+LIBRARIES = (
+    "torch", "transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "peft",
+    "datasets", "evaluate", "accelerate", "matplotlib.figure", "scipy.stats", "sklearn.metrics",
+)  # fmt: skip
 CONTINUE = "Fix the problem and run the same command again to continue."
 
 
@@ -41,9 +45,9 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
         InputError: if it fails; its own message is above.
         SystemExit: if it refuses its input. Its own line says why.
     """
-    words = [sys.executable, str(script), *_words(config, output_dir, flags)]
+    words = [str(script), *_words(config, output_dir, flags)]
     print(f"\n=== {output_dir}: {_short(script)}", flush=True)
-    code = _wait(words)
+    code = _wait(_context().Process(target=_run, args=(words, 1)))
     if code == 2:
         sys.exit(2)
     if code:
@@ -86,35 +90,36 @@ def _words(config: str, output_dir: Path, flags: dict[str, Any]) -> list[str]:
     return words
 
 
-def _wait(words: list[str]) -> int:
-    """Run a command that ends when this process does; its exit code."""
-    if os.name == "nt":
-        return subprocess.run(words).returncode
-    read, write = os.pipe()  # closed by the system when this process ends
-    stage = subprocess.Popen(words, pass_fds=[read], env={**os.environ, PARENT_PIPE: str(read)})
-    os.close(read)
+def _context() -> Any:
+    """How processes are started: forked from a server that has imported the libraries once.
+
+    On a machine with a GPU they import them anew: an import may ask for GPUs, and a fork can't use CUDA after that.
+    """
+    import torch
+
+    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.accelerator.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    return context
+
+
+def _wait(process: Any) -> int:
+    """Run a process that ends when this one does; its exit code."""
+    process.start()
     try:
-        return stage.wait()
+        process.join()
     except BaseException as error:
-        # Ctrl-C in a terminal reaches the stage too; where people vote, it writes the votes so far
-        _end(stage, gently=isinstance(error, KeyboardInterrupt))
-        if isinstance(error, KeyboardInterrupt) and stage.returncode == 0:
-            return 0
-        raise
-    finally:
-        os.close(write)
-
-
-def _end(stage: subprocess.Popen[bytes], gently: bool) -> None:
-    for number in (None if gently else signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        if number is not None:
-            stage.send_signal(number)
-        try:
-            stage.wait(PATIENCE)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-    stage.wait()
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:  # Ctrl-C in a terminal reaches the stage too; where people vote, it writes the votes so far
+            process.join(PATIENCE)
+        for end in (process.terminate, process.terminate, process.kill):
+            if process.exitcode is None:
+                end()
+                process.join(PATIENCE)
+        if not interrupted or process.exitcode:
+            raise
+    return process.exitcode
 
 
 def _short(script: Path) -> str:
@@ -122,9 +127,7 @@ def _short(script: Path) -> str:
     return "/".join(script.parts[-2:])
 
 
-def run_all(
-    script: Path, config: str, runs: dict[Path, dict[str, Any]], max_workers: int, preload: tuple[str, ...]
-) -> None:
+def run_all(script: Path, config: str, runs: dict[Path, dict[str, Any]], max_workers: int) -> None:
     """Run a recipe for each folder that holds no finished run yet.
 
     Args:
@@ -132,16 +135,12 @@ def run_all(
         config: its YAML file.
         runs: flags by output folder.
         max_workers: runs at a time; each gets its part of the cores.
-        preload: modules that the fork server imports, once for all runs.
 
     Raises:
         InputError: if a run fails; its own message is above. Runs that have not begun are skipped.
         SystemExit: if a run refuses its input. Its own line says why.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(list(preload))
+    context = _context()
     failed: list[str] = []
     refused = f"exit code 2. {CONTINUE}"
     running: list[Any] = []
@@ -187,4 +186,7 @@ def _run(words: list[str], max_workers: int) -> None:
         os.environ |= {"LOCAL_WORLD_SIZE": str(max_workers), "OMP_NUM_THREADS": "1"}
     multiprocessing.current_process().name = "MainProcess"  # else collators take it for a loader's worker
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves these out, and trackers send their last numbers in them
