@@ -559,5 +559,5 @@ def test_a_stage_that_refuses_its_input_says_so_alone(tmp_path):
             [sys.executable, tmp_path / "parent.py", tmp_path / "stage.py", tmp_path / "out", way],
             cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         )  # fmt: skip
-        line = "error: --size 3: too small."
-        assert said.returncode == 2 and line in said.stderr and not said.stderr.replace(line, "").strip()
+        lines = [line for line in said.stderr.splitlines() if "gemm_4bit" not in line]  # bitsandbytes' own, on a CPU
+        assert said.returncode == 2 and lines == ["error: --size 3: too small."]

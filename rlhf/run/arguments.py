@@ -4,6 +4,7 @@ Without `--config`, a recipe reads `recipes/configs/<recipe>.yaml`. Functions im
 module is imported in half a second.
 """
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +30,8 @@ def answer_early(command: str, **runs: str) -> None:
     """
     end_at_signals()
     end_with_parent()
+    # it would say at every start on a CPU that a package is missing, which only --load_in_4bit could use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if "torch" in sys.modules:  # forked from a server that has imported everything
         return
     with report_errors():
