@@ -169,7 +169,9 @@ LOOP = """
 import sys
 from pathlib import Path
 from rlhf.errors import report_errors
+from rlhf.run import stages
 from rlhf.run.stages import run_stage
+stages.LIBRARIES = ()  # these stages need few
 if __name__ == "__main__":
     with report_errors():
         print("finished:", run_stage(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), {}))
