@@ -36,7 +36,9 @@ def need_causal(model: PreTrainedModel, what: str) -> None:
 def looks_ahead(model: PreTrainedModel) -> bool:
     """Whether another last token, or fewer tokens, change the logits before. Tried once; the mode is as before."""
     training = model.training
-    ids = torch.arange(TRIED, device=model.device).repeat(2, 1) % (model.get_input_embeddings().num_embeddings - 1) + 1
+    size = model.get_input_embeddings().num_embeddings
+    # spread over the vocabulary: between its first tokens, special ones, half precision rounds beyond recognition
+    ids = (torch.arange(1, TRIED + 1, device=model.device) * (size - 1) // (TRIED + 1)).clamp(min=1).repeat(2, 1)
     ids[1, -1] = ids[0, 0]
     model.eval()
 
@@ -47,4 +49,6 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
     logits, fewer = read(ids), read(ids[:1, : TRIED // 2])
     model.train(training)
-    return not (same(logits[1, :-1], logits[0, :-1]) and same(fewer[0], logits[0, : TRIED // 2]))
+    # with as many tokens nothing is rounded otherwise; with fewer, another kernel may sum in another order
+    return not (same(logits[1, :-1], logits[0, :-1], half_tolerance=0.03)
+                and same(fewer[0], logits[0, : TRIED // 2], half_tolerance=0.5))  # fmt: skip
