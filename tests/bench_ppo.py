@@ -69,8 +69,8 @@ def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]
         }  # fmt: skip
     from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
 
-    value = load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer)
-    reward_model = load_reward_model(source, lora, tokenizer, trainable=False)
+    value, reward_model = (load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer) for _ in range(2))
+    reward_model.requires_grad_(False)
     rows = rows.select_columns(["input_ids"])
     settings = {key: v for key, v in settings.items() if key != "activation_checkpointing"}
     args = TRLPPOConfig(**settings, gradient_checkpointing=False)
