@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.models import prefix
+from rlhf.models.adapters import trunk
 from rlhf.models.prefix import Rows, can_continue, forward_sharing_prefix, positions_of, prefill, rows_of, shared_length
+from rlhf.ppo.model import PolicyAndValue
 
 SYSTEM = list(range(100, 130))
 ROWS = [[*SYSTEM, 5, 6, 7, 8, 9], [*SYSTEM, 40], [*SYSTEM, 5, 6, 41, 42], [*SYSTEM[:29], 50, 51, 52]]
@@ -55,6 +58,21 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(tiny, training):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert all(torch.allclose(gradients[0][n], gradients[1][n], atol=1e-4, rtol=1e-3) for n in gradients[0])
     assert gradients[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_ppo_computes_a_shared_beginning_once(tiny, lora):
+    policy = AutoModelForCausalLM.from_pretrained(tiny)
+    policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")) if lora else policy
+    model, seen = PolicyAndValue(policy).eval(), []
+    ids, mask, _ = prompts()
+    rows = Rows(ids, mask, torch.ones(len(ids), dtype=torch.long))
+    model(rows, 1.0)  # tries it
+    trunk(policy).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    model(rows, 1.0)
+    assert seen == [(1, 29), (4, 6)]
 
 
 def test_completions_are_not_shared(tiny):

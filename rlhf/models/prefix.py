@@ -100,18 +100,21 @@ def shared_length(input_ids: torch.Tensor, starts: torch.Tensor, limits: torch.T
     return int(same.long().cumprod(0).sum())
 
 
-def forward_sharing_prefix(model: nn.Module, config: PreTrainedConfig, rows: Rows, *, share: bool = True) -> Computed:
+def forward_sharing_prefix(
+    model: nn.Module, config: PreTrainedConfig, rows: Rows, *, share: bool = True, body: nn.Module | None = None
+) -> Computed:
     """Run a model on rows padded on the right, and on their common prefix only once.
 
     Args:
         model: a causal language model or the trunk of one.
+        body: its trunk, on which sharing is tried, if `model` has hooks that expect these rows.
         rows: only prompts are shared, without their last token, whose output is needed.
         share: False computes every row in full. Activation checkpointing needs that, since it allows no cache.
     """
     input_ids, attention_mask, lengths = rows
     limits = attention_mask.sum(1) - lengths - 1
     shared = shared_length(input_ids, torch.zeros_like(limits), limits) if share else 0
-    if shared * (len(input_ids) - 1) < WORTH_IT or not can_continue(model, config, input_ids[0, :shared]):
+    if shared * (len(input_ids) - 1) < WORTH_IT or not can_continue(body or model, config, input_ids[0, :shared]):
         return Computed(model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), 0)
     return Computed(_continued(model, config, input_ids, attention_mask, shared), shared)
 

@@ -181,7 +181,8 @@ def _trunk_hidden(model: PreTrainedModel | PeftModel, rows: Rows) -> torch.Tenso
 def _run(model: nn.Module, body: PreTrainedModel, rows: Rows) -> Computed:
     """The model's output. The common prefix of the rows is shared, unless activations are checkpointed."""
     checkpointed = body.is_activation_checkpointing and torch.is_grad_enabled()
-    return forward_sharing_prefix(model, body.config.get_text_config(decoder=True), rows, share=not checkpointed)
+    config = body.config.get_text_config(decoder=True)
+    return forward_sharing_prefix(model, config, rows, share=not checkpointed, body=body)
 
 
 @torch.no_grad()
