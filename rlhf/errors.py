@@ -24,6 +24,10 @@ class InputError(ValueError):
     of_one_process = False  # True: other processes may not meet it, so the one that does prints it
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came. Its line is said at the end: until then a stage may still draw its progress bar."""
+
+
 _at_failure: list[Callable[[], None]] = []
 
 
@@ -45,6 +49,9 @@ def report_errors() -> Iterator[None]:
     except InputError as error:
         _say(f"error: {error}", every_process=error.of_one_process)
         sys.exit(2)
+    except _Terminated:
+        _say_once(f"Ended by SIGTERM. {CONTINUE}")
+        raise
     except KeyboardInterrupt:
         _say_once(f"Interrupted. {CONTINUE}")
         sys.exit(128 + signal.SIGINT)
@@ -97,8 +104,7 @@ def _raise_at_signals() -> dict[int, Any]:
 
     def end(_number: int, _frame: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        _say_once(f"Ended by SIGTERM. {CONTINUE}")
-        sys.exit(128 + signal.SIGTERM)
+        raise _Terminated(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         return {}
