@@ -67,8 +67,9 @@ def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]
             name.removeprefix("time/"): value for name, value in trainer.state.log_history[-1].items()
             if name.startswith("time/")
         }  # fmt: skip
-    from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
+    from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer, need_trl_ppo
 
+    need_trl_ppo()
     value, reward_model = (load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer) for _ in range(2))
     reward_model.requires_grad_(False)
     rows = rows.select_columns(["input_ids"])

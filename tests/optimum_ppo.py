@@ -67,8 +67,9 @@ def stock(seed: int, folder: Path) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
+    from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer, need_trl_ppo
 
+    need_trl_ppo()
     path, tokenizer = make_model(folder / f"stock-model-{seed}", seed)
 
     class ShareOfA(torch.nn.Module):

@@ -37,7 +37,7 @@ def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, pr
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     result = ppo.train()
     first, last = logged(ppo)[0], logged(ppo)[-1]
-    assert isinstance(ppo, TRLPPOTrainer)
+    assert isinstance(ppo, TRLPPOTrainer)  # of TRL's class, where there is one
     assert abs(first["objective/kl"]) < 1e-5
     assert abs(first["val/first_ratio"] - 1) < 1e-5
     assert abs(last["objective/kl"]) > 1e-4

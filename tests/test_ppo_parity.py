@@ -5,6 +5,7 @@ remains: TRL whitens advantages with Bessel's correction, a factor of sqrt(n / (
 """
 
 import copy
+import dataclasses
 import sys
 from typing import Any
 
@@ -14,14 +15,29 @@ from conftest import logged, ppo_config, present
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer
+from rlhf.ppo.standalone import StandalonePPOConfig, StandaloneState
+from rlhf.ppo.upstream import HAS_TRL_PPO, OnlineTrainerState, TRLPPOConfig, TRLPPOTrainer
 
+if not HAS_TRL_PPO:
+    pytest.skip("TRL removed its PPOTrainer in 1.13: nothing to compare with", allow_module_level=True)
 TRL = sys.modules[TRLPPOTrainer.__module__]
 SETTINGS: dict[str, Any] = {
     "total_episodes": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_mini_batches": 1,
     "num_ppo_epochs": 1, "response_length": 6, "learning_rate": 1e-3, "adam_epsilon": 1e-5, "temperature": 0.7,
     "kl_coef": 0.2, "vf_coef": 0.5, "num_sample_generations": 0, "logging_steps": 1, "report_to": "none",
 }  # fmt: skip
+
+
+def test_without_trls_class_flags_and_state_are_the_same():
+    """What rlhf/ppo builds on with later releases of TRL has the fields of 1.12, with their types and defaults."""
+    theirs_differ = {"sft_model_path", "reward_model_path"}  # TRL's defaults are models; ours are none
+    for own, theirs in ((StandalonePPOConfig, TRLPPOConfig), (StandaloneState, OnlineTrainerState)):
+        ours, trls = ({field.name: field for field in dataclasses.fields(kind)} for kind in (own, theirs))
+        assert {*ours} == {*trls}
+        for name in ours.keys() - theirs_differ:
+            for part in ("default", "default_factory"):
+                assert getattr(ours[name], part) == getattr(trls[name], part), name
+    assert StandalonePPOConfig("out", use_cpu=True).bf16
 
 
 @pytest.fixture
