@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
+from rlhf.ppo.sharding import load_optimizer_state, put
 from rlhf.run.checkpoints import damage
 from rlhf.run.files import read_json, write_jsonl
 
@@ -36,11 +37,6 @@ class Progress(TypedDict):
     metrics: dict[str, float]  # of the last update
     reward_metrics: dict[str, list[float]]  # what reward functions logged since the last log
     callbacks: dict[str, Any]  # the state of each callback that has one
-
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that training changes, by name, on the CPU."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def random_state() -> dict[str, Any]:
@@ -68,11 +64,20 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, progress: Progress
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    scheduler: LRScheduler,
+    progress: Progress,
 ) -> None:
-    """Write the main process's part of a checkpoint into `folder`."""
-    save_file(trainable_state(model), folder / "trainable.safetensors")
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, folder / "optimizer.pt")
+    """Write the main process's part of a checkpoint into `folder`.
+
+    Args:
+        weights: what `gather` returns.
+        optimizer: what `optimizer_state` returns.
+    """
+    save_file(weights, folder / "trainable.safetensors")
+    torch.save({"optimizer": optimizer, "scheduler": scheduler.state_dict()}, folder / "optimizer.pt")
     (folder / "ppo_state.json").write_text(json.dumps(progress), encoding="utf-8")
 
 
@@ -92,9 +97,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if set(saved) != set(trainable):
         differ = sorted(set(saved) ^ set(trainable))
         raise InputError(f"--resume_from_checkpoint {folder}: trains other tensors than this run, like {differ[0]}.")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
+    for name, parameter in trainable.items():
+        put(parameter, saved[name])
 
 
 def load_checkpoint(
@@ -116,7 +120,7 @@ def load_checkpoint(
         raise InputError(f"--resume_from_checkpoint {folder}: was made with fewer processes. Use the same number.")
     load_weights(folder, model)
     states = torch.load(folder / "optimizer.pt", weights_only=True)
-    optimizer.load_state_dict(states["optimizer"])
+    load_optimizer_state(model, optimizer, states["optimizer"])
     scheduler.load_state_dict(states["scheduler"])
     restore_random_state(torch.load(file, weights_only=True))
     return read_json(folder / "ppo_state.json")

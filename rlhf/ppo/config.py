@@ -1,5 +1,6 @@
 """PPOConfig: TRL's fields, new fields, and errors for settings that can't work."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,6 +138,9 @@ class PPOConfig(TRLPPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
+            # else transformers loads the weights on the main process alone, and the others try empty ones
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()

@@ -4,7 +4,9 @@ import copy
 import math
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import nn
@@ -34,6 +36,7 @@ from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
 from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
+from rlhf.ppo.sharding import gather, optimizer_state, shards
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import with_own
@@ -344,11 +347,12 @@ class TrainerConventions(TRLPPOTrainer):
     def _save_checkpoint(self, model: nn.Module | None = None, trial: None = None) -> None:
         args, accelerator = self.args, self.accelerator
         folder = checkpoint_folder(args, self.state.global_step)
+        weights, optimizer = gather(self.model), optimizer_state(self.model, self.optimizer)
         with atomic_folder(folder, args.should_save, accelerator.wait_for_everyone) as working:
             save_random_state(working, accelerator.process_index)
             if args.should_save:
-                save_checkpoint(working, self.model, self.optimizer, self.lr_scheduler, self._progress())
-                self.save_model(str(working), _internal_call=True)
+                save_checkpoint(working, weights, optimizer, self.lr_scheduler, self._progress())
+                self._save_policy(str(working), weights)
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -357,13 +361,22 @@ class TrainerConventions(TRLPPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, with its tokenizer. With LoRA that is one adapter."""
-        folder = output_dir or self.args.output_dir
-        if self.args.should_save:
-            adapters = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
-            self.model.policy.save_pretrained(folder, **adapters)
-            self.processing_class.save_pretrained(folder)
+        self._save_policy(output_dir or self.args.output_dir, gather(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_policy(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
+        """Write the policy and its tokenizer. `weights` are those that `gather` returns."""
+        if not self.args.should_save:
+            return
+        settings: dict[str, Any] = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
+        if shards(self.model):
+            own = "policy."
+            settings["state_dict"] = {
+                name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)
+            }
+        self.model.policy.save_pretrained(folder, **settings)
+        self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Start to push the model as it is now, unless the last push goes on.

@@ -1,6 +1,7 @@
 """Policy and value function as one module, and the reference."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -12,6 +13,7 @@ from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_pref
 from rlhf.models.seq2seq import decoder_outputs
 
 Entropy = Literal["none", "value", "graph"]
+T = TypeVar("T")
 
 
 class TokenOutputs(NamedTuple):
@@ -46,7 +48,35 @@ def token_logprobs(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-class PolicyAndValue(nn.Module):
+class Shardable(nn.Module):
+    """A module that holds models whose weights FSDP2 may spread over processes (rlhf/ppo/sharding.py).
+
+    Args:
+        models: those that it holds.
+    """
+
+    in_step = False  # True: every process has to make the same passes
+    reshards = True  # whether a layer is given up after its pass
+
+    def __init__(self, models: list[PreTrainedModel | PeftModel]) -> None:
+        super().__init__()
+        # the classes of layers that are gathered one at a time
+        self._no_split_modules = [name for model in models for name in getattr(model, "_no_split_modules", None) or []]
+
+    def run(self, function: Callable[[], T]) -> T:
+        """What `function` returns. Under FSDP2 this counts as a forward pass, within which parts may be called."""
+        return function()
+
+
+class Reference(Shardable):
+    """A frozen reference that is a model of its own."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__([model])
+        self.model = model
+
+
+class PolicyAndValue(Shardable):
     """What PPO trains: the policy, and the value function in one of three forms.
 
     Args:
@@ -62,7 +92,7 @@ class PolicyAndValue(nn.Module):
         value_model: PreTrainedModel | None = None,
         value_adapter: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__([policy] if value_model is None else [policy, value_model])
         self.policy = policy
         self.config = policy.config
         self.value_model, self.value_adapter = value_model, value_adapter
@@ -103,7 +133,7 @@ class PolicyAndValue(nn.Module):
             entropy_gradient: let gradients through the entropy, for an entropy bonus.
         """
         entropy: Entropy = "graph" if entropy_gradient else "value" if self.training else "none"
-        found, hidden = _policy_outputs(self.policy, rows, temperature, entropy)
+        found, hidden = _policy_outputs(self.policy, rows, temperature, entropy, share=not self.in_step)
         values = self._values(hidden, rows) if with_values else torch.zeros_like(found[0])
         return TokenOutputs(*found, values)
 
@@ -112,11 +142,11 @@ class PolicyAndValue(nn.Module):
         if self.value_model is not None:
             classifier = self.value_model
             classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
-            hidden = _trunk_hidden(self.value_model, rows)
+            hidden = _trunk_hidden(self.value_model, rows, share=not self.in_step)
             return classifier.score(hidden).squeeze(-1).float()
         if self.value_adapter is not None:
             with active_adapter(self.policy, self.value_adapter):
-                hidden = _trunk_hidden(self.policy, rows)
+                hidden = _trunk_hidden(self.policy, rows, share=not self.in_step)
         elif self.warming_up:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -142,7 +172,7 @@ def _before_completions(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _policy_outputs(
-    model: PreTrainedModel | PeftModel, rows: Rows, temperature: float, entropy: Entropy
+    model: PreTrainedModel | PeftModel, rows: Rows, temperature: float, entropy: Entropy, share: bool = True
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Log-probabilities and entropy (B, T) of the completion tokens, and last hidden states (B, T, d) before them.
 
@@ -163,26 +193,26 @@ def _policy_outputs(
         logits, hidden = decoder_outputs(model, rows)
     else:
         with before_head(model, select):
-            logits = _run(model, trunk(model), rows).output.logits[0]
+            logits = _run(model, trunk(model), rows, share).output.logits[0]
         hidden = caught[-1]
     found = token_logprobs(logits, tokens[exists], temperature, entropy)
     spread = tuple(torch.zeros(exists.shape, device=exists.device).masked_scatter(exists, values) for values in found)
     return (spread[0], spread[1]), hidden
 
 
-def _trunk_hidden(model: PreTrainedModel | PeftModel, rows: Rows) -> torch.Tensor:
+def _trunk_hidden(model: PreTrainedModel | PeftModel, rows: Rows, share: bool) -> torch.Tensor:
     """Last hidden states (B, T, d) at the positions before the completion tokens."""
     if model.config.is_encoder_decoder:
         return decoder_outputs(model, rows).hidden
-    computed = _run(trunk(model), trunk(model), rows)
+    computed = _run(trunk(model), trunk(model), rows, share)
     return computed.at(computed.output[0], _before_completions(rows)[0])
 
 
-def _run(model: nn.Module, body: PreTrainedModel, rows: Rows) -> Computed:
-    """The model's output. The common prefix of the rows is shared, unless activations are checkpointed."""
+def _run(model: nn.Module, body: PreTrainedModel, rows: Rows, share: bool) -> Computed:
+    """The model's output. With `share`, the rows share their common prefix, unless activations are checkpointed."""
     checkpointed = body.is_activation_checkpointing and torch.is_grad_enabled()
     config = body.config.get_text_config(decoder=True)
-    return forward_sharing_prefix(model, config, rows, share=not checkpointed, body=body)
+    return forward_sharing_prefix(model, config, rows, share=share and not checkpointed, body=body)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from rlhf.comparisons import as_message
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
+from rlhf.ppo.sharding import put
 from rlhf.ppo.types import Rewards, Rollout, pack
 from rlhf.rewards import RewardError, RewardFunction, RewardLog, RewardModel, call_rewards, reward_names
 
@@ -116,9 +117,8 @@ def start_value_head(
     for function, weight in zip(functions, weights, strict=True):
         if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
             continue
-        with torch.no_grad():
-            model.value_head.weight.copy_(function.head.weight * weight / scale.std)
-            model.value_head.bias.fill_(-scale.mean / scale.std)
+        put(model.value_head.weight, function.head.weight.detach() * weight / scale.std)
+        put(model.value_head.bias, torch.full((1,), -scale.mean / scale.std))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """PPOTrainer: TRL's interface, with a train() that reads like the algorithm."""
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from rlhf.ppo.conventions import TrainerConventions
 from rlhf.ppo.evaluation import evaluation_rows
 from rlhf.ppo.inputs import Model, Roles, check_model_init_kwargs, config_or_default, load_roles, tokenized
 from rlhf.ppo.metrics import batch_metrics, evaluation_metrics, sample_table, update_metrics
-from rlhf.ppo.model import TokenOutputs
+from rlhf.ppo.model import Reference, TokenOutputs
 from rlhf.ppo.processes import Processes
 from rlhf.ppo.rollout import draw_uniforms, sample_rollout
 from rlhf.ppo.scoring import (
@@ -49,6 +50,7 @@ from rlhf.ppo.setup import (
     set_sizes,
     stop_ids,
 )
+from rlhf.ppo.sharding import prepare, shard, whole
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
@@ -150,8 +152,6 @@ class PPOTrainer(TrainerConventions):
 
     def _prepare(self, roles: Roles) -> None:
         """The trained module, its optimizer and the sizes, once transformers' Trainer has been set up."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError("PPO runs on one process or under DDP; FSDP and DeepSpeed don't work with it yet.")
         if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise InputError(
                 f"--hub_strategy {self.args.hub_strategy.value}: checkpoints stay here. Use every_save or end."
@@ -168,12 +168,16 @@ class PPOTrainer(TrainerConventions):
         for module in (self.model, self.ref_model):
             if module is not None:
                 disable_dropout(module)
+        check_optimizers((self.optimizer, self.lr_scheduler), self.model)
+        shard(self.accelerator, self.model)
+        self.reference = None
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
-        check_optimizers((self.optimizer, self.lr_scheduler), self.model)
+            self.reference = Reference(self.ref_model)
+            shard(self.accelerator, self.reference)
         self.create_optimizer_and_scheduler(args.num_total_batches)
         self.has_begun = False
-        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped, self.optimizer = prepare(self.accelerator, self.model, self.optimizer)
         self.processes = Processes.of(self.accelerator, self.model_wrapped)
         self.mixed_precision = self.accelerator.mixed_precision
         self.seconds: dict[str, float] = {}  # of each phase since the last update
@@ -254,7 +258,9 @@ class PPOTrainer(TrainerConventions):
 
     def rewards(self, rollout: Rollout) -> Rewards:
         """The rewards of the completions."""
-        rewards = collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state)
+        rewards = whole(
+            self.model, lambda: collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state)
+        )
         scored = int(self.processes.sum((~rewards.scores.isnan()).sum()))
         need_scores(self.reward_funcs, scored, self.processes.number * len(rollout.prompts))
         return rewards
@@ -345,7 +351,7 @@ class PPOTrainer(TrainerConventions):
         rewards = self.rewards(rollout)
         logprobs, _, reference = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
         weights = [1.0] * len(self.eval_reward_funcs)
-        held_out = collect_rewards(rollout, self.eval_reward_funcs, weights, self.state)
+        held_out = whole(self.model, lambda: collect_rewards(rollout, self.eval_reward_funcs, weights, self.state))
         metrics = evaluation_metrics(rollout, rewards, held_out, logprobs - reference, self.processes)
         save_samples(args, self.state.global_step, prefix, sample_table(rollout, rewards, 32))
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -353,29 +359,31 @@ class PPOTrainer(TrainerConventions):
     # ------------------------------------------------------------------------------------------ passes of the models
 
     def _sample(self, rows: list[Row], uniforms: torch.Tensor) -> Rollout:
+        sample = functools.partial(
+            sample_rollout,
+            self.model.policy.eval(),
+            self.processing_class,
+            rows,
+            response_length=self.args.response_length,
+            temperature=self.args.temperature,
+            stop_token_ids=self.stop_token_ids,
+            stop_strings=self.args.stop_strings,
+            batch_size=self.args.local_rollout_forward_batch_size,
+            uniforms=uniforms,
+            device=self.accelerator.device,
+        )
         with mixed_precision(self.accelerator, self.model.policy):
-            return sample_rollout(
-                self.model.policy.eval(),
-                self.processing_class,
-                rows,
-                response_length=self.args.response_length,
-                temperature=self.args.temperature,
-                stop_token_ids=self.stop_token_ids,
-                stop_strings=self.args.stop_strings,
-                batch_size=self.args.local_rollout_forward_batch_size,
-                uniforms=uniforms,
-                device=self.accelerator.device,
-            )
+            return whole(self.model, sample)
 
     def _logprobs_and_values(
         self, rollout: Rollout, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        temperature = self.args.temperature
+        compute = functools.partial(
+            logprobs_and_values, self.model, self.ref_model, self.ref_adapter_name, rollout,
+            batch_size=batch_size, temperature=self.args.temperature,
+        )  # fmt: skip
         with mixed_precision(self.accelerator, self.model.policy):
-            return logprobs_and_values(
-                self.model, self.ref_model, self.ref_adapter_name, rollout,
-                batch_size=batch_size, temperature=temperature,
-            )  # fmt: skip
+            return whole(self.model, lambda: whole(self.reference, compute))
 
     def _forward(self, rows: Rows, temperature: float, **settings: bool) -> TokenOutputs:
         self.model_wrapped.train()
