@@ -29,6 +29,13 @@ class _Terminated(SystemExit):
 
 
 _at_failure: list[Callable[[], None]] = []
+_may_say: Callable[[], bool] = lambda: True  # noqa: E731
+
+
+def say_if(allowed: Callable[[], bool]) -> None:
+    """Ask this before an error is said: of runs beside each other, which fill the same disk, one says it."""
+    global _may_say
+    _may_say = allowed
 
 
 def at_failure(action: Callable[[], None]) -> None:
@@ -67,7 +74,7 @@ def report_errors() -> Iterator[None]:
 
 
 def _say(line: str, every_process: bool = False) -> None:
-    if every_process or int(os.environ.get("RANK", "0")) == 0:
+    if (every_process or int(os.environ.get("RANK", "0")) == 0) and _may_say():
         _end_progress_bars()
         print(" ".join(line.split()), file=sys.stderr)
 

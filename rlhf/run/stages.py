@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.paths import check_paths
-from rlhf.errors import PARENT_PIPE, InputError
+from rlhf.errors import PARENT_PIPE, InputError, say_if
 from rlhf.run.arguments import parse
 from rlhf.run.declarations import argument_names
 from rlhf.run.folders import is_finished
@@ -47,7 +47,7 @@ def run_stage(script: Path, config: str, output_dir: Path, flags: dict[str, Any]
     """
     words = [str(script), *_words(config, output_dir, flags)]
     print(f"\n=== {output_dir}: {_short(script)}", flush=True)
-    code = _wait(_context().Process(target=_run, args=(words, 1)))
+    code = _wait(_context().Process(target=_run, args=(words,)))
     if code == 2:
         sys.exit(2)
     if code:
@@ -141,6 +141,7 @@ def run_all(script: Path, config: str, runs: dict[Path, dict[str, Any]], max_wor
         SystemExit: if a run refuses its input. Its own line says why.
     """
     context = _context()
+    one_speaks = context.Semaphore(1)
     failed: list[str] = []
     refused = f"exit code 2. {CONTINUE}"
     running: list[Any] = []
@@ -152,7 +153,7 @@ def run_all(script: Path, config: str, runs: dict[Path, dict[str, Any]], max_wor
         flags = [word for name, value in runs[folder].items() for word in (f"--{name}", str(value))]
         words = [str(script), "--config", config, "--output_dir", str(folder), *flags]
         print(f"\n=== {folder}: {_short(script)}", flush=True)
-        process = context.Process(target=_run, args=(words, max_workers))
+        process = context.Process(target=_run, args=(words, max_workers, one_speaks))
         process.start()
         running.append(process)
         if interrupted:  # while it was being started
@@ -178,7 +179,9 @@ def run_all(script: Path, config: str, runs: dict[Path, dict[str, Any]], max_wor
         raise InputError(failed[0])
 
 
-def _run(words: list[str], max_workers: int) -> None:
+def _run(words: list[str], max_workers: int = 1, one_speaks: Any = None) -> None:
+    if one_speaks is not None:
+        say_if(lambda: one_speaks.acquire(block=False))
     parent = multiprocessing.parent_process()
     if parent is not None and os.name == "posix":
         os.environ[PARENT_PIPE] = str(parent.sentinel)
