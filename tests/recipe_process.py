@@ -17,6 +17,8 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
+from datasets import fingerprint
+
 from rlhf.run.stages import LIBRARIES
 
 # libraries only: the project's own modules are imported by each recipe, as their files are then
@@ -46,6 +48,7 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, stdout: str,
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    fingerprint.fingerprint_rng.seed()  # as rlhf/run/stages.py does
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     code = 0

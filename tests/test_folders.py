@@ -553,6 +553,20 @@ def test_a_signal_after_the_imports_undoes_what_is_half_done(tmp_path):
         assert out == "undone\n" and said.count("\n") == 1 and process.returncode == 128 + number
 
 
+def test_stages_name_what_they_cache_apart(tmp_path):
+    """`datasets` names what it can't hash at random, and a later stage would take it for its own."""
+    (tmp_path / "parent.py").write_text(PARENT.replace("LIBRARIES = ()", "LIBRARIES = ('datasets',)"))
+    (tmp_path / "stage.py").write_text(
+        "from datasets.fingerprint import generate_random_fingerprint as name\nprint('named', name(), flush=True)"
+    )
+    said = subprocess.run(
+        [sys.executable, tmp_path / "parent.py", tmp_path / "stage.py", tmp_path / "out", "several"],
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    names = [line for line in said.stdout.splitlines() if line.startswith("named")]
+    assert len(names) == 2 == len({*names}), said.stderr[-2000:]
+
+
 def test_a_stage_that_refuses_its_input_says_so_alone(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     (tmp_path / "stage.py").write_text(

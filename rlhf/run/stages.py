@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from datasets import fingerprint
+
 from rlhf.data.paths import check_paths
 from rlhf.errors import PARENT_PIPE, InputError, say_if
 from rlhf.run.arguments import parse
@@ -187,6 +189,8 @@ def _run(words: list[str], max_workers: int = 1, one_speaks: Any = None) -> None
         os.environ[PARENT_PIPE] = str(parent.sentinel)
     if max_workers > 1:  # rlhf.run.processes gives a process its part of the cores, as if launched with one thread
         os.environ |= {"LOCAL_WORLD_SIZE": str(max_workers), "OMP_NUM_THREADS": "1"}
+    # else all forks have the same random names of files in the cache, and one reads the rows of another
+    fingerprint.fingerprint_rng.seed()
     multiprocessing.current_process().name = "MainProcess"  # else collators take it for a loader's worker
     sys.argv = words
     try:
