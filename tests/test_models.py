@@ -101,7 +101,7 @@ def test_wrong_kinds_of_adapters_are_refused(sft, tokenizer, tmp_path):
     load_reward_model(resolve(sft), ARGS, tokenizer).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a reward adapter"):
         load_causal_lm(resolve(str(tmp_path)), ARGS, tokenizer)
-    with pytest.raises(InputError, match="task type SEQ_CLS"):
+    with pytest.raises(InputError, match="is an adapter for CAUSAL_LM, and a reward model is a sequence classifier"):
         resolve_reward(sft)
 
 
