@@ -206,6 +206,7 @@ def test_what_is_done_with_one_row_and_with_other_columns_is_said(tokenizer, tmp
     assert train[0] == test[0] and "one.jsonl: has one row, so the evaluation is on the row" in capsys.readouterr().out
     preference_rows(train, "d", tokenizer, None)
     assert "d: without a column 'prompt', each text is scored alone; question not used." in capsys.readouterr().out
+    preference_rows(train.remove_columns("question").add_column("margin", [0.5]), "d", tokenizer, None)
     preference_rows(train.rename_column("question", "prompt"), "d", tokenizer, None)
     assert "not used" not in capsys.readouterr().out
 

@@ -345,7 +345,7 @@ def preference_rows(
     known = columns | {column for column in (*OPTION_COLUMNS, "margin") if column in dataset.column_names}
     chat = isinstance(dataset[0]["chosen"], list)
     _say_unused(dataset, name, chat)
-    others = sorted({*dataset.column_names} - {"chosen", "rejected", *OPTION_COLUMNS})
+    others = sorted({*dataset.column_names} - known)
     if "prompt" not in columns and not chat and others:
         print(f"{name}: without a column 'prompt', each text is scored alone; {', '.join(others)} not used.")
 

@@ -107,9 +107,9 @@ def forward_sharing_prefix(
 
     Args:
         model: a causal language model or the trunk of one.
-        body: its trunk, on which sharing is tried, if `model` has hooks that expect these rows.
         rows: only prompts are shared, without their last token, whose output is needed.
         share: False computes every row in full. Activation checkpointing needs that, since it allows no cache.
+        body: its trunk, on which sharing is tried, if `model` has hooks that expect these rows.
     """
     input_ids, attention_mask, lengths = rows
     limits = attention_mask.sum(1) - lengths - 1

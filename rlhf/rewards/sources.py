@@ -67,7 +67,7 @@ def resolve_reward(
         return RewardSource(name, None, starter_reward)
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
     if allow_functions and Path(f"{name.removesuffix('.py')}.py").is_file() and not Path(name).is_dir():
-        module = name.removesuffix(".py").replace("/", ".")
+        module = ".".join(part for part in Path(name.removesuffix(".py")).parts if part.isidentifier())
         raise InputError(f"{flag} {name}: names a file of functions. Name the function too: {module}.<function>.")
     if allow_functions and is_import_path:
         return RewardSource(name, None, _imported(name, flag, columns))
