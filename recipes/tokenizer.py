@@ -7,7 +7,7 @@
 Without arguments it reads recipes/configs/tokenizer.yaml: the starter conversations, seconds on a laptop. A dataset
 needs a column `text` or `messages`. The fast tokenizer has pad, mask, cls, sep and T5's sentinel tokens and a chat
 template, for recipes/pretrain.py and every later recipe. It can encode any text, because every byte is in the
-vocabulary. The report compares bytes per token on held-out text with the starter's tokenizer.
+vocabulary. The report compares bytes per token on held-out text with the starter's tokenizer, if that is installed.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -26,7 +26,7 @@ from rlhf.pretraining.tokenization import check_vocab_size, resolve_tokenizer, t
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.processes import need_one_process
 from rlhf.run.ranges import NonNegativeInt, PositiveInt
-from rlhf.starter.model import STARTER
+from rlhf.starter.model import STARTER, starter_is_installed
 
 
 @dataclass
@@ -61,9 +61,12 @@ def main() -> None:
 
     # Save, report
     tokenizer.save_pretrained(args.output_dir)
-    own, other = bytes_per_token(tokenizer, test), bytes_per_token(resolve_tokenizer(STARTER), test)
+    cells = {"own": bytes_per_token(tokenizer, test)}
+    if starter_is_installed():
+        other = bytes_per_token(resolve_tokenizer(STARTER), test)
+        cells |= {STARTER: other, "own less starter": cells["own"].minus(other)}
     metrics: dict[str, float] = {"vocab_size": len(tokenizer)}
-    for name, cell in (("own", own), (STARTER, other), ("own less starter", own.minus(other))):
+    for name, cell in cells.items():
         print(f"{name:>16}: {cell:.2f} held-out bytes per token")
         ends = (("", cell.mean), ("_low", cell.low), ("_high", cell.high))
         metrics |= {f"bytes_per_token/{name}{end}": value for end, value in ends}

@@ -36,7 +36,6 @@ def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]
     from trl import ModelConfig
 
     from rlhf.data.rows import prompt_rows
-    from rlhf.models.loading import load_causal_lm, load_reward_model
     from rlhf.models.sources import resolve
     from rlhf.models.tokenizers import load_tokenizer
     from rlhf.run.processes import cpu_has_bfloat16
@@ -47,22 +46,51 @@ def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]
         dtype="bfloat16" if has_bf16 else "float32", use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0,
         lora_target_modules=["all-linear"], attn_implementation="sdpa" if which == "trl" else None,
     )  # fmt: skip
-    source = resolve("starter")
+    tokenizer = load_tokenizer(resolve("starter"))
+    rows = prompt_rows(starter_dataset("ppo")["train"], "starter", tokenizer, 48, None).select(range(32 * updates))
+    return trainer_of(which, "starter", lora, rows, {**SETTINGS, "bf16": has_bf16, "total_episodes": 32 * updates})
+
+
+def trainer_of(
+    which: str, model: str, model_args: Any, rows: Any, settings: dict[str, Any]
+) -> tuple[Any, Callable[[], dict[str, float]]]:
+    """A trainer of ours or of TRL, ready to run, and a function that gives the seconds of each phase of an update.
+
+    With LoRA, ours gets a reward adapter of the same base and puts the value function on the policy's trunk; else both
+    get a reward model and a value model.
+
+    Args:
+        which: `ours` or `trl`.
+        model: name or folder.
+        model_args: a ModelConfig.
+        rows: prompts with `input_ids`.
+        settings: of PPOConfig; ours is told `activation_checkpointing`, TRL's the older name of it.
+    """
+    from trl import ModelConfig
+
+    from rlhf.models.loading import load_causal_lm, load_reward_model
+    from rlhf.models.sources import resolve
+    from rlhf.models.tokenizers import load_tokenizer
+
+    source, folder = resolve(model), tempfile.mkdtemp()
     tokenizer = load_tokenizer(source)
     tokenizer.padding_side = "left"  # which stock TRL leaves to the user
-    rows = prompt_rows(starter_dataset("ppo")["train"], "starter", tokenizer, 48, None).select(range(32 * updates))
-    folder = tempfile.mkdtemp()
-    settings = {**SETTINGS, "output_dir": folder, "bf16": has_bf16, "total_episodes": 32 * updates}
-    policy = load_causal_lm(source, lora, tokenizer)
+    policy = load_causal_lm(source, model_args, tokenizer)
+    settings = {**settings, "output_dir": folder}
+    whole = ModelConfig(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation)
     if which == "ours":
         from rlhf.models.adapters import REWARD
         from rlhf.ppo import PPOConfig, PPOTrainer
         from rlhf.rewards import load_reward, resolve_reward
 
-        load_reward_model(source, lora, tokenizer).save_pretrained(folder)
-        reward = load_reward(resolve_reward(folder), lora, policy=policy)
-        assert REWARD in policy.peft_config
-        trainer = PPOTrainer(PPOConfig(**settings), tokenizer, policy, train_dataset=rows, reward_funcs=[reward])
+        load_reward_model(source, model_args, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        reward = load_reward(resolve_reward(folder), model_args, policy=policy)
+        assert not model_args.use_peft or REWARD in policy.peft_config
+        value = None if model_args.use_peft else load_reward_model(source, whole, tokenizer)
+        trainer = PPOTrainer(
+            PPOConfig(**settings), tokenizer, policy, train_dataset=rows, reward_funcs=[reward], value_model=value
+        )
         return trainer, lambda: {
             name.removeprefix("time/"): value for name, value in trainer.state.log_history[-1].items()
             if name.startswith("time/")
@@ -70,13 +98,23 @@ def worker(which: str, updates: int) -> tuple[Any, Callable[[], dict[str, float]
     from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer, need_trl_ppo
 
     need_trl_ppo()
-    value, reward_model = (load_reward_model(source, ModelConfig(dtype=lora.dtype), tokenizer) for _ in range(2))
+    value, reward_model = (load_reward_model(source, whole, tokenizer) for _ in range(2))
     reward_model.requires_grad_(False)
     rows = rows.select_columns(["input_ids"])
-    settings = {key: v for key, v in settings.items() if key != "activation_checkpointing"}
-    args = TRLPPOConfig(**settings, gradient_checkpointing=False)
-    trainer = TRLPPOTrainer(args, tokenizer, policy, None, reward_model, rows, value)
+    checkpoints = settings.pop("activation_checkpointing")
+    args = TRLPPOConfig(**settings, gradient_checkpointing=checkpoints)
+    reference = None if model_args.use_peft else load_causal_lm(source, model_args, tokenizer)
+    trainer = TRLPPOTrainer(args, tokenizer, policy, reference, reward_model, rows, value)
     return trainer, time_stock(trainer)
+
+
+def clock() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def time_stock(trainer: Any) -> Callable[[], dict[str, float]]:
@@ -86,21 +124,21 @@ def time_stock(trainer: Any) -> Callable[[], dict[str, float]]:
     generation, accumulate = module.batch_generation, trainer.accelerator.accumulate
 
     def timed_generation(*args: Any, **kwargs: Any) -> Any:
-        marks["start"] = time.perf_counter()
+        marks["start"] = clock()
         marks.pop("update", None)
         result = generation(*args, **kwargs)
-        marks["sampled"] = time.perf_counter()
+        marks["sampled"] = clock()
         return result
 
     def timed_accumulate(*args: Any, **kwargs: Any) -> Any:
-        marks.setdefault("update", time.perf_counter())
+        marks.setdefault("update", clock())
         return accumulate(*args, **kwargs)
 
     module.batch_generation, trainer.accelerator.accumulate = timed_generation, timed_accumulate
     return lambda: {
         "rollout": marks["sampled"] - marks["start"],
         "reward+logprobs": marks["update"] - marks["sampled"],
-        "update": time.perf_counter() - marks["update"],
+        "update": clock() - marks["update"],
     }
 
 

@@ -31,7 +31,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from rlhf.models.adapters import refuse_prompt_learning
-from rlhf.models.precision import exact
+from rlhf.models.precision import exact, running_sums
 from rlhf.models.prefix import CANNOT, logits_at, prefill, reraise_out_of_memory, same
 from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.tokenizers import end_ids
@@ -61,7 +61,7 @@ def draw_tokens(
     logprobs = torch.log_softmax(logits, dim=-1)
     if do_sample:
         # in float32 the rounding of a long sum, not the logits, would decide between neighbours
-        cumulative = exact(logprobs.exp()).cumsum(-1)
+        cumulative = running_sums(logprobs.exp())
         uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
         # scaled by the last entry, which rounding leaves slightly off 1: the draw must not lie beyond it
         points = exact(uniform)[:, None] * cumulative[:, -1:]

@@ -15,6 +15,18 @@ def exact(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
+def running_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums of probabilities up to each one, along the last dimension, in float64."""
+    if values.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return whole_sums(values)
+    return exact(values).cumsum(-1)
+
+
+def whole_sums(values: torch.Tensor) -> torch.Tensor:
+    """The same by whole numbers, times 2⁵². Their sum doesn't depend on the order, which CUDA leaves open."""
+    return exact((exact(values) * 2**52).long().cumsum(-1))
+
+
 @contextmanager
 def mixed_precision(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """The run's autocast, for forward passes only: it caches casts of weights until it ends, but steps change weights.

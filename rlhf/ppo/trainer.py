@@ -406,4 +406,6 @@ class PPOTrainer(TrainerConventions):
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # a GPU works on while Python goes on
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

