@@ -53,7 +53,9 @@ def computed(folder: str, rollout: Rollout, device: str, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         module.value_head.weight.copy_(torch.randn(module.value_head.weight.shape, generator=generator) / 10)
-    rollout = Rollout(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in rollout))
+    rollout = rollout._replace(
+        **{name: part.to(device) for name, part in rollout._asdict().items() if isinstance(part, torch.Tensor)}
+    )
     logprobs, values, reference = logprobs_and_values(
         module, policy, None, rollout, batch_size=8, temperature=0.7
     )  # fmt: skip
@@ -69,7 +71,13 @@ def computed(folder: str, rollout: Rollout, device: str, dtype: torch.dtype) -> 
 
     module.train()
     stats = update(
-        module, step, rollout, scored, Advantages(logprobs, logprobs, *fixed), [[torch.arange(16)]], SETTINGS
+        module,
+        step,
+        rollout,
+        scored,
+        Advantages(logprobs, logprobs, *fixed),
+        [[torch.arange(16, device=device)]],
+        SETTINGS,
     )
     losses = torch.tensor([stats.policy_loss, stats.value_loss, stats.entropy, stats.grad_norm])
     return {"logprobs": logprobs.cpu(), "values": values.cpu(), "update": losses}

@@ -117,7 +117,7 @@ def measure(tiny: bool, keep: Callable[[dict[str, Any]], None]) -> None:
                 done = subprocess.run(command, capture_output=True, text=True)
                 print(f"--- {which} {mode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", flush=True)
                 reports = [line[7:] for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-                found = json.loads(reports[0]) if reports else {"error": done.stderr.splitlines()[-3:]}
+                found: dict[str, Any] = json.loads(reports[0]) if reports else {"error": done.stderr.splitlines()[-3:]}
                 if reports:
                     found["share_of_matmul_rate"] = round(found["tflops"] / rate, 3)
                 found["process_seconds"] = round(time.perf_counter() - start, 1)

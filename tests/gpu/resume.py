@@ -41,7 +41,7 @@ def measure(tiny: bool, keep: Callable[[dict[str, Any]], None]) -> None:
         for name, more in (("deterministic", ["--full_determinism", "true"]), ("default", [])):
             one, two = folder / f"{name}-1", folder / f"{name}-2"
             run = functools.partial(run_recipe, "recipes/ppo.py", *words, *more, "--output_dir")
-            at_once(lambda run=run, one=one: run(one), lambda run=run, two=two: run(two))
+            at_once(functools.partial(run, one), functools.partial(run, two))
             first, second = digests(one), digests(two)
             undo_the_second_half(two)
             assert "Resuming from" in run(two)
