@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import (
     BatchEncoding,
@@ -35,6 +36,9 @@ from rlhf.models.precision import exact, running_sums
 from rlhf.models.prefix import CANNOT, logits_at, prefill, reraise_out_of_memory, same
 from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.tokenizers import end_ids
+
+# tokens whose probabilities are added up at once
+BLOCK = 128
 
 
 class Samples(NamedTuple):
@@ -60,15 +64,34 @@ def draw_tokens(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     if do_sample:
-        # in float32 the rounding of a long sum, not the logits, would decide between neighbours
-        cumulative = running_sums(logprobs.exp())
         uniform = torch.rand(logits.shape[0], device=logits.device) if uniform is None else uniform
-        # scaled by the last entry, which rounding leaves slightly off 1: the draw must not lie beyond it
-        points = exact(uniform)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
+        tokens = invert(logprobs.exp(), uniform)
     else:
         tokens = logprobs.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+
+
+def invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token (B, 1) of each row up to which probabilities (B, V) add up to more than a share (B,) of all.
+
+    First the block of tokens is found, then the token in it: running sums over a whole vocabulary are slow on a GPU.
+    They are in float64, as in float32 the rounding of a long sum, not the logits, would decide between neighbours.
+    """
+    size = probabilities.shape[1]
+    cut = size - size % BLOCK
+    blocks = exact(probabilities[:, :cut].unflatten(1, (-1, BLOCK))).sum(-1)
+    sums = running_sums(torch.cat([blocks, exact(probabilities[:, cut:]).sum(-1, keepdim=True)], 1))
+    shares = _below(exact(uniform)[:, None] * sums[:, -1:], sums)
+    block = torch.searchsorted(sums, shares, right=True)
+    columns = block * BLOCK + torch.arange(BLOCK, device=block.device)
+    inside = running_sums(probabilities.gather(1, columns.clamp(max=size - 1)) * (columns < size))
+    before = pad(sums, (1, 0)).gather(1, block)
+    return block * BLOCK + torch.searchsorted(inside, _below(shares - before, inside), right=True)
+
+
+def _below(shares: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """The shares, but below the last sum, beyond which rounding may put them: no token lies there."""
+    return torch.minimum(shares, torch.nextafter(sums[:, -1:], torch.zeros_like(shares)))
 
 
 class Way(Enum):

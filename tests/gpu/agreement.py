@@ -24,7 +24,7 @@ LENGTH = 24
 
 
 def config(tiny: bool) -> LlamaConfig:
-    width, layers = (32, 2) if tiny else (512, 8)
+    width, layers = (32, 2) if tiny else (256, 4)
     return LlamaConfig(
         vocab_size=2000, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=width // 16, num_key_value_heads=width // 32, max_position_embeddings=512,
