@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench optimum kills families templates mistakes people test lint format
+.PHONY: setup chromium demo road docs bench gpu optimum kills families templates mistakes people test lint format
 
 setup: $(SETUP)
 
@@ -37,6 +37,10 @@ docs: setup
 # prints the ratios beside those of benchmarks/ppo.json; make bench KEEP=1 replaces that file
 bench: $(DEV)
 	$(BIN)/python tests/bench_ppo.py $(if $(KEEP),--keep)
+
+# a machine with a GPU, also one without .venv and without network; writes benchmarks/gpu.json
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py

@@ -22,7 +22,7 @@ def test_ratios_are_ours_to_trls():
     assert (rows["peak memory, GiB"].trl, rows["peak memory, GiB"].ours) == (6.4, 3.2)
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [FOLDER / "ppo.json"], ids=lambda file: file.stem)
 def test_kept_files_hold_what_the_benchmark_measures(file):
     kept = read_benchmark(file)
     assert set(kept.ratios) == set(RATIOS)

@@ -5,7 +5,17 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.models.generation import Sampling, Way, draw_tokens, generate, left_pad, sample_completions, way_to_decode
+from rlhf.models.generation import (
+    Sampling,
+    Way,
+    draw_tokens,
+    generate,
+    invert,
+    left_pad,
+    sample_completions,
+    way_to_decode,
+)
+from rlhf.models.precision import running_sums, whole_sums
 from rlhf.models.prefix import positions_of
 
 
@@ -17,6 +27,24 @@ def test_draw_follows_the_distribution():
     assert torch.allclose(shares, probabilities, atol=0.015)
     assert shares[1] == 0
     assert torch.allclose(logprobs, probabilities.log()[tokens])
+
+
+@pytest.mark.parametrize("size", [1, 7, 127, 128, 129, 1000])
+def test_a_block_and_then_a_token_is_what_sums_over_the_vocabulary_give(size):
+    torch.manual_seed(size)
+    logits = torch.randn(200, size) * 3
+    logits[:, 1 : size // 3] = -torch.inf  # no such token may be drawn
+    probabilities, uniform = logits.softmax(-1), torch.rand(200)
+    uniform[:2] = torch.tensor([0, 1 - 2**-24])
+    sums = probabilities.double().cumsum(-1)
+    expected = torch.searchsorted(sums, uniform.double()[:, None] * sums[:, -1:], right=True)
+    found = invert(probabilities, uniform)
+    assert torch.equal(found, expected) and (probabilities.gather(1, found) > 0).all()
+
+
+def test_sums_of_whole_numbers_are_those_of_floats():
+    values = torch.randn(50, 300).softmax(-1)
+    assert (whole_sums(values) - running_sums(values)).abs().max() < 300 * 2**-52
 
 
 def _model(tiny):

@@ -141,7 +141,9 @@ def test_sft_takes_the_loss_of_transformers_and_saves_what_it_trained(t5, tmp_pa
     after = trainer.evaluate()["eval_loss"]
     assert after < float(loss) - 1e-3
     again = load_causal_lm(resolve(str(tmp_path)), model_args, tokenizer, trainable=False).eval()
-    assert float(again(**batch).loss) == pytest.approx(after, abs=1e-5)
+    assert float(again(**{key: part.to(again.device) for key, part in batch.items()}).loss) == pytest.approx(
+        after, abs=1e-5
+    )
 
 
 def test_flags_of_decoders_are_refused(tmp_path):

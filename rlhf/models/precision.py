@@ -23,8 +23,8 @@ def running_sums(values: torch.Tensor) -> torch.Tensor:
 
 
 def whole_sums(values: torch.Tensor) -> torch.Tensor:
-    """The same by whole numbers, times 2⁵². Their sum doesn't depend on the order, which CUDA leaves open."""
-    return exact((exact(values) * 2**52).long().cumsum(-1))
+    """The same of whole multiples of 2⁻⁵²: CUDA adds in any order, which changes sums of floats alone."""
+    return exact((exact(values) * 2**52).long().cumsum(-1)) / 2**52
 
 
 @contextmanager

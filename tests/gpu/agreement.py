@@ -88,6 +88,7 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def measure(tiny: bool, keep: Callable[[dict[str, Any]], None]) -> None:
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # on a shared machine, more threads wait for each other
     with tempfile.TemporaryDirectory() as parent:
         folder = save_random(config(tiny), Path(parent) / "model")
         rollout, again = sampled(folder, "cpu"), sampled(folder, DEVICE)

@@ -78,8 +78,8 @@ class Watch(TrainerCallback):
             "seconds_per_update": round(mean, 2),
             "phases": {name: round(sum(phase[name] for phase in phases) / TIMED, 2) for name in phases[0]},
             "peak_memory_gib": self.peak,
-            "teraflop_per_update": round(tera, 3),
-            "tflops": round(tera / mean, 3),
+            "teraflop_per_update": float(f"{tera:.4g}"),
+            "tflops": float(f"{tera / mean:.4g}"),
         }
 
 

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import recipe_process
 from piece import DEVICE
 
 T = TypeVar("T")
@@ -22,19 +22,20 @@ def at_once(*runs: Callable[[], T]) -> list[T]:
         return list(pool.map(lambda run: run(), runs))
 
 
-def run_recipe(script: str, *words: Any, launcher: tuple[str, ...] = (), check: bool = True) -> str:
-    """Run `python script words`, or with `launcher` in place of python; returns what it printed.
+def run_recipe(script: str, *words: Any, launcher: tuple[str, ...] = ()) -> str:
+    """Run `script words` in a process of its own, with `launcher` before them if given; returns what it printed.
 
     Raises:
         SystemExit: if it fails, with its output on standard output.
     """
-    command = [*(launcher or (sys.executable,)), str(ROOT / script), *map(str, words)]
+    command = [str(ROOT / script), *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print(f"--- {script}\n{done.stdout[-4000:]}", flush=True)
-    if check and done.returncode:
+    if launcher:
+        done = subprocess.run([*launcher, *command], cwd=ROOT, env=environment, text=True, capture_output=True)
+    else:
+        done = recipe_process.run_recipe(recipe_process.start(environment), command, environment, ROOT)
+    print(f"--- {script}\n{done.stdout[-2000:]}{done.stderr[-3000:]}", flush=True)
+    if done.returncode:
         raise SystemExit(f"{script} ended with exit code {done.returncode}")
     return done.stdout
 
