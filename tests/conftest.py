@@ -39,7 +39,8 @@ T = TypeVar("T")
 # a file is run by one process (--dist loadfile): the longest first, or one process works on them while another waits
 LONGEST = (
     "test_rounds.py", "test_hub.py", "test_star.py", "test_scaling.py", "test_recipes.py", "test_folders.py",
-    "test_distributed.py", "test_kills.py", "test_docs.py", "test_people.py", "test_pages.py", "test_attacks.py",
+    "test_gpu_check.py", "test_distributed.py", "test_kills.py", "test_docs.py", "test_people.py", "test_pages.py",
+    "test_attacks.py",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Push a run folder to a Hub that fails at each request in turn; run by test_hub.py in a process of its own.
 
-    python tests/push_failures.py <run folder>
+    python tests/push_failures.py <run folder> <how it fails>...
 
 Prints a line of JSON for each push: how the Hub failed, at which request, and what push_model said.
 """
@@ -38,7 +38,7 @@ def main() -> None:
         file_download._ETAG_RETRY_TIMEOUT = 1
         request = PushRequest("you/x", "hf_secret", None, "trial")
         folder = whole.parent / "pushed"
-        for how in (500, 403, 401, 404, "close", "silence"):
+        for how in (int(word) if word.isdigit() else word for word in sys.argv[2:]):
             number = 0
             said: str | None = ""
             while said is not None:
