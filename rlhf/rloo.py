@@ -7,6 +7,7 @@ function is trained. The KL to the reference is subtracted from the reward of th
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
 from rlhf.models.causality import need_causal
 from rlhf.models.generation import generate, left_pad
+from rlhf.models.logprobs import token_logprobs
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import logits_at, without_gaps
 from rlhf.models.seq2seq import decoder_outputs
@@ -219,13 +221,13 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
 
         An encoder-decoder model gets the prompts and completions apart.
         """
-        owner = self.accelerator.unwrap_model(model)
+        owner, keep = self.accelerator.unwrap_model(model), inputs[2]
         if owner.config.is_encoder_decoder:
-            reads = functools.partial(_as_decoder, model, keep=inputs[2])
+            reads = functools.partial(_log_probs, functools.partial(_as_decoder, model, keep=keep), self.temperature)
             return super()._get_per_token_logps_and_entropies(reads, *inputs, **settings)
 
         def padded_right(
-            input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int = 0, **batch: object
+            input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int = keep + 1, **batch: object
         ) -> ModelOutput:
             width = input_ids.shape[1]
             starts = attention_mask.argmax(1, keepdim=True)
@@ -238,7 +240,8 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             }
             return logits_at(owner, (columns - starts).clamp(min=0)[:, -logits_to_keep:], model, **batch)
 
-        return super()._get_per_token_logps_and_entropies(padded_right, *inputs, **settings)
+        reads = functools.partial(_log_probs, padded_right, self.temperature)
+        return super()._get_per_token_logps_and_entropies(reads, *inputs, **settings)
 
     def _calculate_rewards(
         self,
@@ -324,6 +327,26 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             folder = output_dir or self.args.output_dir
             self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=["default"])
             self.processing_class.save_pretrained(folder)
+
+
+def _log_probs(
+    read: Callable[..., ModelOutput],
+    temperature: float,
+    *,
+    input_ids: torch.Tensor,
+    fused_lm_head: bool = False,
+    labels: torch.Tensor | None = None,
+    **inputs: Any,
+) -> ModelOutput:
+    """What `read` returns; from TRL 1.15 on, which asks for it by `fused_lm_head`, log-probabilities and entropy."""
+    output = read(input_ids=input_ids, **inputs)
+    if not fused_lm_head:
+        return output
+    logits = output.logits[:, :-1]
+    tokens = input_ids[:, -logits.shape[1] :]
+    found = token_logprobs(logits.flatten(0, 1), tokens.flatten(), temperature)
+    log_probs, entropy = (values.view(tokens.shape) for values in found)
+    return ModelOutput(log_probs=log_probs, entropy=entropy, aux_loss=output.get("aux_loss"))
 
 
 def _as_decoder(

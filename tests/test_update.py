@@ -2,7 +2,8 @@
 
 import torch
 
-from rlhf.ppo.model import TokenOutputs, token_logprobs
+from rlhf.models.logprobs import token_logprobs
+from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.types import Advantages, Rollout, Scored, pack
 from rlhf.ppo.update import UpdateSettings, minibatches, ppo_loss, update
 

@@ -1,7 +1,7 @@
 """Policy and value function as one module, and the reference."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.models.adapters import active_adapter, trunk
+from rlhf.models.logprobs import Entropy, token_logprobs
 from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
 from rlhf.models.seq2seq import decoder_outputs
 
-Entropy = Literal["none", "value", "graph"]
 T = TypeVar("T")
 
 
@@ -22,30 +22,6 @@ class TokenOutputs(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor
     values: torch.Tensor
-
-
-def token_logprobs(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    temperature: float,
-    entropy: Entropy = "value",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token and entropy of each distribution, (N,) float32.
-
-    Args:
-        logits: (N, V) at the positions before the tokens, raw; they are divided by `temperature` in float32.
-        tokens: (N,) int64.
-        entropy: `none` returns 0 and saves the computation; `graph` lets gradients through it.
-    """
-    logprobs, entropies = [], []
-    # in pieces: (64, V) fits the processor's caches, (N, V) doesn't
-    for some_logits, some_tokens in zip(logits.split(64), tokens.split(64), strict=True):
-        scaled = some_logits if temperature == 1 else some_logits.float() / temperature
-        every = torch.log_softmax(scaled, dim=-1, dtype=torch.float32)
-        logprobs.append(every.gather(-1, some_tokens.unsqueeze(-1)).squeeze(-1))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "graph"):
-            entropies.append(torch.zeros_like(logprobs[-1]) if entropy == "none" else -(every.exp() * every).sum(-1))
-    return torch.cat(logprobs), torch.cat(entropies)
 
 
 class Shardable(nn.Module):
