@@ -22,7 +22,7 @@ from datasets import fingerprint
 from rlhf.run.stages import LIBRARIES
 
 # libraries only: the project's own modules are imported by each recipe, as their files are then
-PRELOAD = [*LIBRARIES, "trl.experimental.ppo", "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes"]
+PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes"]
 
 
 def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:

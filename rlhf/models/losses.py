@@ -6,10 +6,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTConfig
-from trl.trainer.sft_trainer import _patch_chunked_ce_lm_head
+from trl.trainer import sft_trainer, utils
 
 from rlhf.errors import InputError
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
+
+FUSED = hasattr(utils, "add_fused_lm_head")  # TRL 1.15 and later: no other loss than that of its own head
 
 
 @torch.no_grad()
@@ -20,8 +22,10 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     between (Granite divides the logits, BERT has a layer more), and fails with others; these get `nll`. Mixtures of
     experts that have no loss for their routers get none. Both are tried once on a few tokens; the model is as before.
 
+    From 1.15 on, TRL knows more models, but has no other way for the rest.
+
     Raises:
-        InputError: if the model's own loss is needed and fails (GIT's, without an image).
+        InputError: if the model's own loss is needed and fails (GIT's, without an image), or TRL would take another.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     if whole.config.is_encoder_decoder:
@@ -39,11 +43,11 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
             own = _tried(whole, ids)
         # from the logits: some classes don't shift the labels of their own loss (BartForCausalLM)
         expected = cross_entropy(whole(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:])
-        _patch_chunked_ce_lm_head(whole, chunk_size=256)
-        chunked = _tried(whole, ids)
+        in_pieces = _change_head(whole)
+        chunked = _tried(whole, ids, **in_pieces)
         if chunked is not None and router is not None:
             config.output_router_logits = False
-            chunked = _tried(whole, ids)
+            chunked = _tried(whole, ids, **in_pieces)
     finally:
         vars(whole).pop("forward", None)
         if forward is not None:  # accelerate's hooks
@@ -53,16 +57,30 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         whole.train(training)
     rounding = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4
     same = chunked is not None and bool(torch.isclose(chunked.loss.float(), expected, rtol=rounding))
+    if FUSED and not same:
+        raise InputError(
+            f"--model_name_or_path: from 1.15 on, TRL takes another loss than that of {type(whole).__name__}. Install "
+            "trl 1.12.0, or give another model."
+        )
     if args.loss_type == "chunked_nll" and not same:
         args.loss_type = "nll"
-    if args.loss_type == "nll" and own is None:
+    if args.loss_type == "nll" and own is None and not FUSED:
         raise InputError(f"--loss_type nll: {type(whole).__name__} has no loss for text alone. Give another model.")
 
 
-def _tried(model: PreTrainedModel, ids: torch.Tensor) -> ModelOutput | None:
+def _change_head(model: PreTrainedModel) -> dict[str, bool]:
+    """Give the model TRL's `forward`; returns the flags that it takes."""
+    if FUSED:
+        utils.add_fused_lm_head(model)
+        return {"fused_lm_head": True}
+    sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=256)
+    return {}
+
+
+def _tried(model: PreTrainedModel, ids: torch.Tensor, **settings: bool) -> ModelOutput | None:
     """The output with the loss of ids (1, L), or None if that fails."""
     try:
-        return model(input_ids=ids, labels=ids, use_cache=False)
+        return model(input_ids=ids, labels=ids, use_cache=False, **settings)
     except CANNOT as error:
         reraise_out_of_memory(error)
         return None

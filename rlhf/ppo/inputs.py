@@ -1,5 +1,6 @@
 """What PPOTrainer is given → what it trains: models by name, the tokenizer, the tokens of prompts."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
-from trl.experimental.utils import create_reference_model
 from trl.trainer.utils import get_config_model_id
 
 from rlhf.data.rows import prompt_rows
@@ -97,7 +97,7 @@ def load_roles(
         model = new_adapter(model, peft_config)
     refuse_prompt_learning(model, "model")
     if ref_model is None and not isinstance(model, PeftModel):
-        ref_model = create_reference_model(model)
+        ref_model = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(ref_model, str):
         found = resolve(ref_model, "ref_model", trust_remote_code=trust_remote_code)
         ref_model = load_causal_lm(found, model_args, tokenizer, trainable=False)
