@@ -38,9 +38,9 @@ docs: setup
 bench: $(DEV)
 	$(BIN)/python tests/bench_ppo.py $(if $(KEEP),--keep)
 
-# a machine with a GPU, also one without .venv and without network; writes benchmarks/gpu.json
+# a machine with a GPU, also one without .venv and without network; make gpu KEEP=1 replaces benchmarks/gpu.json
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py $(if $(KEEP),--keep)
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py

@@ -27,7 +27,7 @@ from eval.report import write_report
 from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
-from rlhf.errors import report_errors
+from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerArguments, labeler_flags, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
 from rlhf.hub import prepare_repo, push_dataset, take_push_request
@@ -106,6 +106,9 @@ def main() -> None:
         write_jsonl(Path(args.output_dir) / f"{split}.jsonl", rows)
     counts = {f"{split} pairs": len(rows) for split, rows in pairs.items()}
     print(f"{args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
+    if labeler.finished and not pairs["train"]:
+        raise InputError(f"--labeler {args.labeler}: prefers no reply to another, so there is nothing to train on. "
+                         "Give other replies (--temperature, --max_new_tokens, another --output_dir).")  # fmt: skip
     if labeler.finished:
         finish_run(args.output_dir, counts)
         write_report(args.output_dir)

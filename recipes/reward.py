@@ -23,6 +23,7 @@ from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.pairs import PreferenceCollator
+from rlhf.data.rendering import close_template
 from rlhf.data.rows import preference_rows
 from rlhf.errors import report_errors
 from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
@@ -60,6 +61,7 @@ def main() -> None:
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)
+    close_template(tokenizer)  # in what is saved: the score is read at the token that ends the reply
 
     # Model
     model = load_reward_model(source, model_args, tokenizer, seed=training_args.seed)

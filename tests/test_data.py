@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from trl import ScriptArguments, SFTConfig
 
 from rlhf.comparisons import make_task
-from rlhf.data.datasets import check_messages, load_splits, need_columns
+from rlhf.data.datasets import DatasetArguments, check_messages, load_splits, need_columns
 from rlhf.data.encoding import (
     control_ids,
     conversation_rows,
@@ -19,7 +19,7 @@ from rlhf.data.encoding import (
     encode_rendered,
 )
 from rlhf.data.rendering import RenderedChat
-from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
+from rlhf.data.rows import preference_rows, prompt_rows, sft_rows, texts_of
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import read_tasks, write_tasks
 from rlhf.models.tokenizers import PLAIN_TEMPLATE
@@ -284,3 +284,32 @@ def test_rows_without_prompts_or_with_one_for_all_are_split_by_row(tmp_path):
         write_jsonl(tmp_path / "rows.jsonl", rows)
         train, test = load_splits(ScriptArguments(str(tmp_path / "rows.jsonl")), "sft")
         assert (len(train), len(test)) == (27, 3)
+
+
+def _question(row):
+    return row["messages"][0]["content"]
+
+
+def test_what_is_asked_alike_stays_in_one_half(tmp_path):
+    chats = [{"messages": [*user(f"q{n % 10}"), *assistant(f"a{n}")]} for n in range(100)]
+    texts = [{"text": f"t{n % 10}"} for n in range(100)]
+    for name, rows, asked in (("m", chats, _question), ("t", texts, lambda row: row["text"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train, test = load_splits(DatasetArguments(str(tmp_path / f"{name}.jsonl")), "sft")
+        assert len(train) + len(test) == 100 and not {*map(asked, train)} & {*map(asked, test)}
+
+
+def test_a_folder_says_which_files_are_not_read(tmp_path, capsys):
+    for name in ("train", "test", "extra"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    load_splits(DatasetArguments(str(tmp_path)), "sft")
+    assert "not read, as their names give no split: extra.jsonl." in capsys.readouterr().out
+    Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"has \.jsonl and \.parquet files"):
+        load_splits(DatasetArguments(str(tmp_path)), "sft")
+
+
+def test_a_tool_call_has_no_text_to_pretrain_on():
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    chat = [{"role": "user", "content": "2+2?"}, call, {"role": "tool", "content": "4"}, *assistant("Four")]
+    assert texts_of(Dataset.from_list([{"messages": chat}]), "d") == ["2+2?\n4\nFour"]

@@ -33,17 +33,25 @@ def measured(piece):
 
 
 def test_a_piece_is_recorded_and_a_failure_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "gpu.json"
+    file, kept = tmp_path / "gpu.json", check.KEPT.read_bytes()
     monkeypatch.setitem(check.PIECES, "gone", ("a script that is not there", 60))
-    words = ["check.py", "--tiny", "--only", "gone", "card", "--results_dir", str(tmp_path), "--output_file", str(file)]
+    words = ["check.py", "--tiny", "--only", "gone", "card", "--results_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
         check.main()
     record = json.loads(file.read_text())
+    assert check.KEPT.read_bytes() == kept
     assert stopped.value.code == 1 and "Failed: gone." in capsys.readouterr().out
     assert record["pieces"]["gone"]["error"][0] == "exit code 2"
     assert record["pieces"]["card"]["bf16_matmul_tflops"] > 0 and "error" not in record["pieces"]["card"]
     assert set(record) == {"command", "commit", "machine", "versions", "pieces"}
+
+
+def test_only_a_whole_run_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check.py", "--keep", "--tiny"])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert "--keep: keeps a whole run" in capsys.readouterr().err
 
 
 def test_agreement():

@@ -12,6 +12,8 @@ With messages, the columns `tools` and `chat_template_kwargs` go to the chat tem
 text, for example in a CSV file. Errors name a row as `datasets` counts them: the first is row 0, without the header.
 """
 
+import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -108,7 +110,7 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
     if len(whole) < 2:
         print(f"{name}: has one row, so the evaluation is on the row that is trained on.")
         return whole, whole
-    known = [column for column in ("prompt", "chosen") if column in whole.column_names]
+    known = [column for column in ("prompt", "chosen", "messages", "text") if column in whole.column_names]
     prompts = [
         json.dumps(_prompt_of(row, number), default=str) for number, row in enumerate(whole.select_columns(known))
     ]
@@ -124,11 +126,20 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
 
 
 def _prompt_of(row: Row, number: int) -> Prompt | int:
-    """The prompt of a row; the row's number if it has none."""
+    """What a row's reply answers: its prompt, or what stands before the first reply; the row's number if nothing does.
+
+    A text stands for itself, so that no half has the other's texts.
+    """
     if row.get("prompt"):
         return row["prompt"]
-    chosen = row.get("chosen")
-    return chosen[:-1] if isinstance(chosen, list) and len(chosen) > 1 else number
+    chosen, messages = row.get("chosen"), row.get("messages")
+    if isinstance(chosen, list) and len(chosen) > 1:
+        return chosen[:-1]
+    if isinstance(messages, list):
+        before = itertools.takewhile(lambda message: message.get("role") != "assistant", messages)
+        return list(before) or number
+    text = row.get("text")
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() if isinstance(text, str) else number
 
 
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
@@ -168,7 +179,11 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The .jsonl, .json and .csv files of a folder by split, as `datasets` finds them; none if it has others too."""
+    """The .jsonl, .json and .csv files of a folder by split, as `datasets` finds them; none if it has others.
+
+    Raises:
+        InputError: if it has both, of which `datasets` would read one kind.
+    """
     if not folder.is_dir() or "configs:" in _card(folder):
         return {}
     try:
@@ -179,8 +194,22 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     files = {str(split): [Path(file) for file in files] for split, files in found.items()}
     files = {split: [file for file in named if file.suffix in DATA_FILES] for split, named in files.items()}
     files = {split: named for split, named in files.items() if named}
-    own = all(file.suffix in OWN_FILES for named in files.values() for file in named)
-    return files if own else {}
+    read = [file for named in files.values() for file in named]
+    kinds = sorted({file.suffix for file in read})
+    if ".parquet" in kinds and len(kinds) > 1:
+        raise InputError(f"--dataset_name {folder}: has {' and '.join(kinds)} files, of which one kind would be read. "
+                         "Give one file, or a folder of one kind.")  # fmt: skip
+    _say_unread(folder, read)
+    return files if ".parquet" not in kinds else {}
+
+
+def _say_unread(folder: Path, read: list[Path]) -> None:
+    """Name the files that `datasets` passes over, as their names give no split. A run's own files are no rows."""
+    names = {file.resolve() for file in read}
+    others = [file.name for file in sorted(folder.rglob("*.*")) if
+              file.suffix in (".jsonl", ".csv", ".parquet") and file.resolve() not in names]  # fmt: skip
+    if others and not (folder / "run.json").exists():
+        print(f"{folder}: not read, as their names give no split: {', '.join(others[:5])}.")
 
 
 def _card(folder: Path) -> str:

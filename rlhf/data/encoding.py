@@ -2,8 +2,8 @@
 
 Tokens are made here rather than in each trainer, so that training and sampling see the same ones: a reply that is
 learned stands behind exactly the tokens that it would be sampled behind, and is tokenized on its own, as it would be
-sampled. A conversation ends with the token that ends the reply (templates often put a newline after it), so the reward
-model reads its score at the token that ends a sampled reply.
+sampled. In training, a conversation ends with the token that ends the reply (templates often put a newline after it),
+so the reward model reads its score at the token that ends a sampled reply.
 """
 
 import json
@@ -115,6 +115,21 @@ def encode_messages(
     return prompt + reply
 
 
+def encode_scored(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: TemplateOptions | None = None
+) -> list[int]:
+    """Token ids of a conversation that a reward model scores: all that its chat template renders, to the very end.
+
+    Raises:
+        InputError: as for `encode_messages`.
+    """
+    chat = _chat(tokenizer, messages, options)
+    if messages[-1]["role"] != "assistant":
+        return encode_rendered(chat, chat.whole())
+    prompt, *reply = chat.reply(len(messages) - 1)
+    return encode_rendered(chat, prompt) + encode_rendered(chat, "".join(reply), behind=True)
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, options: TemplateOptions | None = None
 ) -> list[int]:
@@ -134,7 +149,7 @@ def encode_prompt(
     if prompt[-1].get("tool_calls"):
         raise InputError("The prompt ends with the assistant's tool call, which can't be continued. Add its result.")
     chat = _chat(tokenizer, prompt, options)
-    before, begun, _ = chat.reply(len(prompt) - 1)
+    before, begun, *_ = chat.reply(len(prompt) - 1)
     return encode_rendered(chat, before) + encode_rendered(chat, begun, behind=True)
 
 
@@ -249,7 +264,7 @@ def _prompt_and_reply(chat: RenderedChat, number: int, begun: str | None = None)
     Args:
         begun: the beginning of the message's text that belongs to the prompt.
     """
-    before, text, end = chat.reply(number)
+    before, text, end, _ = chat.reply(number)
     prompt = encode_rendered(chat, before)
     if begun:
         if not text.startswith(begun):

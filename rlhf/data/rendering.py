@@ -29,6 +29,14 @@ REASONING_TAGS = ("<think>", "</think>")  # left to the template in an assistant
 SCAFFOLD = re.compile(r"(\s|<[^<>\s]{1,40}>)*")  # what a prompt may hold in front of a reply, such as "<think>\n"
 
 
+# around a chat template: cuts off what follows the end of the last turn, or puts eos there if the template ends no turn
+CLOSE = (
+    "{% set conversation %}{{ '' }}",
+    "{% endset %}{{ conversation if add_generation_prompt else conversation.rstrip() }}",
+    "{% endset %}{{ conversation if add_generation_prompt else conversation.rstrip() + eos_token }}",
+)
+
+
 class TemplateOptions(NamedTuple):
     """What a template reads besides the messages."""
 
@@ -147,10 +155,11 @@ class RenderedChat:
                 raise InputError(f"chat_template_kwargs: the chat template reads no variable {name!r}. Remove it.")
         return text
 
-    def reply(self, number: int) -> tuple[str, str, str]:
-        """The prompt of message `number`, the message's text behind it, and the control tokens that end it.
+    def reply(self, number: int) -> tuple[str, str, str, str]:
+        """The prompt of message `number`, the message's text behind it, the control tokens that end it, and the rest.
 
-        The end is empty if the template puts no control token behind the message.
+        The end is empty if the template puts no control token behind the message. The rest is what follows, such as a
+        newline.
 
         Raises:
             InputError: if the template refuses the messages, leaves out a part of this one, or renders it so that its
@@ -201,23 +210,24 @@ class RenderedChat:
         assert self.habits is not None
         return self.habits.prompt or self.habits.header
 
-    def _split(self, text: str, content: object) -> tuple[str, str]:
-        """A reply's text without its end, and the end. What follows, such as a newline, is dropped."""
+    def _split(self, text: str, content: object) -> tuple[str, str, str]:
+        """A reply's text without its end, the end, and what follows, such as a newline."""
         assert self.habits is not None
         usual = self.habits.end
         if usual and (place := text.rfind(usual)) >= 0:
             after = text[place + len(usual) :].strip()
             if after == self.habits.after or not self.facts.any_control.sub("", after).strip():
-                return text[:place], usual
+                return text[:place], usual, text[place + len(usual) :]
         if found := self.facts.end.search(text):
-            return text[: found.start()], found.group()
+            return text[: found.start()], found.group(), text[found.end() :]
         if (
             isinstance(content, str)
+            and content
             and (place := text.rfind(content)) >= 0
             and not text[place + len(content) :].strip()
         ):
-            return text[: place + len(content)], ""
-        return text.rstrip(), ""
+            return text[: place + len(content)], "", text[place + len(content) :]
+        return text.rstrip(), "", text[len(text.rstrip()) :]
 
     def _need_whole(self, number: int, text: str) -> None:
         """Refuse a template that leaves out a text that isn't the assistant's, or the name of a called tool."""
@@ -269,7 +279,7 @@ class RenderedChat:
             yield self.template, [_with_text_arguments(message) for message in messages]
             if empty:
                 yield self.template, [{"content": None, **_with_text_arguments(message)} for message in messages]
-        if training := _training_templates().get(self.template):
+        if training := training_template(self.template):
             yield training, messages
             for content in ("", None) if empty else ():
                 yield training, [{"content": content, **_without_none(message)} for message in messages]
@@ -439,6 +449,33 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
             call = {**call, "function": {**function, "arguments": other}}
         calls.append(call)
     return {**_without_none(message), **({"tool_calls": calls} if calls else {})}
+
+
+def training_template(template: str) -> str | None:
+    """TRL's training variant of a chat template, closed where that is."""
+    opened = template.removeprefix(CLOSE[0])
+    for end in CLOSE[1:] if opened != template else ():
+        if opened.endswith(end) and (training := _training_templates().get(opened.removesuffix(end))):
+            return CLOSE[0] + training + end
+    return _training_templates().get(template)
+
+
+def close_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the chat template end a conversation with the token that ends its last reply, or else with eos.
+
+    A reward model trained here reads its score there. With the template that is saved beside it, plain transformers
+    read it there too, and a reward model from elsewhere is read where its own template ends.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or template.startswith(CLOSE[0]):
+        return
+    chat = RenderedChat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    try:
+        _, _, end, rest = chat.reply(1)
+    except InputError:  # a template for conversations of another kind
+        end, rest = "unknown", "unknown"
+    if rest or not end:
+        tokenizer.chat_template = CLOSE[0] + template.removesuffix("\n") + CLOSE[1 if end else 2]
 
 
 @cache

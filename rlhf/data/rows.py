@@ -290,7 +290,8 @@ def texts_of(dataset: Dataset, name: str) -> list[str]:
     check_messages(dataset, name, columns)
     if columns == {"text"}:
         return dataset["text"][:]
-    return ["\n".join(_plain(message["content"]) for message in messages) for messages in dataset["messages"]]
+    texts = ([_plain(message.get("content")) for message in messages] for messages in dataset["messages"])
+    return ["\n".join(filter(None, parts)) for parts in texts]  # a tool call has no text
 
 
 def _plain(content: str | list[dict[str, str]] | None) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.comparisons import Messages, Prompt
-from rlhf.data.encoding import continued, encode_messages, encode_text_with_end, options_of_rows
+from rlhf.data.encoding import continued, encode_scored, encode_text_with_end, options_of_rows
 from rlhf.data.pairs import Encoded, encode_pair
 from rlhf.data.rendering import TemplateOptions
 from rlhf.models.adapters import active_adapter, trunk
@@ -21,7 +21,8 @@ from rlhf.rewards.answers import Completion, completion_text
 class RewardModel:
     """A trained reward model as a reward function, with its own tokenizer and chat template.
 
-    It scores texts, so the policy's tokenizer doesn't matter. A decoder reads a conversation under its chat template;
+    It scores texts, so the policy's tokenizer doesn't matter. A decoder reads a conversation as its chat template
+    renders it, to the end (the template of one trained here ends with the token that ends the reply);
     an encoder without a template reads prompt and reply as a pair (rlhf/data/pairs.py). A completion is scored as a
     finished reply, without the tokens after the stop token. If prompt and reply exceed the model's context, the
     beginning of the prompt is cut off; that is printed once.
@@ -62,7 +63,7 @@ class RewardModel:
             whole = {"input_ids": encode_text_with_end(self.tokenizer, prompt, completion)}
         else:
             reply: Messages = [{"role": "assistant", "content": completion}]
-            whole = {"input_ids": encode_messages(self.tokenizer, continued(prompt, reply), options=options)}
+            whole = {"input_ids": encode_scored(self.tokenizer, continued(prompt, reply), options)}
         ids = whole["input_ids"]
         if self.longest is None or len(ids) <= self.longest:
             return whole

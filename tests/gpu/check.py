@@ -1,7 +1,7 @@
-"""The check of a GPU in one command: `make gpu`, about 8 minutes on one H100, and no network.
+"""The check of a GPU in one command: `make gpu`, without network. It is meant to take 8 minutes on one H100.
 
-    python tests/gpu/check.py                 # everything; writes benchmarks/gpu.json
-    python tests/gpu/check.py --tiny --only agreement resume --results_dir /tmp/gpu     # small sizes, on a CPU too
+    python tests/gpu/check.py --keep                        # everything; writes benchmarks/gpu.json
+    python tests/gpu/check.py --tiny --only agreement resume          # small sizes, on a CPU too
 
 Each piece is a script of its own, `tests/gpu/<piece>.py`, with a process of its own, so that a failure of one leaves
 the others alone. The machine needs the packages of pyproject.toml, but neither the starter's model nor a Hub.
@@ -20,6 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+KEPT = ROOT / "benchmarks" / "gpu.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 # what it shows, and the seconds after which it is stopped
 PIECES = {
@@ -38,12 +39,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can do")
     parser.add_argument("--only", nargs="+", choices=list(PIECES), default=list(PIECES))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "outputs" / "gpu", help="for logs and models")
-    parser.add_argument("--output_file", type=Path, default=ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/gpu.json too")
     parser.add_argument("--commit", help="of this code, where there is no git")
     arguments = parser.parse_args()
+    if arguments.keep and (arguments.tiny or len(arguments.only) < len(PIECES)):
+        parser.error("--keep: keeps a whole run. Leave out --tiny and --only.")
     arguments.results_dir.mkdir(parents=True, exist_ok=True)
+    file = arguments.results_dir / "gpu.json"
     record: dict[str, Any] = {
-        "command": "python tests/gpu/check.py" + " --tiny" * arguments.tiny,
+        "command": " ".join(["python tests/gpu/check.py", *sys.argv[1:]]),
         "commit": arguments.commit or commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -51,10 +55,10 @@ def main() -> None:
     }
     for piece in arguments.only:
         record["pieces"][piece] = run(piece, arguments.tiny, arguments.results_dir)
-        arguments.output_file.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for kept in (file, KEPT)[: 1 + arguments.keep]:
+            kept.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     failed = [name for name, result in record["pieces"].items() if "error" in result]
-    print(f"Wrote {arguments.output_file}." + f" Failed: {', '.join(failed)}." * bool(failed))
+    print(f"Wrote {KEPT if arguments.keep else file}." + f" Failed: {', '.join(failed)}." * bool(failed))
     sys.exit(bool(failed))
 
 
