@@ -145,7 +145,7 @@ def print_comparison(results: JsonObject, comparison: ComparedModels, reference:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    samples = Table(title="Five held-out prompts", show_lines=True)
+    samples = Table(title="Some held-out prompts", show_lines=True)
     for heading in ("prompt", *comparison.texts):
         samples.add_column(heading, ratio=1)
     for number in range(min(5, len(comparison.prompts))):
@@ -209,7 +209,7 @@ def main() -> None:
         rows=rows,
         has_gold=script_args.dataset_name == STARTER,
         sampling=sampling,
-        best_of_n=arguments.best_of_n,
+        best_of_n=arguments.best_of_n if reward else 0,  # nothing else chooses
         model_args=model_args,
         folder=folder,
     )

@@ -107,7 +107,7 @@ def main() -> None:
     counts = {f"{split} pairs": len(rows) for split, rows in pairs.items()}
     print(f"{args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
     if labeler.finished and not pairs["train"]:
-        raise InputError(f"--labeler {args.labeler}: prefers no reply to another, so there is nothing to train on. "
+        raise InputError(f"--labeler {labeler_args.labeler}: prefers no reply to another: there is nothing to learn. "
                          "Give other replies (--temperature, --max_new_tokens, another --output_dir).")  # fmt: skip
     if labeler.finished:
         finish_run(args.output_dir, counts)

@@ -313,3 +313,18 @@ def test_a_tool_call_has_no_text_to_pretrain_on():
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
     chat = [{"role": "user", "content": "2+2?"}, call, {"role": "tool", "content": "4"}, *assistant("Four")]
     assert texts_of(Dataset.from_list([{"messages": chat}]), "d") == ["2+2?\n4\nFour"]
+
+
+@pytest.mark.parametrize("header, advice", [("prompt;completion", "commas"), ("prompt, completion", "spaces around")])
+def test_columns_that_were_cut_wrongly_get_advice(header, advice, tmp_path):
+    (tmp_path / "rows.csv").write_text(f"{header}\na,b\n" if ", " in header else f"{header}\na;b\n")
+    train, _ = load_splits(DatasetArguments(str(tmp_path / "rows.csv")), "sft")
+    with pytest.raises(InputError, match=advice):
+        need_columns(train, "rows.csv", [{"prompt", "completion"}])
+
+
+def test_a_saved_split_without_rows_is_named(tmp_path):
+    empty = Dataset.from_dict({"text": []}, features=Dataset.from_dict({"text": ["a"]}).features)
+    DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), test=empty).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="a split in it has no rows"):
+        load_splits(DatasetArguments(str(tmp_path / "saved")), "sft")

@@ -1,8 +1,10 @@
 """Models and functions as labelers."""
 
+import json
+
 import pytest
 import torch
-from conftest import present
+from conftest import present, run
 from transformers import LlamaConfig
 from trl import ModelConfig
 
@@ -99,3 +101,12 @@ def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path):
     with pytest.raises(InputError, match=flag):
         arguments = LabelerArguments(**settings)
         make_labeler(arguments.labeler, arguments, MODEL_ARGS, tokenizer, str(tmp_path), 0)
+
+
+def test_replies_that_are_all_alike_make_no_finished_dataset(tiny, files, tmp_path):
+    words = ["--model_name_or_path", tiny, "--dataset_name", files / "prompts.jsonl", "--output_dir",
+             tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, "--temperature", 0.001]  # fmt: skip
+    said = run("recipes/collect.py", *words, check=False)
+    line = said.stderr.splitlines()[-1]
+    assert said.returncode == 2 and line.startswith("error: --labeler simulated: prefers no reply to another")
+    assert not json.loads((tmp_path / "pairs" / "run.json").read_text())["finished"]

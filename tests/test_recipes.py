@@ -119,7 +119,7 @@ def test_comparison_writes_means_with_intervals(road):
     assert "ppo_minus_sft" in results["differences"]
     stages = [command.split()[2] for command in results["commands"]]
     assert stages == ["recipes/sft.py", "recipes/reward.py", "recipes/ppo.py", "eval/compare.py"]
-    assert "Five held-out prompts" in logs["compare"].stdout
+    assert "Some held-out prompts" in logs["compare"].stdout
     sample = json.loads((out / "comparison" / "samples.jsonl").read_text().splitlines()[0])
     assert set(sample) == {"prompt", "base", "sft", "ppo", "best_of_2"}
 

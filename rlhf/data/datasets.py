@@ -92,7 +92,9 @@ def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -
     if not splits:
         raise InputError(f"--dataset_name {name}: found no data in it.")
     if train_split not in splits and (need_train or test_split not in splits):
-        raise InputError(f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}.")
+        raise InputError(
+            f"--dataset_train_split {train_split}: {name} has no such split; found {sorted(splits)}. Name one of them."
+        )
     if test_split == "test" and "test" not in splits and "validation" in splits:
         splits = {**splits, "test": splits["validation"]}
     if test_split not in splits:
@@ -148,7 +150,7 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
     path = Path(name).expanduser()
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            loaded = load_from_disk(str(path))
+            loaded = _from_disk(path, name)
         elif path.is_file():
             if path.suffix not in DATA_FILES:
                 raise InputError(f"--dataset_name {name}: files end in {', '.join(DATA_FILES)}; found {path.suffix!r}.")
@@ -176,6 +178,13 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
         ) from error
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     return {split: _with_parsed_chats(rows, name) for split, rows in splits.items()}
+
+
+def _from_disk(folder: Path, name: str) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(str(folder))
+    except IndexError as error:  # what `datasets` raises for a split without rows
+        raise InputError(f"--dataset_name {name}: a split in it has no rows. Save it without that split.") from error
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -268,7 +277,15 @@ def need_columns(dataset: Dataset, name: str, choices: list[set[str]]) -> set[st
             return choice
     fewest = [choice for choice in choices if not any(other < choice for other in choices)]
     wanted = ", or ".join(" and ".join(f"'{column}'" for column in sorted(choice)) for choice in fewest)
-    raise InputError(f"--dataset_name {name}: needs column {wanted}; found {sorted(found)}. Rename or add columns.")
+    raise InputError(f"--dataset_name {name}: needs column {wanted}; found {sorted(found)}. {_advice(found)}")
+
+
+def _advice(columns: set[str]) -> str:
+    if any(";" in column or "\t" in column for column in columns):
+        return "A .csv file is separated by commas."
+    if any(column != column.strip() for column in columns):
+        return "Remove the spaces around the names."
+    return "Rename or add columns."
 
 
 def refuse_columns(dataset: Dataset, name: str, reasons: dict[str, str]) -> None:
