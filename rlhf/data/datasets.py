@@ -12,7 +12,6 @@ With messages, the columns `tools` and `chat_template_kwargs` go to the chat tem
 text, for example in a CSV file. Errors name a row as `datasets` counts them: the first is row 0, without the header.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -112,7 +111,7 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
     if len(whole) < 2:
         print(f"{name}: has one row, so the evaluation is on the row that is trained on.")
         return whole, whole
-    known = [column for column in ("prompt", "chosen", "messages", "text") if column in whole.column_names]
+    known = [column for column in ("prompt", "chosen", "messages") if column in whole.column_names]
     prompts = [
         json.dumps(_prompt_of(row, number), default=str) for number, row in enumerate(whole.select_columns(known))
     ]
@@ -128,10 +127,7 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
 
 
 def _prompt_of(row: Row, number: int) -> Prompt | int:
-    """What a row's reply answers: its prompt, or what stands before the first reply; the row's number if nothing does.
-
-    A text stands for itself, so that no half has the other's texts.
-    """
+    """What a row's reply answers: its prompt, or what stands before the first reply; without any, the row's number."""
     if row.get("prompt"):
         return row["prompt"]
     chosen, messages = row.get("chosen"), row.get("messages")
@@ -140,8 +136,7 @@ def _prompt_of(row: Row, number: int) -> Prompt | int:
     if isinstance(messages, list):
         before = itertools.takewhile(lambda message: message.get("role") != "assistant", messages)
         return list(before) or number
-    text = row.get("text")
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() if isinstance(text, str) else number
+    return number
 
 
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
