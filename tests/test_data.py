@@ -323,3 +323,10 @@ def test_a_saved_split_without_rows_is_named(tmp_path):
     DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), test=empty).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match="a split in it has no rows"):
         load_splits(DatasetArguments(str(tmp_path / "saved")), "sft")
+
+
+def test_messages_of_another_form_are_refused_after_the_split(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": [f"a{n}", "b"]}) + "\n" for n in range(20)))
+    train, _ = load_splits(DatasetArguments(str(tmp_path / "rows.jsonl")), "sft")
+    with pytest.raises(InputError, match="column 'messages'"):
+        check_messages(train, "rows.jsonl", {"messages"})

@@ -72,6 +72,15 @@ def test_a_closed_template_ends_where_training_ended(name, tokenizer):
         assert encode_messages(own, messages[:-1], add_generation_prompt=True) == prompt
 
 
+def test_each_of_several_templates_is_closed(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = {"default": TEMPLATES["newline"], "tool_use": TEMPLATES["no end token"]}
+    trained = [encode_messages(own, messages) for messages in CHATS]
+    close_template(own)
+    assert [encode_scored(own, messages) for messages in CHATS] == trained
+    assert all(template.startswith("{% set conversation %}") for template in own.chat_template.values())
+
+
 def test_trls_training_variant_is_found_behind_a_closed_template(tokenizer):
     folder = Path(trl.__file__).parent / "chat_templates"
     own = copy.deepcopy(tokenizer)

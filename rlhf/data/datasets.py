@@ -134,9 +134,13 @@ def _prompt_of(row: Row, number: int) -> Prompt | int:
     if isinstance(chosen, list) and len(chosen) > 1:
         return chosen[:-1]
     if isinstance(messages, list):
-        before = itertools.takewhile(lambda message: message.get("role") != "assistant", messages)
+        before = itertools.takewhile(lambda message: not _is_reply(message), messages)
         return list(before) or number
     return number
+
+
+def _is_reply(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"  # rows aren't checked yet
 
 
 def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
@@ -210,8 +214,9 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 def _say_unread(folder: Path, read: list[Path]) -> None:
     """Name the files that `datasets` passes over, as their names give no split. A run's own files are no rows."""
     names = {file.resolve() for file in read}
-    others = [file.name for file in sorted(folder.rglob("*.*")) if
-              file.suffix in (".jsonl", ".csv", ".parquet") and file.resolve() not in names]  # fmt: skip
+    others = [file.name for file in sorted(folder.rglob("[!.]*.*")) if
+              file.suffix in (".jsonl", ".csv", ".parquet") and file.resolve() not in names
+              and not any(part.startswith(".") for part in file.relative_to(folder).parts)]  # fmt: skip
     if others and not (folder / "run.json").exists():
         print(f"{folder}: not read, as their names give no split: {', '.join(others[:5])}.")
 

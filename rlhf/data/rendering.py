@@ -467,15 +467,24 @@ def close_template(tokenizer: PreTrainedTokenizerBase) -> None:
     read it there too, and a reward model from elsewhere is read where its own template ends.
     """
     template = tokenizer.chat_template
-    if not isinstance(template, str) or template.startswith(CLOSE[0]):
-        return
+    if isinstance(template, dict):  # several by name
+        tokenizer.chat_template = {name: _closed(tokenizer, part) for name, part in template.items()}
+    elif template is not None:
+        tokenizer.chat_template = _closed(tokenizer, template)
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    if template.startswith(CLOSE[0]):
+        return template
+    tokenizer.chat_template = template  # to try it alone
     chat = RenderedChat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     try:
         _, _, end, rest = chat.reply(1)
     except InputError:  # a template for conversations of another kind
         end, rest = "unknown", "unknown"
-    if rest or not end:
-        tokenizer.chat_template = CLOSE[0] + template.removesuffix("\n") + CLOSE[1 if end else 2]
+    if end and not rest:
+        return template
+    return CLOSE[0] + template.removesuffix("\n") + CLOSE[1 if end else 2]
 
 
 @cache

@@ -28,9 +28,7 @@ def config(tiny: bool) -> LlamaConfig:
 
 
 def sampling(new: int) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=new, min_new_tokens=None, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
-    )
+    return GenerationConfig(max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
 
 
 def own_loop(model: Any, prompts: torch.Tensor, new: int) -> int:
