@@ -361,12 +361,13 @@ class TrainerConventions(TRLPPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, with its tokenizer. With LoRA that is one adapter."""
-        self._save_policy(output_dir or self.args.output_dir, gather(self.model))
+        weights = gather(self.model) if shards(self.model) else {}  # else the policy has them itself
+        self._save_policy(output_dir or self.args.output_dir, weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_policy(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
-        """Write the policy and its tokenizer. `weights` are those that `gather` returns."""
+        """Write the policy and its tokenizer. `weights` are those that `gather` returns; read if sharded."""
         if not self.args.should_save:
             return
         settings: dict[str, Any] = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
