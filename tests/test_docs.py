@@ -41,7 +41,7 @@ SMALLER = {
     "sft.py": [*TINY_TRAINING, "--max_steps", "1"],
     "collect.py": REPLIES,
     "reward.py": [*TINY_TRAINING, "--max_steps", "1"],
-    "ppo.py": [*TINY_PPO, "--total_episodes", "8", "--save_steps", "2"],
+    "ppo.py": [*TINY_PPO, "--total_episodes", "8", "--save_steps", "2", "--learning_rate", "0.1"],
     "rloo.py": [*FLOAT32, "--bf16", "false", "--max_steps", "1", "--num_generations", "2", "--max_completion_length",
                 "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"],
     "chat.py": FLOAT32,

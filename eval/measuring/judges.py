@@ -61,6 +61,8 @@ def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], refe
             pair = [texts[name][number], texts[reference][number]]
             if pair[0] != pair[1]:
                 tasks[name, number] = make_task("test", prompt, pair, [name, reference])
+    if not tasks and len(texts) > 1:
+        print(f"{judge.name}: every reply equals that of {reference!r}, so there was nothing to compare.")
     answers = dict(zip(tasks, judge.compare(list(tasks.values())), strict=True))
     verdicts = {}
     for name in texts:
