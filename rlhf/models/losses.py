@@ -2,11 +2,12 @@
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl import SFTConfig
-from trl.trainer import sft_trainer, utils
+from trl.trainer import utils
 
 from rlhf.errors import InputError
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
@@ -43,11 +44,10 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
             own = _tried(whole, ids)
         # from the logits: some classes don't shift the labels of their own loss (BartForCausalLM)
         expected = cross_entropy(whole(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:])
-        in_pieces = _change_head(whole)
-        chunked = _tried(whole, ids, **in_pieces)
+        chunked = _in_pieces(whole, ids)
         if chunked is not None and router is not None:
             config.output_router_logits = False
-            chunked = _tried(whole, ids, **in_pieces)
+            chunked = _in_pieces(whole, ids)
     finally:
         vars(whole).pop("forward", None)
         if forward is not None:  # accelerate's hooks
@@ -56,7 +56,7 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
             config.output_router_logits = router
         whole.train(training)
     rounding = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    same = chunked is not None and bool(torch.isclose(chunked.loss.float(), expected, rtol=rounding))
+    same = chunked is not None and bool(torch.isclose(chunked.float(), expected, rtol=rounding))
     if FUSED and not same:
         raise InputError(
             f"--model_name_or_path: from 1.15 on, TRL takes another loss than that of {type(whole).__name__}. Install "
@@ -68,13 +68,27 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         raise InputError(f"--loss_type nll: {type(whole).__name__} has no loss for text alone. Give another model.")
 
 
-def _change_head(model: PreTrainedModel) -> dict[str, bool]:
-    """Give the model TRL's `forward`; returns the flags that it takes."""
+def _in_pieces(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:
+    """The loss of ids (1, L) as SFTTrainer computes it from the last hidden states; None if that fails."""
     if FUSED:
         utils.add_fused_lm_head(model)
-        return {"fused_lm_head": True}
-    sft_trainer._patch_chunked_ce_lm_head(model, chunk_size=256)
-    return {}
+        output = _tried(model, ids, fused_lm_head=True)
+        return None if output is None else output.loss
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    routed = getattr(config, "output_router_logits", False)
+    try:
+        output = model.base_model(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
+        logits = linear(output.last_hidden_state, head.weight, head.bias).float()
+        if routed:  # SFTTrainer adds it by these names of the configuration, which some families lack
+            load_balancing_loss_func(output.router_logits, config.num_experts, config.num_experts_per_tok)
+    except CANNOT as error:
+        reraise_out_of_memory(error)
+        return None
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier"))
+    logits = logits * next((factor for factor in factors if factor is not None), 1.0)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return cross_entropy(logits[0, :-1], ids[0, 1:])
 
 
 def _tried(model: PreTrainedModel, ids: torch.Tensor, **settings: bool) -> ModelOutput | None:
