@@ -1,6 +1,7 @@
 """Tiny models and datasets, and recipes as subprocesses."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -47,6 +48,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, for --no-loadscope-reorder."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the libraries out of garbage collection, which each Trainer starts."""
+    gc.collect()
+    gc.freeze()
 
 
 def present(value: T | None) -> T:

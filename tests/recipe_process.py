@@ -19,10 +19,10 @@ from pathlib import Path
 
 from datasets import fingerprint
 
-from rlhf.run.stages import LIBRARIES
+from rlhf.run.stages import FROZEN, LIBRARIES
 
-# libraries only: the project's own modules are imported by each recipe, as their files are then
-PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes"]
+# libraries: the project's own modules are imported by each recipe, as their files are then
+PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", FROZEN]
 
 
 def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:

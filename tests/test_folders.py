@@ -580,3 +580,13 @@ def test_a_stage_that_refuses_its_input_says_so_alone(tmp_path):
         )  # fmt: skip
         lines = [line for line in said.stderr.splitlines() if "gemm_4bit" not in line]  # bitsandbytes' own, on a CPU
         assert said.returncode == 2 and lines == ["error: --size 3: too small."]
+
+
+def test_forks_leave_the_libraries_out_of_garbage_collection(tmp_path):
+    (tmp_path / "stage.py").write_text("import gc\nprint('frozen:', gc.get_freeze_count() > 50_000)")
+    (tmp_path / "parent.py").write_text(PARENT.replace("LIBRARIES = ()", "LIBRARIES = ('datasets',)"))
+    said = subprocess.run(
+        [sys.executable, tmp_path / "parent.py", tmp_path / "stage.py", tmp_path, "one"], cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "frozen: True" in said.stdout, said.stderr

@@ -29,6 +29,7 @@ LIBRARIES = (
     "torch", "transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "peft",
     "datasets", "evaluate", "accelerate", "matplotlib.figure", "scipy.stats", "sklearn.metrics",
 )  # fmt: skip
+FROZEN = "rlhf.run.frozen"  # imported behind them
 CONTINUE = "Fix the problem and run the same command again to continue."
 
 
@@ -102,7 +103,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods() or torch.accelerator.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LIBRARIES))
+    context.set_forkserver_preload([*LIBRARIES, FROZEN])
     return context
 
 
