@@ -5,8 +5,6 @@ import gc
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -14,7 +12,7 @@ from typing import TypeVar
 import pytest
 import torch
 from datasets import Dataset
-from recipe_process import run_recipe, start
+from recipe_process import Elsewhere, run_on_processes, run_recipe, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
@@ -37,6 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 T = TypeVar("T")
+_elsewhere: list[Elsewhere] = []  # it ends with this process, whose end closes its input
 # a file is run by one process (--dist loadfile): the longest first, or one process works on them while another waits
 LONGEST = (
     "test_rounds.py", "test_hub.py", "test_star.py", "test_scaling.py", "test_recipes.py", "test_folders.py",
@@ -164,23 +163,15 @@ def files(tmp_path_factory):
 
 def run(script, *arguments, processes=1, check=True, environment=None, cwd=ROOT):
     """Run a recipe as a user would; returns the completed process with its output as text."""
-    words = [str(argument) for argument in arguments]
+    command, environment = [str(ROOT / script), *map(str, arguments)], environment or {}
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        environment = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
-        command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        result = run_on_processes(start(ENVIRONMENT), processes, command, {**ENVIRONMENT, **environment}, cwd)
+    elif any(name.startswith("HF_") for name in environment):  # read while huggingface_hub is imported
+        if not _elsewhere or _elsewhere[-1].environment != {**ENVIRONMENT, **environment}:
+            _elsewhere.append(Elsewhere({**ENVIRONMENT, **environment}))
+        result = _elsewhere[-1].run(command, cwd)
     else:
-        command = [sys.executable]
-    if processes > 1 or environment:  # which libraries may read while they are imported
-        result = subprocess.run(
-            [*command, str(ROOT / script), *words],
-            cwd=cwd,
-            env={**ENVIRONMENT, **(environment or {})},
-            capture_output=True,
-            text=True,
-        )
-    else:
-        result = run_recipe(start(ENVIRONMENT), [str(ROOT / script), *words], ENVIRONMENT, cwd)
+        result = run_recipe(start(ENVIRONMENT), command, {**ENVIRONMENT, **environment}, cwd)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result

@@ -3,18 +3,23 @@
 Importing them takes a core 6 to 8 seconds, and the tests start some two hundred recipes. multiprocessing's fork server
 imports them once and forks; in the fork the recipe is read from its file and run as `__main__`, with its own arguments,
 environment, folder, output and exit code.
+
+As a script it does so for commands that it reads from its input: `Elsewhere` starts it for environments that libraries
+read while they are imported.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from datasets import fingerprint
@@ -51,6 +56,7 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, stdout: str,
     fingerprint.fingerprint_rng.seed()  # as rlhf/run/stages.py does
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     code = 0
     try:
         runpy.run_path(command[0], run_name="__main__")
@@ -64,6 +70,36 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, stdout: str,
     sys.exit(code)
 
 
+class _Run:
+    """A recipe in a fork, and the files that it writes its output to."""
+
+    def __init__(
+        self,
+        context: multiprocessing.context.ForkServerContext,
+        command: list[str],
+        environment: dict[str, str],
+        cwd: Path,
+        folder: Path,
+    ) -> None:
+        self.files = [folder / name for name in ("stdout", "stderr")]
+        for file in self.files:
+            file.touch()
+        self.process = context.Process(target=_run, args=(command, environment, str(cwd), *map(str, self.files)))
+        self.process.start()
+
+    def interrupt_at(self, text: str) -> None:
+        """Send Ctrl-C once it has printed this."""
+        while self.process.is_alive():
+            if text in self.said(0):
+                assert self.process.pid is not None
+                return os.kill(self.process.pid, signal.SIGINT)
+            time.sleep(0.1)
+
+    def said(self, number: int) -> str:
+        """What it has written to standard output (0) or standard error (1)."""
+        return self.files[number].read_text(encoding="utf-8", errors="replace")
+
+
 def run_recipe(
     context: multiprocessing.context.ForkServerContext,
     command: list[str],
@@ -73,18 +109,67 @@ def run_recipe(
 ) -> subprocess.CompletedProcess:
     """Run a script with its arguments to its end; Ctrl-C comes once it has printed `interrupt_at`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        for file in files:
-            file.touch()
-        process = context.Process(target=_run, args=(command, environment, str(cwd), *map(str, files)))
-        process.start()
-        assert process.pid is not None
-        while interrupt_at is not None and process.is_alive():
-            if interrupt_at in files[0].read_text(encoding="utf-8", errors="replace"):
-                os.kill(process.pid, signal.SIGINT)
-                break
-            time.sleep(0.1)
-        process.join()
-        assert process.exitcode is not None  # it has ended
-        said = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-        return subprocess.CompletedProcess(command, process.exitcode, *said)
+        run = _Run(context, command, environment, cwd, Path(folder))
+        if interrupt_at is not None:
+            run.interrupt_at(interrupt_at)
+        run.process.join()
+        assert run.process.exitcode is not None  # it has ended
+        return subprocess.CompletedProcess(command, run.process.exitcode, run.said(0), run.said(1))
+
+
+def run_on_processes(
+    context: multiprocessing.context.ForkServerContext,
+    count: int,
+    command: list[str],
+    environment: dict[str, str],
+    cwd: Path,
+) -> subprocess.CompletedProcess:
+    """Run a script on several processes that find each other as those of torchrun do; one that fails ends the others.
+
+    Returns:
+        all that they printed, one process behind the other, and the first exit code that isn't 0.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as parent:
+        runs = []
+        for rank in range(count):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            own = {**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+            folder = Path(parent) / str(rank)
+            folder.mkdir()
+            runs.append(_Run(context, command, {**environment, **own}, cwd, folder))
+        code = 0
+        while alive := [run.process for run in runs if run.process.is_alive()]:
+            connection.wait([process.sentinel for process in alive])
+            code = code or next((run.process.exitcode for run in runs if run.process.exitcode), 0)
+            for process in alive:
+                if code:
+                    process.terminate()
+        code = code or next((run.process.exitcode for run in runs if run.process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, *("".join(run.said(n) for run in runs) for n in (0, 1)))
+
+
+class Elsewhere:
+    """A process with an environment of its own that runs recipes, one after the other."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+        """Run a script with its arguments to its end."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps([command, str(cwd)]), file=self.process.stdin, flush=True)
+        return subprocess.CompletedProcess(command, *json.loads(self.process.stdout.readline()))
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        words, where = json.loads(line)
+        done = run_recipe(start(dict(os.environ)), words, dict(os.environ), Path(where))
+        print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)

@@ -1,9 +1,11 @@
 """Two real processes (gloo): the same training as one process with the same global batch."""
 
 import json
+import subprocess
+import sys
 
 import torch
-from conftest import TINY_PPO, TINY_TRAINING, run
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +19,7 @@ def _close(first, second, tolerance):
     return all(torch.allclose(first[name], second[name], atol=tolerance) for name in first)
 
 
-def _train(recipe, dataset, tiny, folder, processes):
+def _train(recipe, dataset, tiny, folder, processes, run=run):
     batch = str(8 // processes)
     arguments = [*TINY_TRAINING, "--max_steps", 3, "--optim", "sgd", "--learning_rate", 0.5]
     arguments[arguments.index("--per_device_train_batch_size") + 1] = batch
@@ -27,10 +29,19 @@ def _train(recipe, dataset, tiny, folder, processes):
     return _weights(folder)
 
 
-def test_sft_on_two_processes_equals_one(tiny, files, tmp_path):
+def test_sft_on_two_processes_of_torchrun_equals_one(tiny, files, tmp_path):
     one = _train("sft", files / "sft.jsonl", tiny, tmp_path / "one", 1)
-    two = _train("sft", files / "sft.jsonl", tiny, tmp_path / "two", 2)
+    two = _train("sft", files / "sft.jsonl", tiny, tmp_path / "two", 2, torchrun)
     assert _close(one, two, 1e-4)
+
+
+def torchrun(script, *arguments, processes):
+    """As users start several processes; the other tests fork them from a process that has imported the libraries."""
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d",
+         "--rdzv_endpoint", "localhost:0", str(ROOT / script), *map(str, arguments)],
+        check=True, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
 
 
 def test_reward_on_two_processes_equals_one(tiny, files, tmp_path):

@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY_PPO, run
+from conftest import ROOT, TINY_PPO, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ def ppo(files, folder, *more, processes=2, check=True, **environment):
     if processes == 1:
         return run("recipes/ppo.py", *words)
     result = run("tests/fsdp_on_cpu.py", ROOT / "recipes" / "ppo.py", *words, processes=2, check=check,
-                 environment={**ENVIRONMENT, **environment})  # fmt: skip
+                 environment=environment)  # fmt: skip
     for layers, own, whole in SHARDED.findall(result.stdout):
         assert layers and int(own) < 0.51 * int(whole)
     assert result.returncode or SHARDED.search(result.stdout)
