@@ -8,6 +8,7 @@ As a script it does so for commands that it reads from its input: `Elsewhere` st
 read while they are imported.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from datasets import fingerprint
 from rlhf.run.stages import FROZEN, LIBRARIES
 
 # libraries: the project's own modules are imported by each recipe, as their files are then
-PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", FROZEN]
+PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", "gradio", FROZEN]
 
 
 def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:
@@ -44,30 +45,42 @@ def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerCont
     return context
 
 
-def _run(command: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str) -> None:
-    for number, file in ((1, stdout), (2, stderr)):
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+def _run(
+    command: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str, stdin: str = os.devnull
+) -> None:
+    for number, file in enumerate((stdin, stdout, stderr)):
+        if number == 2 and stderr == stdout:
+            os.dup2(1, 2)
+            continue
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     fingerprint.fingerprint_rng.seed()  # as rlhf/run/stages.py does
+    code = command.pop(1) if command[0] == "-c" else None
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    code = 0
+    status = 0
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if code is None:
+            runpy.run_path(command[0], run_name="__main__")
+        else:
+            exec(code, {"__name__": "__main__"})
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except BaseException:
         traceback.print_exc()
-        code = 1
+        status = 1
+    atexit._run_exitfuncs()  # as rlhf/run/stages.py does
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(code)
+    sys.exit(status)
 
 
 class _Run:
@@ -80,10 +93,11 @@ class _Run:
         environment: dict[str, str],
         cwd: Path,
         folder: Path,
+        typed: str = "",
     ) -> None:
-        self.files = [folder / name for name in ("stdout", "stderr")]
+        self.files = [folder / name for name in ("stdout", "stderr", "stdin")]
         for file in self.files:
-            file.touch()
+            file.write_text(typed if file.name == "stdin" else "", encoding="utf-8")
         self.process = context.Process(target=_run, args=(command, environment, str(cwd), *map(str, self.files)))
         self.process.start()
 
@@ -106,10 +120,15 @@ def run_recipe(
     environment: dict[str, str],
     cwd: Path,
     interrupt_at: str | None = None,
+    typed: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script with its arguments to its end; Ctrl-C comes once it has printed `interrupt_at`."""
+    """Run a script with its arguments to its end; Ctrl-C comes once it has printed `interrupt_at`.
+
+    Args:
+        typed: what it reads from standard input.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(context, command, environment, cwd, Path(folder))
+        run = _Run(context, command, environment, cwd, Path(folder), typed)
         if interrupt_at is not None:
             run.interrupt_at(interrupt_at)
         run.process.join()
@@ -150,6 +169,51 @@ def run_on_processes(
                     process.terminate()
         code = code or next((run.process.exitcode for run in runs if run.process.exitcode), 0)
         return subprocess.CompletedProcess(command, code, *("".join(run.said(n) for run in runs) for n in (0, 1)))
+
+
+class Forked:
+    """A script in a fork, with the part of subprocess.Popen's interface that tests use, and pipes as text.
+
+    Args:
+        command: the script's file and its arguments, or -c, code, and its arguments.
+        together: whether standard error goes to standard output.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], cwd: Path, together: bool = False) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            stdin, stdout, stderr = pipes = [os.path.join(folder, name) for name in ("in", "out", "err")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            files = (stdout, stdout if together else stderr, stdin)
+            self._process = start(environment).Process(target=_run, args=(command, environment, str(cwd), *files))
+            self._process.start()
+            # each waits until the fork opens its end, in this order
+            self.stdin = Path(stdin).open("w", encoding="utf-8")  # noqa: SIM115
+            self.stdout = Path(stdout).open(encoding="utf-8", errors="replace")  # noqa: SIM115
+            self.stderr = self.stdout if together else Path(stderr).open(encoding="utf-8", errors="replace")  # noqa: SIM115
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: if it goes on for longer than this many seconds.
+        """
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
 
 
 class Elsewhere:

@@ -58,12 +58,10 @@ class Visited(Server):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attacked")
-    with (folder / "stderr").open("w") as errors:
-        server = Visited(folder, overlap=0.0, errors=errors)
-        yield server
-        server.kill()
-    assert "Traceback" not in (folder / "stderr").read_text()
+    server = Visited(tmp_path_factory.mktemp("attacked"), overlap=0.0)
+    yield server
+    server.kill()
+    assert "Traceback" not in server.process.stderr.read()
 
 
 def answer_to(shown, **changes):

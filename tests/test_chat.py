@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
@@ -14,6 +12,7 @@ import torch
 from conftest import ENVIRONMENT, LORA, ROOT, make_adapter, present, save_tiny, user
 from datasets import load_dataset
 from playwright.sync_api import sync_playwright
+from recipe_process import Forked, run_recipe, start
 from safetensors.torch import load_file, save_file
 from test_pages import free_port, launch
 
@@ -45,13 +44,11 @@ def other(tiny, tokenizer, tmp_path_factory):
     return folder
 
 
-def talk(lines, *arguments, **settings):
+def talk(lines, *arguments):
     """Run recipes/chat.py in the terminal, with these lines typed."""
-    flags = ["--max_new_tokens", "6", "--dtype", "float32", *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes/chat.py"), *flags], input="".join(f"{line}\n" for line in lines),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **settings,
-    )  # fmt: skip
+    flags = ["--max_new_tokens", "6", "--dtype", "float32", *map(str, arguments)]
+    command, typed = [str(ROOT / "recipes/chat.py"), *flags], "".join(f"{line}\n" for line in lines)
+    return run_recipe(start(ENVIRONMENT), command, ENVIRONMENT, ROOT, typed=typed)
 
 
 def jsonl(file):
@@ -128,21 +125,17 @@ def test_one_model_needs_no_folder_and_sampling_is_seeded(tiny, tmp_path):
 
 
 def test_ctrl_c_ends_cleanly(tiny, sft, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes/chat.py"), "--models", sft, "--max_new_tokens", "200"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-    stdin, stdout, stderr = present(process.stdin), present(process.stdout), present(process.stderr)
-    stdin.write(b"Hi\n")
-    stdin.flush()
-    seen = b""
-    while f"{sft}: ".encode() not in seen:
-        seen += os.read(stdout.fileno(), 4096)
-        assert process.poll() is None, stderr.read()
+    process = Forked([str(ROOT / "recipes/chat.py"), "--models", sft, "--max_new_tokens", "200"], ENVIRONMENT, ROOT)
+    process.stdin.write("Hi\n")
+    process.stdin.flush()
+    seen = ""
+    while f"{sft}: " not in seen:
+        letter = process.stdout.read(1)
+        assert letter, process.stderr.read()
+        seen += letter
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0, stderr.read()
-    assert b"Traceback" not in stderr.read()
+    assert process.wait(60) == 0, process.stderr.read()
+    assert "Traceback" not in process.stderr.read()
 
 
 MISTAKES = {
@@ -398,9 +391,8 @@ chat_on_page(Scripted([Speaker(n, None, None, None, None) for n in names], votes
 
 class Server:
     def __init__(self, command):
-        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-        for line in present(self.process.stdout):
+        self.process = Forked(command, ENVIRONMENT, ROOT, together=True)
+        for line in self.process.stdout:
             if line.startswith("Chat at "):
                 self.url = line.split()[2]
                 return
@@ -420,13 +412,13 @@ def serve(tmp_path):
     servers = []
 
     def start(*names, command=None):
-        command = command or [sys.executable, "-c", SERVER, str(tmp_path / "chat"), str(free_port()), *names]
+        command = command or ["-c", SERVER, str(tmp_path / "chat"), str(free_port()), *names]
         servers.append(Server(command))
         return servers[-1]
 
     yield start
     for server in servers:
-        server.process.kill()
+        server.process.send_signal(signal.SIGKILL)
         server.process.wait()
 
 
@@ -526,7 +518,7 @@ def test_two_models_on_a_phone(browser, serve):
 
 
 def test_one_model_on_the_page_of_the_recipe(browser, serve, sft):
-    command = [sys.executable, "recipes/chat.py", "--models", f"mine={sft}", "--page", "true", "--dtype", "float32"]
+    command = [str(ROOT / "recipes/chat.py"), "--models", f"mine={sft}", "--page", "true", "--dtype", "float32"]
     server = serve(command=[*command, "--server_port", str(free_port()), "--max_new_tokens", "8"])
     page = open_page(browser, server)
     page.locator("textarea").fill("Hi")

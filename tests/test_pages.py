@@ -1,25 +1,21 @@
 """The voting page, in a real headless Chromium, served by a process of its own."""
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from conftest import present
+from conftest import ENVIRONMENT, ROOT
 from playwright.sync_api import sync_playwright
+from recipe_process import Forked
 
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
 from rlhf.feedback.sampling import write_tasks
 from rlhf.feedback.serving import need_free_port
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -54,14 +50,11 @@ def launch(playwright):
 class Server:
     """The page over the tasks and votes of a folder."""
 
-    def __init__(self, folder, ratings=False, overlap=1.0, port=None, errors=None):
+    def __init__(self, folder, ratings=False, overlap=1.0, port=None):
         self.folder, self.port = folder, port or free_port()
-        command = [sys.executable, "-c", SERVER, str(folder), str(self.port), str(ratings), str(overlap)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment
-        )
-        self.url = present(self.process.stdout).readline().strip()
+        command = ["-c", SERVER, str(folder), str(self.port), str(ratings), str(overlap)]
+        self.process = Forked(command, ENVIRONMENT, ROOT)
+        self.url = self.process.stdout.readline().strip()
         assert self.url.startswith("http://127.0.0.1"), self.url
 
     def kill(self):

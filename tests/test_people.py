@@ -1,11 +1,11 @@
 """People in the loop, from end to end: a recipe opens the page, people vote in Chromium, the recipe goes on."""
 
 import json
-import subprocess
-import sys
+import signal
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, present, run
+from conftest import ENVIRONMENT, ROOT, run
+from recipe_process import Forked
 from test_pages import answered, browser, free_port, shown_replies  # noqa: F401  (browser is a fixture)
 
 SAMPLING = ["--dtype", "float32", "--max_new_tokens", "6"]
@@ -15,12 +15,10 @@ class Page:
     """A recipe in a process of its own that serves the voting page."""
 
     def __init__(self, script, *words):
-        command = [sys.executable, "-u", str(ROOT / script), *map(str, words), "--server_port", str(free_port())]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command = [str(ROOT / script), *map(str, words), "--server_port", str(free_port())]
+        self.process = Forked(command, ENVIRONMENT, ROOT, together=True)
         self.said = []
-        for line in present(self.process.stdout):
+        for line in self.process.stdout:
             self.said.append(line)
             if line.startswith("Vote at "):
                 self.url = line.split()[2]
@@ -29,7 +27,8 @@ class Page:
 
     def rest(self):
         """What it says until it ends."""
-        said, _ = self.process.communicate(timeout=120)
+        said = self.process.stdout.read()
+        self.process.wait()
         return said
 
 
@@ -64,7 +63,7 @@ def kept():
     pages: list[Page] = []
     yield pages
     for page in pages:
-        page.process.kill()
+        page.process.send_signal(signal.SIGKILL)
         page.process.wait()
 
 
@@ -95,8 +94,8 @@ def test_votes_of_people_become_preference_pairs(browser, kept, sft, files, tmp_
     page = Page("recipes/collect.py", *words)
     kept.append(page)
     vote_for_all(browser, page.url, "ada", len)
-    page.process.terminate()
-    assert "There is more to compare" in page.rest() or page.process.returncode == 0
+    said = page.rest()  # it ends by itself: nothing is left to compare
+    assert page.process.returncode == 0, said
     assert json.loads((tmp_path / "out" / "agreement.json").read_text())["labelers"] == 1
     rows = [json.loads(line) for name in ("train", "test")
             for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip
