@@ -31,6 +31,7 @@ from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.config import check_stop_tokens
+from rlhf.ppo.engine import need_engine
 from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
 from rlhf.run.checkpoints import last_checkpoint
 from rlhf.run.folders import finish_run, start_run
@@ -56,6 +57,7 @@ def main() -> None:
     eval_sources = resolve_reward_functions(held_out, "--eval_reward_funcs", columns=test.column_names, **trust)
     tokenizer = load_tokenizer(source)
     check_stop_tokens(training_args, tokenizer)
+    need_engine(training_args, model_args.use_peft or start.adapter is not None)
     sizes = (training_args.response_length, context_length(source))
     train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))

@@ -11,7 +11,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # from the ground up: what stands on one floor doesn't import its neighbours
 FLOORS = (
     {"rlhf.errors", "rlhf.comparisons"}, {"rlhf.starter"}, {"rlhf.data"}, {"rlhf.models", "rlhf.run"},
-    {"rlhf.rewards", "rlhf.pretraining", "rlhf.tasks"}, {"rlhf.ppo", "rlhf.feedback", "rlhf.rloo", "rlhf.hub"},
+    {"rlhf.rewards", "rlhf.pretraining", "rlhf.tasks", "rlhf.engines"},
+    {"rlhf.ppo", "rlhf.feedback", "rlhf.rloo", "rlhf.hub"},
     {"eval"}, {"recipes"},
 )  # fmt: skip
 

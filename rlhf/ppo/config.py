@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.engines.arguments import EngineArguments
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
@@ -19,8 +20,8 @@ UNUSED = {
 
 
 @dataclass
-class PPOConfig(TRLPPOConfig):
-    """TRL's PPOConfig with these changes.
+class PPOConfig(EngineArguments, TRLPPOConfig):
+    """TRL's PPOConfig with GRPOConfig's flags of engines (EngineArguments) and these changes.
 
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
@@ -138,6 +139,7 @@ class PPOConfig(TRLPPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self.check_engine_arguments()
         if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
             # else transformers loads the weights on the main process alone, and the others try empty ones
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

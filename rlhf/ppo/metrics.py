@@ -5,6 +5,7 @@ import math
 import torch
 
 from rlhf.data.datasets import Row
+from rlhf.ppo.mismatch import mismatch_metrics
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
@@ -35,6 +36,7 @@ def batch_metrics(
     return {
         **dict(zip(per_row, means.tolist(), strict=True)),
         **reward_metrics(scored.rewards.by_function if scored.rewards else {}, processes),
+        **mismatch_metrics(scored.logprobs, rollout.sampling_logprobs, mask, scored.sampling_weights, processes),
         "val/num_eos_tokens": float(processes.sum(rollout.ended.sum().float())),
         "val/explained_variance": explained_variance(advantages.returns, scored.values, learned, processes),
     }

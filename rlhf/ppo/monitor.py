@@ -88,6 +88,18 @@ def _first_ratio(run: RunLog) -> str | None:
     return None
 
 
+def _engine_drifts(run: RunLog) -> str | None:
+    kl = run.updates[-1].get("sampling/kl", 0.0)
+    first = run.updates[0].get("sampling/kl", 0.0)
+    if kl > 0.02 or (kl > 0.002 and kl > 10 * first):
+        return (
+            f"The engine samples from other probabilities than the policy's: a KL of {kl:.4f} nats per token (at first "
+            f"{first:.4f}). Rounding grows as the policy gets sharp; serve the model in the precision that trains, "
+            "lower vllm_importance_sampling_clip_max, or sample with the own loop for comparison."
+        )
+    return None
+
+
 def _no_reply_ends(run: RunLog) -> str | None:
     if run.can_end and run.updates[-1]["completions/ended"] == 0:
         return (
@@ -173,6 +185,7 @@ RULES: tuple[Callable[[RunLog], str | None], ...] = (
     _kl_negative,
     _kl_exploding,
     _first_ratio,
+    _engine_drifts,
     _no_reply_ends,
     _entropy_collapsing,
     _length_running_away,

@@ -16,6 +16,7 @@ class Processes:
     Args:
         number: how many there are.
         sum: sums a tensor over all processes.
+        max: the largest of each process's number.
         backward: computes the gradients of a loss.
         synchronized: context for a microbatch's forward and backward pass. Its argument says whether the microbatch is
             the minibatch's last one, after which the processes average their gradients.
@@ -23,6 +24,7 @@ class Processes:
 
     number: int = 1
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    max: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
     backward: Callable[[torch.Tensor], None] = lambda loss: loss.backward()
     synchronized: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext()
 
@@ -32,6 +34,7 @@ class Processes:
         return cls(
             number=accelerator.num_processes,
             sum=lambda values: accelerator.reduce(values, "sum"),
+            max=lambda value: accelerator.gather(value[None]).max(),
             backward=accelerator.backward,
             synchronized=lambda last: nullcontext() if last else accelerator.no_sync(model),
         )

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.datasets import Row
-from rlhf.models.generation import generate, left_pad
+from rlhf.engines.own_loop import OwnLoop
+from rlhf.engines.seam import Decoding, Engine
+from rlhf.models.generation import left_pad
 from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.ppo.types import Rollout
 
@@ -64,7 +65,6 @@ def draw_uniforms(first_episode: int, rows: range, length: int, seed: int, devic
     return torch.rand(rows.stop, length, generator=generator)[rows.start :].to(device)
 
 
-@torch.no_grad()
 def sample_rollout(
     policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,32 +78,31 @@ def sample_rollout(
     uniforms: torch.Tensor,
     device: torch.device,
 ) -> Rollout:
-    """Sample one completion per row, by pure sampling at `temperature`.
+    """Sample one completion per row with the project's own loop, by pure sampling at `temperature`.
 
     Args:
         rows: rows of the dataset with `input_ids`, and perhaps `prompt` and other columns for the reward functions.
         batch_size: number of rows to sample at once.
         uniforms: (rows, response_length), see `draw_uniforms`.
     """
-    config = GenerationConfig(
-        max_new_tokens=response_length, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=stop_token_ids or None,
-    )  # fmt: skip
-    stops = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
-    prompts = left_pad(tokenizer, [row["input_ids"] for row in rows]).to(device)
-    width = prompts["input_ids"].shape[1]
-    tokens = torch.full((len(rows), response_length), tokenizer.pad_token_id, device=device)
-    lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        mask = prompts["attention_mask"][part]
-        batch = {"input_ids": prompts["input_ids"][part].masked_fill(mask == 0, 0), "attention_mask": mask}
-        samples = generate(policy, batch, config, stopping_criteria=stops, uniforms=uniforms[part])
-        tokens[part, : samples.sequences.shape[1] - width] = samples.sequences[:, width:]
-        lengths[part], ended[part] = samples.lengths, samples.ended
-    tokens = tokens[:, : int(lengths.max())]
-    mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    decoding = Decoding(response_length, temperature, stop_token_ids, stop_strings or [])
+    engine = OwnLoop(policy, tokenizer, batch_size)
+    return rollout_of(engine, policy, tokenizer, rows, decoding, uniforms.to(device))
+
+
+def rollout_of(
+    engine: Engine,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    decoding: Decoding,
+    uniforms: torch.Tensor,
+) -> Rollout:
+    """The rows with the completions that an engine samples for them, on the device of `uniforms`."""
+    ids = [row["input_ids"] for row in rows]
+    tokens, logprobs, lengths, ended = engine.sample(ids, decoding, uniforms)
+    prompts = left_pad(tokenizer, ids).to(uniforms.device)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     ends = end_ids(policy, tokenizer)
     columns = {
         name: [row[name] for row in rows] for name in rows[0] if name not in ("input_ids", "attention_mask", "prompt")
@@ -119,4 +118,5 @@ def sample_rollout(
         attention_mask=torch.cat([prompts["attention_mask"], mask.long()], 1),
         completion_mask=mask,
         ended=ended,
+        sampling_logprobs=logprobs,
     )

@@ -15,6 +15,7 @@ from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, Trainer
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from rlhf.data.datasets import Row
+from rlhf.engines.seam import Decoding
 from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
 from rlhf.models.precision import mixed_precision, without_casts
@@ -25,12 +26,14 @@ from rlhf.ppo.checkpoint import save_samples
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.conventions import TrainerConventions
+from rlhf.ppo.engine import make_engine
 from rlhf.ppo.evaluation import evaluation_rows
 from rlhf.ppo.inputs import Model, Roles, check_model_init_kwargs, config_or_default, load_roles, tokenized
 from rlhf.ppo.metrics import batch_metrics, evaluation_metrics, sample_table, update_metrics
+from rlhf.ppo.mismatch import check_engine, importance_weights
 from rlhf.ppo.model import Reference, TokenOutputs
 from rlhf.ppo.processes import Processes
-from rlhf.ppo.rollout import draw_uniforms, sample_rollout
+from rlhf.ppo.rollout import draw_uniforms, rollout_of
 from rlhf.ppo.scoring import (
     RewardScale,
     collect_rewards,
@@ -179,9 +182,12 @@ class PPOTrainer(TrainerConventions):
         self.has_begun = False
         self.model_wrapped, self.optimizer = prepare(self.accelerator, self.model, self.optimizer)
         self.processes = Processes.of(self.accelerator, self.model_wrapped)
+        longest = max(len(ids) for ids in self.train_dataset["input_ids"])
+        self.engine = make_engine(args, policy, self.model_adapter_name, roles.tokenizer, self.accelerator, longest)
         self.mixed_precision = self.accelerator.mixed_precision
         self.seconds: dict[str, float] = {}  # of each phase since the last update
         self.reward_scale: RewardScale | None = None  # measured on the first batch
+        self.first_step = 0  # of this call of `train`
         self.kl_coef = args.kl_coef
         self.state = OnlineTrainerState(**vars(self.state))
         self.state.episode = 0
@@ -254,7 +260,22 @@ class PPOTrainer(TrainerConventions):
         )
         with self._timed("logprobs"):
             logprobs, values, reference = self._logprobs_and_values(rollout, args.per_device_train_batch_size)
-        return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards)
+        weights = self.sampling_weights(rollout, logprobs, reference)
+        return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards, weights)
+
+    def sampling_weights(
+        self, rollout: Rollout, logprobs: torch.Tensor, reference: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Importance weights of the tokens that another engine sampled, once it is clear that it has our weights."""
+        args, sampled, mask = self.args, rollout.sampling_logprobs, rollout.completion_mask
+        if self.engine.exact or sampled is None:
+            return None
+        first = self.state.global_step == self.first_step
+        check_engine(logprobs, reference, sampled, mask, self.engine.advice, first=first, processes=self.processes)
+        if not args.vllm_importance_sampling_correction:
+            return None
+        bounds = (args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max)
+        return importance_weights(logprobs, sampled, mask, args.vllm_importance_sampling_mode, *bounds)
 
     def rewards(self, rollout: Rollout) -> Rewards:
         """The rewards of the completions."""
@@ -359,21 +380,11 @@ class PPOTrainer(TrainerConventions):
     # ------------------------------------------------------------------------------------------ passes of the models
 
     def _sample(self, rows: list[Row], uniforms: torch.Tensor) -> Rollout:
-        sample = functools.partial(
-            sample_rollout,
-            self.model.policy.eval(),
-            self.processing_class,
-            rows,
-            response_length=self.args.response_length,
-            temperature=self.args.temperature,
-            stop_token_ids=self.stop_token_ids,
-            stop_strings=self.args.stop_strings,
-            batch_size=self.args.local_rollout_forward_batch_size,
-            uniforms=uniforms,
-            device=self.accelerator.device,
-        )
-        with mixed_precision(self.accelerator, self.model.policy):
-            return whole(self.model, sample)
+        args, policy = self.args, self.model.policy.eval()
+        decoding = Decoding(args.response_length, args.temperature, self.stop_token_ids, args.stop_strings or [])
+        self.engine.sync()  # it samples with the policy as it is now
+        sample = functools.partial(rollout_of, self.engine, policy, self.processing_class, rows, decoding, uniforms)
+        return whole(self.model, sample)
 
     def _logprobs_and_values(
         self, rollout: Rollout, batch_size: int

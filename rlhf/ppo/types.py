@@ -19,6 +19,7 @@ class Rollout(NamedTuple):
     attention_mask: torch.Tensor  # (B, P + T) int64: 0 on both kinds of padding
     completion_mask: torch.Tensor  # (B, T) bool: True through the stop token
     ended: torch.Tensor  # (B,) bool: a stop token or stop string was sampled
+    sampling_logprobs: torch.Tensor | None = None  # (B, T) float32: of the engine that sampled; NaN where unknown
 
 
 class Rewards(NamedTuple):
@@ -41,6 +42,7 @@ class Scored(NamedTuple):
     values: torch.Tensor  # (B, T) value of the state before each token
     per_token: torch.Tensor | None = None  # (B, T) the part of `scores` that belongs to single tokens
     rewards: Rewards | None = None  # what the reward functions gave
+    sampling_weights: torch.Tensor | None = None  # (B, T) of the policy loss; see rlhf/ppo/mismatch.py
 
 
 class Advantages(NamedTuple):

@@ -54,18 +54,24 @@ def ppo_loss(
     returns: torch.Tensor,
     mask: torch.Tensor,
     settings: UpdateSettings,
+    weights: torch.Tensor | None = None,
 ) -> LossSums:
     """Clipped policy and value losses minus the entropy bonus, summed over the masked tokens of (B, T) inputs.
 
     Policy: -min(r A, clip(r, 1 - ε, 1 + ε) A), r = π/π_old; Schulman et al., eq. 7 (https://arxiv.org/abs/1707.06347).
     Value: max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²) / 2, as in
     https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/baselines/ppo2/model.py#L68
+
+    Args:
+        weights: of the policy loss, where an engine sampled from other probabilities than `old_logprobs`; None: 1.
     """
     logratio = (new.logprobs - old_logprobs) * mask
     ratio = logratio.exp()
     clipped_ratio = ratio.clamp(1 - settings.cliprange, 1 + settings.cliprange)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
     policy_loss = torch.max(unclipped, clipped) * mask
+    if weights is not None:
+        policy_loss = policy_loss * weights
     near = old_values + (new.values - old_values).clamp(-settings.cliprange_value, settings.cliprange_value)
     error, near_error = (new.values - returns) ** 2, (near - returns) ** 2
     value_loss = 0.5 * torch.max(error, near_error) * mask
@@ -218,6 +224,7 @@ def micro_batch_losses(
         advantages.returns[rows, :length],
         rollout.completion_mask[rows, :length],
         settings,
+        None if scored.sampling_weights is None else scored.sampling_weights[rows, :length],
     )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 # what a run writes before its first result, and can write again
-PASSING = ("eval_samples", "completions", "runs", WRITING, "*.partial")
+PASSING = ("eval_samples", "completions", "runs", "vllm_adapters", WRITING, "*.partial")
 # Flags that may differ when a run is resumed: they don't change what it computes.
 FREE_FLAGS = {
     "config", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
@@ -34,7 +34,8 @@ FREE_FLAGS = {
     "logging_steps", "logging_strategy", "logging_dir", "save_total_limit", "save_steps", "save_strategy",
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
-    "rounds", "server_name", "server_port", "max_workers",
+    "rounds", "server_name", "server_port", "max_workers", "vllm_server_base_url", "vllm_server_host",
+    "vllm_server_port", "vllm_server_timeout",
 }  # fmt: skip
 # Flags that name local files or folders whose content belongs to the run.
 CONTENT_FLAGS = (

@@ -1,0 +1,105 @@
+"""The flags that choose an engine, by TRL's names (those of GRPOConfig)."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf.errors import InputError
+from rlhf.run.ranges import Port, PositiveFloat
+
+
+@dataclass
+class EngineArguments:
+    """Which engine samples, and what is done about its other rounding. Without one of these, the project's own loop.
+
+    Args:
+        use_vllm: a vLLM server samples. Only `vllm_mode="server"` and LoRA policies are possible.
+        vllm_server_base_url: replaces `vllm_server_host` and `vllm_server_port`.
+        vllm_server_timeout: seconds to wait at the start until the server is up.
+        use_transformers_continuous_batching: transformers' continuous batching samples.
+        transformers_continuous_batching_config: fields of ContinuousBatchingConfig. By default the cache has room for
+            `local_rollout_forward_batch_size` rows.
+        vllm_importance_sampling_correction: weight each token's policy loss with π / π_engine, with either engine.
+        vllm_importance_sampling_mode, vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: see
+            rlhf.ppo.mismatch.importance_weights.
+
+    Raises:
+        InputError: for settings that can't work.
+    """
+
+    use_vllm: bool = field(default=False, metadata={"help": "Sample completions with a vLLM server."})
+    vllm_mode: Literal["server", "colocate"] = field(
+        default="server", metadata={"help": "Only 'server' is possible: start it with 'vllm serve'."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Address of the vLLM server, such as http://127.0.0.1:8000."}
+    )
+    vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Host of the vLLM server."})
+    vllm_server_port: Port = field(default=8000, metadata={"help": "Port of the vLLM server."})
+    vllm_server_timeout: PositiveFloat = field(
+        default=240.0, metadata={"help": "Seconds to wait at the start until the vLLM server is up."}
+    )
+    use_transformers_continuous_batching: bool = field(
+        default=False, metadata={"help": "Sample completions with transformers' continuous batching."}
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of ContinuousBatchingConfig, as JSON."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Correct for the mismatch between the engine's and the policy's logprobs."}
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        field(
+            default="sequence_mask",
+            metadata={"help": "Ratio of each token or of the sequence; out of bounds truncated or masked to 0."},
+        )
+    )
+    vllm_importance_sampling_clip_max: PositiveFloat | None = field(
+        default=3.0, metadata={"help": "Upper bound of the importance sampling ratio."}
+    )
+    vllm_importance_sampling_clip_min: PositiveFloat | None = field(
+        default=None, metadata={"help": "Lower bound of the importance sampling ratio."}
+    )
+
+    @property
+    def vllm_url(self) -> str:
+        """The address of the vLLM server."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+    def check_engine_arguments(self) -> None:
+        """Raise InputError for settings that can't work; read a JSON object that was typed."""
+        if self.use_vllm and self.vllm_mode != "server":
+            raise InputError(
+                f"--vllm_mode {self.vllm_mode}: PPO samples with a vLLM server only. Start one with 'vllm serve' "
+                "(docs/engines.md) and give --vllm_mode server."
+            )
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise InputError("--use_vllm and --use_transformers_continuous_batching: exclude each other. Give one.")
+        if self.vllm_server_base_url and not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise InputError(
+                f"--vllm_server_base_url {self.vllm_server_base_url}: needs an address such as http://127.0.0.1:8000."
+            )
+        self._check_continuous_batching()
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise InputError(f"--vllm_importance_sampling_clip_min {low}: must be below clip_max, which is {high}.")
+        if self.vllm_importance_sampling_mode.endswith("truncate") and low is None and high is None:
+            raise InputError(
+                f"--vllm_importance_sampling_mode {self.vllm_importance_sampling_mode}: needs a bound. Give "
+                "--vllm_importance_sampling_clip_max or --vllm_importance_sampling_clip_min."
+            )
+
+    def _check_continuous_batching(self) -> None:
+        flag, options = "--transformers_continuous_batching_config", self.transformers_continuous_batching_config
+        if options is None:
+            return
+        if not self.use_transformers_continuous_batching:
+            raise InputError(f"{flag}: has no effect without --use_transformers_continuous_batching true.")
+        from transformers.generation import ContinuousBatchingConfig
+
+        try:
+            options = json.loads(options) if isinstance(options, str) else options
+            ContinuousBatchingConfig(**options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{flag}: {error}. Give fields of ContinuousBatchingConfig as JSON.") from error
+        self.transformers_continuous_batching_config = options

@@ -1,0 +1,236 @@
+"""A vLLM server: `vllm serve`, a process of its own, perhaps on other GPUs, asked over its OpenAI-compatible HTTP API.
+
+What travels is the policy's LoRA adapter, a few MB: `sync` writes it to a folder that the server can read too, and has
+it loaded under a name that was never used before, so that no answer can come from older weights. Prompts go and
+completions come as token ids.
+"""
+
+import atexit
+import functools
+import http.client
+import json
+import secrets
+import shutil
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, PeftType
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.engines.seam import Completions, Decoding, completions_of, first_stop
+from rlhf.errors import InputError
+
+REQUESTS = 64  # that are under way at once, of each process; the server batches what is there
+PATIENCE = 3600  # seconds for one answer
+
+
+class _Refusal(Exception):
+    """The server answered with an error."""
+
+
+class Server:
+    """The HTTP side: a vLLM server by its address.
+
+    Args:
+        url: such as http://127.0.0.1:8000.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        # not through a proxy: the server is on this machine or in its network
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that the server answers, or its text.
+
+        Args:
+            body: to POST; None: GET.
+
+        Raises:
+            _Refusal: if the answer is an error.
+            InputError: if there is no answer.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with self.opener.open(request, timeout=PATIENCE) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            raise _Refusal(_reason(error.code, error.read().decode(errors="replace"))) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise InputError(
+                f"--use_vllm true: the server {self.url} does not answer ({error}). Start it, or give its address "
+                "with --vllm_server_base_url. The same command continues the run."
+            ) from error
+        with suppress(ValueError):
+            return json.loads(text)
+        return text
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the server is up.
+
+        Raises:
+            InputError: if it is not after so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.ask("/health")
+                return
+            except _Refusal:
+                return
+            except InputError:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+
+    def context(self) -> int | None:
+        """The most tokens that a prompt and its completion may have on the server.
+
+        Raises:
+            InputError: if this is no vLLM server.
+        """
+        try:
+            models = self.ask("/v1/models")["data"]
+            return next(model.get("max_model_len") for model in models if not model.get("parent"))
+        except (_Refusal, KeyError, TypeError, StopIteration) as error:
+            raise InputError(f"--use_vllm true: {self.url} is no vLLM server. Give the address of one.") from error
+
+
+def _reason(code: int, text: str) -> str:
+    """The sentence in an error of the server.
+
+    >>> _reason(400, '{"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}}')
+    'LoRA rank 64 is greater than max_lora_rank 16.'
+    """
+    with suppress(ValueError, KeyError, TypeError):
+        found = json.loads(text)
+        return str(found["error"]["message"] if isinstance(found.get("error"), dict) else found["detail"])
+    return f"HTTP {code} {text[:200]}".strip()
+
+
+class VLLMServer:
+    """Sampling by a vLLM server, with the policy as an adapter over the server's model.
+
+    Args:
+        policy: a LoRA model whose base the server serves.
+        adapter: the name of the policy's adapter.
+        folder: where the adapters are written for the server.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        server: Server,
+        policy: PeftModel,
+        adapter: str,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        config = policy.peft_config[adapter]
+        if config.peft_type != PeftType.LORA:
+            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
+        self.server, self.policy, self.adapter, self.tokenizer = server, policy, adapter, tokenizer
+        self.folder, self.accelerator, self.number = folder, accelerator, 0
+        self.run = broadcast_object_list([secrets.token_hex(4)])[0]  # several runs may share a server
+        base = config.base_model_name_or_path
+        self.command = (
+            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {base} --host 127.0.0.1 --enable-lora "
+            f"--max-lora-rank {config.r} --logprobs-mode processed_logprobs"
+        )
+        self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
+        if accelerator.is_main_process:
+            atexit.register(self._unload)
+
+    @property
+    def name(self) -> str:
+        """The server's name for the policy since the last `sync`."""
+        return f"ppo-{self.run}-{self.number}"
+
+    def sync(self) -> None:
+        """See `Engine`."""
+        if self.accelerator.is_main_process:
+            self._unload()
+        self.number += 1
+        if self.accelerator.is_main_process:
+            place = self.folder / self.name
+            self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
+            place = place if self.adapter == "default" else place / self.adapter
+            try:
+                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place.resolve())})
+            except _Refusal as refusal:
+                raise InputError(
+                    f"--use_vllm true: the server {self.server.url} did not load the policy's adapter ({refusal}). "
+                    f"It must read {place.resolve()} and be started as: {self.command}"
+                ) from refusal
+        self.accelerator.wait_for_everyone()
+
+    def _unload(self) -> None:
+        """Have the server forget the adapter of the last `sync`, and remove its folder."""
+        if self.number and (self.folder / self.name).exists():
+            with suppress(_Refusal, InputError):  # a server that was started anew never had it
+                self.server.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
+            shutil.rmtree(self.folder / self.name, ignore_errors=True)
+            with suppress(OSError):  # another run's may be in it
+                self.folder.rmdir()
+
+    def sample(self, prompts: list[list[int]], decoding: Decoding, uniforms: torch.Tensor) -> Completions:
+        """See `Engine`. Each row is a request with a seed of its own."""
+        digits = (uniforms[:, :2].double().cpu() * 2**24).long()
+        seeds = [int(row[0]) * 2**24 + int(row[-1]) for row in digits]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            found = list(pool.map(functools.partial(self._complete, decoding), prompts, seeds))
+        tokens, logprobs, ended = (list(part) for part in zip(*found, strict=True))
+        return completions_of(tokens, logprobs, ended, self.tokenizer.pad_token_id, uniforms.device)
+
+    def _complete(self, decoding: Decoding, prompt: list[int], seed: int) -> tuple[list[int], list[float], bool]:
+        try:
+            answer = self.server.ask("/v1/completions", request_body(self.name, prompt, seed, decoding))
+        except _Refusal as refusal:
+            raise InputError(f"--use_vllm true: the server {self.server.url} refused a prompt: {refusal}") from refusal
+        return read_choice(answer["choices"][0], prompt, decoding, self.tokenizer)
+
+
+def request_body(model: str, prompt: list[int], seed: int, decoding: Decoding) -> dict[str, Any]:
+    """The body of a request for one completion.
+
+    It says everything that the server would else take from the model's generation_config.json.
+    """
+    return {
+        "model": model, "prompt": prompt, "seed": seed, "n": 1, "max_tokens": decoding.response_length,
+        "temperature": decoding.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
+        # ends are our stop tokens alone: without ignore_eos, the model's own eos tokens would join them
+        "ignore_eos": True, "stop_token_ids": decoding.stop_token_ids, "stop": decoding.stop_strings,
+        "skip_special_tokens": False, "include_stop_str_in_output": True, "logprobs": 0, "return_token_ids": True,
+    }  # fmt: skip
+
+
+def read_choice(
+    choice: dict[str, Any], prompt: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[float], bool]:
+    """Tokens, log-probabilities and whether the completion ended, from the `choices` of an answer.
+
+    Raises:
+        InputError: if the server sent no token ids or no log-probabilities.
+    """
+    tokens, given = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+    if not tokens or given is None or len(given) != len(tokens):
+        raise InputError(
+            "--use_vllm true: the server sent no token ids with log-probabilities. It takes vLLM 0.11 or newer."
+        )
+    stop = first_stop(prompt, tokens, decoding, tokenizer)
+    logprobs = [float("nan") if logprob is None else logprob for logprob in given]
+    if stop is None:  # it may still have ended where the server's text has a stop string and ours has none
+        return tokens, logprobs, choice.get("finish_reason") == "stop"
+    return tokens[:stop], logprobs[:stop], True

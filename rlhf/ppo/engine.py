@@ -1,0 +1,72 @@
+"""The engine that the flags choose for a policy."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.engines.continuous_batching import FLAG, ContinuousBatching
+from rlhf.engines.own_loop import OwnLoop
+from rlhf.engines.seam import Engine
+from rlhf.engines.vllm_server import Server, VLLMServer
+from rlhf.errors import InputError
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.inputs import Model
+
+
+def need_engine(args: PPOConfig, use_peft: bool = True) -> Server | None:
+    """Wait until the vLLM server is up, if one samples. This takes no model, so it comes before they are loaded.
+
+    Raises:
+        InputError: if it isn't up in time, or the policy is no adapter.
+    """
+    if not args.use_vllm:
+        return None
+    if not use_peft:
+        raise InputError(
+            "--use_vllm true: only LoRA adapters are sent to the server, not whole models. Give --use_peft true."
+        )
+    server = Server(args.vllm_url)
+    server.wait(args.vllm_server_timeout)
+    return server
+
+
+def make_engine(
+    args: PPOConfig,
+    policy: Model,
+    adapter: str,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    longest: int,
+) -> Engine:
+    """The engine of a run.
+
+    Args:
+        adapter: the policy's adapter, if it has any.
+        longest: tokens of the longest prompt.
+
+    Raises:
+        InputError: if the engine can't sample this policy.
+    """
+    batch_size = args.local_rollout_forward_batch_size
+    if not (args.use_vllm or args.use_transformers_continuous_batching):
+        return OwnLoop(policy, tokenizer, batch_size, accelerator)
+    flag = "--use_vllm true" if args.use_vllm else FLAG
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise InputError(f"{flag}: was never tried under FSDP2. Leave it out, or launch with DDP.")
+    if policy.config.is_encoder_decoder:
+        raise InputError(f"{flag}: samples decoders only, and {policy.config.model_type} is an encoder-decoder.")
+    if not args.use_vllm:
+        options = args.transformers_continuous_batching_config
+        assert not isinstance(options, str)
+        return ContinuousBatching(policy, tokenizer, batch_size, options)
+    server = need_engine(args, isinstance(policy, PeftModel))
+    assert server is not None and isinstance(policy, PeftModel)
+    context = server.context()
+    if context is not None and longest + args.response_length > context:
+        raise InputError(
+            f"--response_length {args.response_length}: the longest prompt has {longest} tokens, together more than "
+            f"the server's {context}. Start it with a larger --max-model-len."
+        )
+    return VLLMServer(server, policy, adapter, tokenizer, Path(args.output_dir) / "vllm_adapters", accelerator)
