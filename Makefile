@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench gpu optimum kills families templates mistakes people test lint format
+.PHONY: setup chromium demo road docs bench gpu optimum engines kills families templates mistakes people test lint format
 
 setup: $(SETUP)
 
@@ -44,6 +44,10 @@ gpu:
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py
+
+# PPO with a real vLLM server on the CPU, in an environment of its own; compared with the own loop
+engines: $(DEV)
+	$(BIN)/python tests/engines.py
 
 kills: $(DEV)
 	$(BIN)/python tests/kill_runs.py --count 5

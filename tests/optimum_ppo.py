@@ -23,8 +23,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, seed: int) -> tuple[str, Any]:
-    """A tiny Llama over twenty words, and its tokenizer."""
+def make_model(folder: Path, seed: int, **changes: Any) -> tuple[str, Any]:
+    """A tiny Llama over twenty words, and its tokenizer; `changes` are those of its configuration."""
     from conftest import save_tiny
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -37,7 +37,7 @@ def make_model(folder: Path, seed: int) -> tuple[str, Any]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
-    return save_tiny(folder, tokenizer, seed=seed, hidden_size=32), tokenizer
+    return save_tiny(folder, tokenizer, seed=seed, **{"hidden_size": 32, **changes}), tokenizer
 
 
 def ours(seed: int, folder: Path) -> list[float]:

