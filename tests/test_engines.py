@@ -4,6 +4,7 @@ Nothing here stands in for a vLLM server: `make engines` starts a real one.
 """
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from rlhf.ppo.monitor import remarks
 from rlhf.ppo.update import UpdateSettings, ppo_loss
 
 NAN = float("nan")
-CONTINUOUS = {
+CONTINUOUS: dict[str, Any] = {
     "use_transformers_continuous_batching": True,
     "transformers_continuous_batching_config": {"page_size": 16},
 }
