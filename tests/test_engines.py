@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, run
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig
 
 from rlhf.engines.arguments import EngineArguments
@@ -22,7 +23,7 @@ from rlhf.errors import InputError
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.engine import need_engine
+from rlhf.ppo.engine import make_engine, need_engine
 from rlhf.ppo.mismatch import check_engine, importance_weights, mismatch_metrics
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.monitor import remarks
@@ -294,3 +295,8 @@ def test_vllm_takes_lora_policies_of_decoders_only(tiny, sft, tokenizer, tmp_pat
     with pytest.raises(InputError, match="does not answer"):
         need_engine(args)
     assert need_engine(ppo_config(tmp_path)) is None
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    seq2seq = T5ForConditionalGeneration(T5Config(**sizes))
+    for flags in (CONTINUOUS, {"use_vllm": True}):
+        with pytest.raises(InputError, match="decoders only, and t5 is an encoder-decoder"):
+            make_engine(ppo_config(tmp_path, **flags), seq2seq, "default", tokenizer, Accelerator(cpu=True), 4)
