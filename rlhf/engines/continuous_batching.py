@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import ContinuousBatchingConfig
 
-from rlhf.engines.seam import Completions, Decoding, completions_of, first_stop
+from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.errors import InputError
 from rlhf.models.attention import NAME
 
@@ -57,7 +57,8 @@ class ContinuousBatching:
         """See `Engine`. transformers knows no stop strings here: what follows one is sampled, and dropped."""
         seed = int(uniforms[0, 0].double() * 2**31)
         tokens, logprobs = self._generate(prompts, decoding, seed)
-        stops = [first_stop(*pair, decoding, self.tokenizer) for pair in zip(prompts, tokens, strict=True)]
+        rule = Stops(decoding, self.tokenizer)
+        stops = [rule.first(*pair) for pair in zip(prompts, tokens, strict=True)]
         return completions_of(
             [row[:stop] for row, stop in zip(tokens, stops, strict=True)],
             [row[:stop] for row, stop in zip(logprobs, stops, strict=True)],

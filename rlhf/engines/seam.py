@@ -51,22 +51,26 @@ class Engine(Protocol):
         ...
 
 
-def first_stop(
-    prompt: list[int], tokens: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
-) -> int | None:
-    """How many tokens a completion has up to its first stop, which it includes; None if it has none.
+class Stops:
+    """Finds where completions end, for engines that may sample further.
 
     Stop strings are found by transformers' own rule, as in the project's loop: also those that begin in the prompt.
     """
-    stops = [number for number, token in enumerate(tokens, 1) if token in decoding.stop_token_ids]
-    if decoding.stop_strings and tokens:
-        whole = torch.tensor([*prompt, *tokens])
-        longest = max(len(text.encode()) for text in decoding.stop_strings) + 1
-        padded = torch.cat([torch.zeros(longest, dtype=torch.long), whole])  # padding, as the loop's, is 0
-        tails = padded.unfold(0, longest, 1)[-len(tokens) :]  # the last tokens up to each token of the completion
-        found = StopStringCriteria(tokenizer, decoding.stop_strings)(tails, None).nonzero()
-        stops += [int(number) + 1 for number in found[:1]]
-    return min(stops, default=None)
+
+    def __init__(self, decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> None:
+        strings = decoding.stop_strings
+        self.ids = set(decoding.stop_token_ids)
+        self.texts = StopStringCriteria(tokenizer, strings) if strings else None  # reads the whole vocabulary, once
+        self.longest = max((len(text.encode()) for text in strings), default=0) + 1
+
+    def first(self, prompt: list[int], tokens: list[int]) -> int | None:
+        """How many tokens a completion has up to its first stop, which it includes; None if it has none."""
+        stops = [number for number, token in enumerate(tokens, 1) if token in self.ids]
+        if self.texts is not None and tokens:
+            padded = torch.tensor([0] * self.longest + prompt + tokens)  # padding, as the loop's, is 0
+            tails = padded.unfold(0, self.longest, 1)[-len(tokens) :]  # the last tokens up to each of the completion
+            stops += [int(number) + 1 for number in self.texts(tails, None).nonzero()[:1]]
+        return min(stops, default=None)
 
 
 def completions_of(

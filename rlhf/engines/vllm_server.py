@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.engines.seam import Completions, Decoding, completions_of, first_stop
+from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.errors import InputError
 from rlhf.run.processes import main_process
 
@@ -193,16 +193,17 @@ class VLLMServer:
         digits = (uniforms[:, :2].double().cpu() * 2**24).long()
         seeds = [int(row[0]) * 2**24 + int(row[-1]) for row in digits]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            found = list(pool.map(functools.partial(self._complete, decoding), prompts, seeds))
+            choices = list(pool.map(functools.partial(self._complete, decoding), prompts, seeds))
+        rule = Stops(decoding, self.tokenizer)
+        found = [read_choice(choice, prompt, rule) for choice, prompt in zip(choices, prompts, strict=True)]
         tokens, logprobs, ended = (list(part) for part in zip(*found, strict=True))
         return completions_of(tokens, logprobs, ended, self.tokenizer.pad_token_id, uniforms.device)
 
-    def _complete(self, decoding: Decoding, prompt: list[int], seed: int) -> tuple[list[int], list[float], bool]:
+    def _complete(self, decoding: Decoding, prompt: list[int], seed: int) -> dict[str, Any]:
         try:
-            answer = self.server.ask("/v1/completions", request_body(self.name, prompt, seed, decoding))
+            return self.server.ask("/v1/completions", request_body(self.name, prompt, seed, decoding))["choices"][0]
         except _Refusal as refusal:
             raise InputError(f"--use_vllm true: the server {self.server.url} refused a prompt: {refusal}") from refusal
-        return read_choice(answer["choices"][0], prompt, decoding, self.tokenizer)
 
 
 def request_body(model: str, prompt: list[int], seed: int, decoding: Decoding) -> dict[str, Any]:
@@ -220,9 +221,7 @@ def request_body(model: str, prompt: list[int], seed: int, decoding: Decoding) -
     }  # fmt: skip
 
 
-def read_choice(
-    choice: dict[str, Any], prompt: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[float], bool]:
+def read_choice(choice: dict[str, Any], prompt: list[int], stops: Stops) -> tuple[list[int], list[float], bool]:
     """Tokens, log-probabilities and whether the completion ended, from the `choices` of an answer.
 
     Raises:
@@ -233,7 +232,7 @@ def read_choice(
         raise InputError(
             "--use_vllm true: the server sent no token ids with log-probabilities. It takes vLLM 0.11 or newer."
         )
-    stop = first_stop(prompt, tokens, decoding, tokenizer)
+    stop = stops.first(prompt, tokens)
     logprobs = [float("nan") if logprob is None else logprob for logprob in given]
     if stop is None:  # it may still have ended where the server's text has a stop string and ours has none
         return tokens, logprobs, choice.get("finish_reason") == "stop"
