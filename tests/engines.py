@@ -125,7 +125,7 @@ def same_curves(python: Path) -> dict[str, Any]:
     for seed in SEEDS:
         curves["own loop"].append(learn(tiny_trainer(FOLDER / "own", model, tokenizer, seed=seed)))
     with serve(python, model, *SMALL) as url:
-        flags = {"use_vllm": True, "vllm_server_base_url": url}
+        flags: dict[str, Any] = {"use_vllm": True, "vllm_server_base_url": url}
         for seed in SEEDS:
             curves["vllm"].append(learn(tiny_trainer(FOLDER / "vllm", model, tokenizer, seed=seed, **flags)))
     results: dict[str, Any] = {"curves": curves}
@@ -200,7 +200,7 @@ def refusals(python: Path) -> dict[str, str]:
     """What has to fail, in one line each."""
     model, tokenizer = tiny()
     with serve(python, model, *SMALL) as url:
-        flags = {"use_vllm": True, "vllm_server_base_url": url}
+        flags: dict[str, Any] = {"use_vllm": True, "vllm_server_base_url": url}
         lost = tiny_trainer(FOLDER / "lost", model, tokenizer, **flags)
         lost.engine.sync()
         lost.engine.sync = lambda: None  # the server keeps the first adapter
