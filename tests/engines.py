@@ -1,4 +1,4 @@
-"""PPO with a real vLLM server: `make engines`. It takes an environment of its own, about 4 GB in outputs/engines.
+"""PPO with a real vLLM server: `make engines`. It takes an environment of its own, 3.4 GB in outputs/engines.
 
 1. A tiny model learns a known optimum (tests/optimum_ppo.py) with LoRA: the project's own loop and vLLM, three seeds
    each. The 95% intervals of their mean rewards have to overlap, over the run and at its end.
