@@ -26,7 +26,6 @@ from rlhf.ppo import PPOTrainer
 from rlhf.ppo.engine import make_engine, need_engine
 from rlhf.ppo.mismatch import check_engine, importance_weights, mismatch_metrics
 from rlhf.ppo.model import TokenOutputs
-from rlhf.ppo.monitor import remarks
 from rlhf.ppo.update import UpdateSettings, ppo_loss
 
 NAN = float("nan")
@@ -104,18 +103,6 @@ def test_other_weights_than_the_policys_are_refused():
         check_engine(policy, reference, old, mask, "Look.", first=False)
     with pytest.raises(InputError, match="no log-probability of any token"):
         check_engine(policy, reference, torch.full((4, 5), NAN), mask, "Look.", first=False)
-
-
-def test_the_monitor_says_when_the_engine_drifts():
-    def said(*kls):
-        entries = [{"objective/kl": 0.0, "val/first_ratio": 1.0, "completions/ended": 0.5, "policy/entropy_avg": 2.0,
-                    "completions/mean_length": 9.0, "val/explained_variance": 0.5, "sampling/kl": kl, "step": step}
-                   for step, kl in enumerate(kls, 1)]  # fmt: skip
-        return [remark.text for remark in remarks(entries, 100) if remark.name == "engine_drifts"]
-
-    assert said(0.001, 0.004) == [] and said(1e-12, 1e-11) == []
-    assert "0.0500 nats per token (at first 0.0010)" in said(0.001, 0.05)[0]
-    assert said(0.0002, 0.003)
 
 
 # ------------------------------------------------------------------------------------------ where completions end

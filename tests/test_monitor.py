@@ -8,6 +8,7 @@ from rlhf.ppo.monitor import RULES, remarks
 HEALTHY = {
     "objective/kl": 2.0, "val/first_ratio": 1.0, "completions/ended": 0.9, "policy/entropy_avg": 3.0,
     "completions/mean_length": 20.0, "rewards/r/mean": 0.1, "rewards/r/std": 1.0, "val/explained_variance": 0.3,
+    "sampling/kl": 1e-7,
 }  # fmt: skip
 
 
@@ -29,6 +30,8 @@ def test_nothing_is_said_about_a_healthy_run():
         ("kl_negative", {"last": {"objective/kl": -3.2}}, "-3.2 nats"),
         ("kl_exploding", {"last": {"objective/kl": 44.0}}, "44.0 nats"),
         ("first_ratio", {"last": {"val/first_ratio": 0.9}}, "0.900"),
+        ("engine_drifts", {"last": {"sampling/kl": 0.05}}, "0.0500 nats per token (at first 0.0000)"),
+        ("engine_drifts", {"every": {"sampling/kl": 0.0002}, "last": {"sampling/kl": 0.003}}, "0.0030 nats"),
         ("no_reply_ends", {"last": {"completions/ended": 0.0}}, "response_length=32"),
         ("entropy_collapsing", {"last": {"policy/entropy_avg": 0.4}}, "from 3.00 to 0.40"),
         ("length_running_away", {"last": {"completions/mean_length": 32.0}}, "from 20 to 32"),
