@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
@@ -27,6 +28,13 @@ def whole_sums(values: torch.Tensor) -> torch.Tensor:
     return exact((exact(values) * 2**52).long().cumsum(-1)) / 2**52
 
 
+def autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """The run's autocast, also under DeepSpeed, where accelerate's does nothing."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision == "bf16":
+        return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+    return accelerator.autocast()
+
+
 @contextmanager
 def mixed_precision(accelerator: Accelerator, model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """The run's autocast, for forward passes only: it caches casts of weights until it ends, but steps change weights.
@@ -34,7 +42,7 @@ def mixed_precision(accelerator: Accelerator, model: PreTrainedModel | PeftModel
     Args:
         model: not wrapped by DDP.
     """
-    with accelerator.autocast(), without_casts(accelerator, model):
+    with autocast(accelerator), without_casts(accelerator, model):
         yield
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf.engines.arguments import EngineArguments
 from rlhf.errors import InputError
@@ -143,9 +144,13 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
             # else transformers loads the weights on the main process alone, and the others try empty ones
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if self.deepspeed:
+            raise InputError("--deepspeed: PPO takes DeepSpeed's settings from accelerate. Use accelerate launch "
+                             "--config_file recipes/accelerate/zero3.yaml, or zero2.yaml.")  # fmt: skip
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()
+        unset_hf_deepspeed_config()  # else models are loaded empty under ZeRO-3
         if isinstance(self.stop_token_id, int):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
         if self.stop_token_id is not None:

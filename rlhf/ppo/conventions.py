@@ -36,7 +36,7 @@ from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
 from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
-from rlhf.ppo.sharding import gather, optimizer_state, shards
+from rlhf.ppo.sharding import gather, is_sharded, optimizer_state
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import with_own
@@ -361,7 +361,7 @@ class TrainerConventions(TRLPPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, with its tokenizer. With LoRA that is one adapter."""
-        weights = gather(self.model) if shards(self.model) else {}  # else the policy has them itself
+        weights = gather(self.model) if is_sharded(self.model) else {}  # else the policy has them itself
         self._save_policy(output_dir or self.args.output_dir, weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -371,7 +371,7 @@ class TrainerConventions(TRLPPOTrainer):
         if not self.args.should_save:
             return
         settings: dict[str, Any] = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
-        if shards(self.model):
+        if is_sharded(self.model):
             own = "policy."
             settings["state_dict"] = {
                 name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)

@@ -12,6 +12,7 @@ from rlhf.models.adapters import active_adapter, trunk
 from rlhf.models.logprobs import Entropy, token_logprobs
 from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
 from rlhf.models.seq2seq import decoder_outputs
+from rlhf.ppo.zero import Zero
 
 T = TypeVar("T")
 
@@ -25,14 +26,15 @@ class TokenOutputs(NamedTuple):
 
 
 class Shardable(nn.Module):
-    """A module that holds models whose weights FSDP2 may spread over processes (rlhf/ppo/sharding.py).
+    """A module that holds models whose weights may be spread over processes (rlhf/ppo/sharding.py).
 
     Args:
         models: those that it holds.
     """
 
     in_step = False  # True: every process has to make the same passes
-    reshards = True  # whether a layer is given up after its pass
+    reshards = True  # under FSDP2: whether a layer is given up after its pass
+    zero: Zero | None = None  # DeepSpeed's engine, if there is one
 
     def __init__(self, models: list[PreTrainedModel | PeftModel]) -> None:
         super().__init__()

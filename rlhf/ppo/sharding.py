@@ -1,6 +1,6 @@
-"""Weights that FSDP2 spreads over processes: whole to sample and score with, and to save.
+"""Weights that FSDP2 or DeepSpeed spreads over processes: whole to sample and score with, and to save.
 
-A module that is not sharded passes through all of this unchanged.
+A module that is not sharded passes through all of this unchanged. What DeepSpeed needs is in zero.py.
 """
 
 import dataclasses
@@ -19,9 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf.errors import InputError
+from rlhf.ppo import zero
 from rlhf.ppo.model import PolicyAndValue, Shardable
+from rlhf.ppo.processes import Processes
 
 T = TypeVar("T")
 
@@ -29,15 +32,20 @@ T = TypeVar("T")
 def shard(accelerator: Accelerator, model: Shardable) -> None:
     """Spread the weights as the launch configuration says, before there is an optimizer, which holds what is left here.
 
+    DeepSpeed spreads the trained model when it has the optimizer (`prepare`), and leaves a reference whole.
+
     Raises:
-        InputError: for FSDP1 and DeepSpeed.
+        InputError: for FSDP1, and what PPO has not been run with under DeepSpeed.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None or (plugin and plugin.fsdp_version != 2):
-        raise InputError("PPO runs on one process, under DDP or under FSDP2 (fsdp_version: 2), not under FSDP1 and "
-                         "DeepSpeed.")  # fmt: skip
+    if uses_deepspeed(accelerator):
+        zero.check(accelerator)
+        return
     if plugin is None:
         return
+    if plugin.fsdp_version != 2:
+        raise InputError("PPO runs on one process, under DDP, FSDP2 (fsdp_version: 2) and DeepSpeed's ZeRO-2 and "
+                         "ZeRO-3, not under FSDP1.")  # fmt: skip
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.output_dtype is not None:
         # log-probabilities and values leave the model in float32: rounded to bfloat16, no ratio would mean anything
@@ -51,16 +59,61 @@ def shard(accelerator: Accelerator, model: Shardable) -> None:
     model.in_step, model.reshards = True, plugin.reshard_after_forward
 
 
-def prepare(accelerator: Accelerator, model: PolicyAndValue, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """The model and the optimizer, prepared by the Accelerator."""
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether the launch configuration asks for DeepSpeed."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def group_value_function(
+    accelerator: Accelerator,
+    model: PolicyAndValue,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    value_warmup_steps: int,
+) -> None:
+    """Prepare an optimizer for a value warm-up under DeepSpeed, before it has a scheduler.
+
+    Raises:
+        InputError: if it has one.
+    """
+    if value_warmup_steps == 0 or not uses_deepspeed(accelerator):
+        return
+    if lr_scheduler is not None:
+        raise InputError("--value_warmup_steps: under DeepSpeed it regroups the optimizer, so PPO has to make the "
+                         "scheduler. Pass an optimizer alone, or none.")  # fmt: skip
+    own = model.value_parameters()
+    zero.split_value_groups(optimizer, {p for name, p in model.named_parameters() if name in own})
+
+
+def prepare(
+    accelerator: Accelerator, model: PolicyAndValue, optimizer: Optimizer, micro_batch_size: int, max_grad_norm: float
+) -> tuple[nn.Module, Optimizer]:
+    """The model and the optimizer, prepared by the Accelerator. DeepSpeed's engine clips gradients itself."""
+    if uses_deepspeed(accelerator):
+        model.zero, *prepared = zero.start_engine(accelerator, model, optimizer, micro_batch_size, max_grad_norm)
+        model.in_step = True
+        return tuple(prepared)
     if shards(model):
         return model, accelerator.prepare_optimizer(optimizer)
     return accelerator.prepare(model, optimizer)
 
 
+def processes(accelerator: Accelerator, model: PolicyAndValue, wrapped: nn.Module) -> Processes:
+    """The processes that train a model together, which `prepare` has wrapped."""
+    if model.zero is None:
+        return Processes.of(accelerator, wrapped)
+    own = {"backward": model.zero.backward, "synchronized": model.zero.synchronized}
+    return dataclasses.replace(Processes.of(accelerator, wrapped), **own)
+
+
 def shards(model: nn.Module) -> list[FSDPModule]:
-    """The parts that FSDP2 gathers one at a time; the whole is among them. None where nothing is sharded."""
+    """The parts that FSDP2 gathers one at a time; the whole is among them. None without FSDP2."""
     return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+def is_sharded(model: Shardable) -> bool:
+    """Whether no process has all weights."""
+    return bool(shards(model)) or (model.zero is not None and model.zero.stage == 3)
 
 
 def whole(model: Shardable | None, function: Callable[[], T]) -> T:
@@ -76,7 +129,7 @@ def whole(model: Shardable | None, function: Callable[[], T]) -> T:
         part.unshard()
     model.in_step = False
     try:
-        return model.run(function)
+        return model.zero.whole(function) if model.zero else model.run(function)
     finally:
         model.in_step = in_step
         for part in parts:
@@ -84,8 +137,10 @@ def whole(model: Shardable | None, function: Callable[[], T]) -> T:
             part.reshard()
 
 
-def gather(model: nn.Module) -> dict[str, torch.Tensor]:
+def gather(model: Shardable) -> dict[str, torch.Tensor]:
     """The tensors that training changes, whole, by name, on the CPU. All processes call it together."""
+    if model.zero:
+        return model.zero.gather()
     for part in shards(model):
         part.reshard()  # what a forward pass left gathered is a copy, perhaps of less precision
     return {name: _full(p).cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
@@ -99,23 +154,58 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor, the same on all processes, into a parameter."""
+    if zero.is_held(parameter):
+        return zero.put_value(parameter, value)
     own = parameter.detach()
     if isinstance(own, DTensor):
         value = distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
     parameter.copy_(value)
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state; of a sharded model whole, on the CPU and by name. All processes call it together."""
-    if not shards(model):
-        return optimizer.state_dict()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
+def optimizer_state(model: Shardable, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state by the parameters' names, whole and, if it is sharded, on the CPU. All call it together."""
+    if model.zero:
+        return model.zero.optimizer_state()
+    if shards(model):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
+    names, state = names_by_index(model, optimizer), optimizer.state_dict()
+    by_name = {names[index]: values for index, values in state["state"].items()}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": by_name, "param_groups": groups}
 
 
-def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Undo `optimizer_state`. All processes call it together; of a sharded model the main process's `state` counts."""
-    if not shards(model):
-        return optimizer.load_state_dict(state)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
+def load_optimizer_state(model: Shardable, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Undo `optimizer_state`, however the model was sharded then. All processes call it together, with the same state.
+
+    Raises:
+        InputError: if it is sharded now, and the state is by number, as earlier versions saved it.
+    """
+    by_number = any(isinstance(name, int) for group in state["param_groups"] for name in group["params"])
+    if by_number and (model.zero or shards(model)):
+        raise InputError("--resume_from_checkpoint: an earlier version saved this checkpoint, without FSDP2 and "
+                         "DeepSpeed. Resume without them.")  # fmt: skip
+    if model.zero:
+        return model.zero.load_optimizer_state(state)
+    if shards(model):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        return set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
+    optimizer.load_state_dict(state if by_number else by_index(model, optimizer, state))
+
+
+def names_by_index(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def by_index(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state by name as this optimizer numbers it. Its groups may be other ones."""
+    index = {name: number for number, name in enumerate(names_by_index(model, optimizer))}
+    settings = {name: group for group in state["param_groups"] for name in group["params"]}
+    names, groups = iter(index), []
+    for group in optimizer.param_groups:
+        own = [next(names) for _ in group["params"]]
+        groups.append({**settings[own[0]], "params": [index[name] for name in own]} if own else group)
+    values = {index[name]: values for name, values in state["state"].items()}
+    return {**state, "state": values, "param_groups": groups}

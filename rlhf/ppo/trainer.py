@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -18,7 +19,7 @@ from rlhf.data.datasets import Row
 from rlhf.engines.seam import Decoding
 from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout
-from rlhf.models.precision import mixed_precision, without_casts
+from rlhf.models.precision import autocast, mixed_precision, without_casts
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import usable_context
 from rlhf.ppo.advantages import estimate_advantages
@@ -32,7 +33,6 @@ from rlhf.ppo.inputs import Model, Roles, check_model_init_kwargs, config_or_def
 from rlhf.ppo.metrics import batch_metrics, evaluation_metrics, sample_table, update_metrics
 from rlhf.ppo.mismatch import check_engine, importance_weights
 from rlhf.ppo.model import Reference, TokenOutputs
-from rlhf.ppo.processes import Processes
 from rlhf.ppo.rollout import draw_uniforms, rollout_of
 from rlhf.ppo.scoring import (
     RewardScale,
@@ -53,7 +53,7 @@ from rlhf.ppo.setup import (
     set_sizes,
     stop_ids,
 )
-from rlhf.ppo.sharding import prepare, shard, whole
+from rlhf.ppo.sharding import group_value_function, prepare, processes, shard, whole
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
@@ -145,6 +145,7 @@ class PPOTrainer(TrainerConventions):
         )  # fmt: skip
         self.reward_funcs, self.eval_reward_funcs = first + others, held_out
         self.reward_weights = reward_weights(self.reward_funcs, args)
+        args.world_size = PartialState().num_processes  # where TRL's field hides transformers' property
         # TRL's own constructor would build an Accelerator and a wrapper of its own. transformers' Trainer brings mixed
         # precision, callbacks, reporting and the schedules that TRL's class ignores.
         Trainer.__init__(
@@ -178,10 +179,14 @@ class PPOTrainer(TrainerConventions):
             self.ref_model.to(self.accelerator.device)
             self.reference = Reference(self.ref_model)
             shard(self.accelerator, self.reference)
-        self.create_optimizer_and_scheduler(args.num_total_batches)
+        self.create_optimizer()
+        group_value_function(self.accelerator, self.model, self.optimizer, self.lr_scheduler, args.value_warmup_steps)
+        self.create_scheduler(args.num_total_batches)
         self.has_begun = False
-        self.model_wrapped, self.optimizer = prepare(self.accelerator, self.model, self.optimizer)
-        self.processes = Processes.of(self.accelerator, self.model_wrapped)
+        self.model_wrapped, self.optimizer = prepare(
+            self.accelerator, self.model, self.optimizer, args.per_device_train_batch_size, args.max_grad_norm
+        )
+        self.processes = processes(self.accelerator, self.model, self.model_wrapped)
         longest = max(len(ids) for ids in self.train_dataset["input_ids"])
         self.engine = make_engine(args, policy, self.model_adapter_name, roles.tokenizer, self.accelerator, longest)
         self.mixed_precision = self.accelerator.mixed_precision
@@ -398,14 +403,18 @@ class PPOTrainer(TrainerConventions):
 
     def _forward(self, rows: Rows, temperature: float, **settings: bool) -> TokenOutputs:
         self.model_wrapped.train()
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             return self.model_wrapped(rows, temperature, **settings)
 
     def _step(self) -> float:
-        only = self.model.value_parameters() if self._warming_up() else None
-        norm = clip_gradients(self.accelerator, self.model_wrapped, self.args.max_grad_norm, only)
+        zero, warming_up = self.model.zero, self._warming_up()
+        only = self.model.value_parameters() if warming_up else None
+        norm = 0.0 if zero else clip_gradients(self.accelerator, self.model_wrapped, self.args.max_grad_norm, only)
         self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
-        self.optimizer.step()
+        if zero:
+            norm = zero.step(warming_up)  # DeepSpeed clips there
+        else:
+            self.optimizer.step()
         self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
         self.optimizer.zero_grad()
         return norm
