@@ -4,7 +4,8 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench gpu optimum engines kills families templates mistakes people test lint format
+.PHONY: setup chromium demo road docs bench gpu optimum engines kills families templates mistakes people test lint \
+	format strategies
 
 setup: $(SETUP)
 
@@ -16,7 +17,7 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $(SETUP)
 
 $(DEV): $(SETUP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,trackers,eval,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,trackers,eval,deepspeed,dev]'
 	touch $(DEV)
 
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
@@ -48,6 +49,10 @@ optimum: $(DEV)
 # PPO with a real vLLM server on the CPU, in an environment of its own; compared with the own loop
 engines: $(DEV)
 	$(BIN)/python tests/engines.py
+
+# PPO on one process beside DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes; prints the table of docs/many-gpus.md
+strategies: $(DEV)
+	$(BIN)/python tests/strategies.py
 
 kills: $(DEV)
 	$(BIN)/python tests/kill_runs.py --count 5

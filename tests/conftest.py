@@ -142,7 +142,11 @@ def learned(tokenizer, row):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A folder with sft.jsonl, pairs.jsonl and prompts.jsonl."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_rows(tmp_path_factory.mktemp("data"))
+
+
+def write_rows(folder):
+    """Write sft.jsonl, pairs.jsonl and prompts.jsonl into a folder; returns it."""
     words = ["tea", "rain", "the cat", "music", "a long walk", "pizza", "snow", "chess"]
     rows = {
         "sft": [{"prompt": user(f"Do you like {w}?"), "completion": assistant(f"I love {w}!")} for w in words * 4],

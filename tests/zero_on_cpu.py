@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 tests/zero_on_cpu.py recipes/ppo.py --output_dir ...
 
-accelerate is told that it isn't on a CPU, and to take gloo. DeepSpeed's engine and accelerate's use of it are unchanged.
-DeepSpeed's shared memory between processes is left out: it would be compiled now. The main process prints what is
-spread, for tests to look at.
+accelerate is told that it isn't on a CPU, and to take gloo. DeepSpeed's engine and accelerate's use of it are
+unchanged. DeepSpeed's shared memory between processes is left out: it would be compiled now. Under ZeRO-3 small weights
+are spread like large ones. The main process prints what is spread, for tests to look at.
 """
 
 import importlib
@@ -41,6 +41,7 @@ def say_shares() -> None:
     initialize = deepspeed.initialize
 
     def initialized(*args: Any, **settings: Any) -> Any:
+        settings["config_params"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         engine, optimizer, *rest = initialize(*args, **settings)
         stage = engine.zero_optimization_stage()
         if engine.global_rank == 0:

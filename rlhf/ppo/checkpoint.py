@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -107,23 +108,36 @@ def load_checkpoint(
     """Restore model, optimizer, scheduler and this process's random state from a checkpoint.
 
     Raises:
-        InputError: if `folder` is not a PPO checkpoint, is damaged, or was made by fewer processes or another kind of
-            run.
+        InputError: if `folder` is not a PPO checkpoint, is damaged, or was made by another number of processes or
+            another kind of run.
     """
     if not (folder / "ppo_state.json").exists():
         raise InputError(f"--resume_from_checkpoint {folder}: not a PPO checkpoint (ppo_state.json is missing).")
     wrong = damage(folder, foreign=True)
     if wrong is not None:
         raise InputError(f"--resume_from_checkpoint {folder}: {wrong}. Resume from an earlier checkpoint.")
-    file = folder / f"random_state_{rank}.pt"
-    if not file.exists():
-        raise InputError(f"--resume_from_checkpoint {folder}: was made with fewer processes. Use the same number.")
+    made_by, processes = len(list(folder.glob("random_state_*.pt"))), PartialState().num_processes
+    if made_by != processes:
+        raise InputError(f"--resume_from_checkpoint {folder}: was made by {made_by} processes, not {processes}. Use "
+                         "the same number.")  # fmt: skip
     load_weights(folder, model)
     states = torch.load(folder / "optimizer.pt", weights_only=True)
     load_optimizer_state(model, optimizer, states["optimizer"])
-    scheduler.load_state_dict(states["scheduler"])
-    restore_random_state(torch.load(file, weights_only=True))
+    scheduler.load_state_dict(for_groups(states["scheduler"], len(optimizer.param_groups)))
+    restore_random_state(torch.load(folder / f"random_state_{rank}.pt", weights_only=True))
     return read_json(folder / "ppo_state.json")
+
+
+def for_groups(schedule: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scheduler's state for an optimizer with `count` groups: DeepSpeed's may have more than others, of one rate.
+
+    >>> for_groups({"base_lrs": [0.1, 0.1], "last_epoch": 3}, 3)
+    {'base_lrs': [0.1, 0.1, 0.1], 'last_epoch': 3}
+    """
+    if len(schedule.get("base_lrs", [])) in (0, count):
+        return schedule
+    per_group = ("base_lrs", "_last_lr", "lr_lambdas")
+    return {key: value[:1] * count if key in per_group else value for key, value in schedule.items()}
 
 
 def save_samples(args: TrainingArguments, step: int, prefix: str, rows: list[Row]) -> None:

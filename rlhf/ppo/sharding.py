@@ -189,6 +189,7 @@ def load_optimizer_state(model: Shardable, optimizer: Optimizer, state: dict[str
         return model.zero.load_optimizer_state(state)
     if shards(model):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        state = {**state, "state": begun(model, state["state"])}
         return set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
     optimizer.load_state_dict(state if by_number else by_index(model, optimizer, state))
 
@@ -209,3 +210,20 @@ def by_index(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> d
         groups.append({**settings[own[0]], "params": [index[name] for name in own]} if own else group)
     values = {index[name]: values for name, values in state["state"].items()}
     return {**state, "state": values, "param_groups": groups}
+
+
+def begun(model: nn.Module, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """An optimizer's state by name, with that of a first step for what a value warm-up has not trained yet."""
+    example = next(iter(state.items()), None)
+    if example is None:
+        return state
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shape = named[example[0]].shape
+
+    def zeros(value: Any, own: torch.Size) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.zeros(own if value.shape == shape else value.shape, dtype=value.dtype)
+
+    new = {name: {key: zeros(value, p.shape) for key, value in example[1].items()} for name, p in named.items()}
+    return new | state

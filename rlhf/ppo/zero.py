@@ -150,8 +150,8 @@ def set_state(parameter: nn.Parameter, value: torch.Tensor, key: str) -> None:
 
 def put_value(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Copy a whole tensor, the same on all processes, into a parameter and into the optimizer's shares of it."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if not hasattr(parameter, "ds_id"):
         safe_set_full_fp32_param(parameter, value.to(parameter.device))

@@ -92,7 +92,12 @@ def _repair_generation_config(model: Any) -> None:
 def saved_bytes(model: nn.Module) -> int:
     """Size of the weights that are saved: of a PeftModel the trained ones, else all."""
     only_trained = any(isinstance(module, PeftModel) for module in model.modules())
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not only_trained)
+    return sum(whole_bytes(p) for p in model.parameters() if p.requires_grad or not only_trained)
+
+
+def whole_bytes(parameter: nn.Parameter) -> int:
+    """Size of a parameter, of which a process under DeepSpeed's ZeRO-3 may hold nothing."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 def optimizer_bytes(args: TrainingArguments, model: nn.Module) -> int:
@@ -106,7 +111,7 @@ def optimizer_bytes(args: TrainingArguments, model: nn.Module) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     if "8bit" in name or "4bit" in name:
         return 2 * sum(p.numel() for p in trained) // (2 if "4bit" in name else 1)
-    return 2 * sum(p.numel() * p.element_size() for p in trained)
+    return 2 * sum(whole_bytes(p) for p in trained)
 
 
 def _size(count: int) -> str:
