@@ -3,9 +3,9 @@
     make strategies                  # prints the table of docs/many-gpus.md
     python tests/strategies.py LoRA  # the rows with this word
 
-Two updates of 8 completions of 12 tokens with two epochs each, of the tiny random Llama of the tests. The differences
-are from the run on one process: the largest of all metrics after each update, in parts of the metric's size where that
-is above 1, and of all trained weights after the second.
+Two updates of 8 completions with two epochs each, of the tiny random Llama of the tests. The differences are from the
+run on one process: the largest of all metrics after each update, in parts of the metric's size where that is above 1,
+and of all trained weights after the second.
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ from rlhf.models.sources import resolve
 from rlhf.starter.model import starter_model
 
 NAMES = {"ddp": "DDP", "fsdp": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-UPDATES = ["--total_episodes", 16, "--response_length", 12, "--num_ppo_epochs", 2]
-PRECISIONS = {"float32": [], "bfloat16": ["--bf16", "true"]}
+UPDATES = ["--total_episodes", 16, "--num_ppo_epochs", 2]
 
 
 def difference(first: dict[str, float], second: dict[str, float]) -> float:
@@ -48,10 +47,13 @@ def make_models(folder: Path) -> dict[str, list[object]]:
     reward = load_reward_model(resolve(resolve(sft).base), lora, tokenizer, seed=3)
     reward.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "reward")
-    roles = ["--reward_model_path", folder / "reward", "--value_function", "adapter"]
+    roles = ["--model_name_or_path", sft, "--reward_model_path", folder / "reward", "--value_function", "adapter"]
+    whole = ["--model_name_or_path", tiny, "--use_peft", "false", "--response_length", 12]
     return {
-        "LoRA, four roles": ["--model_name_or_path", sft, *roles],
-        "whole model": ["--model_name_or_path", tiny, "--use_peft", "false"],
+        "LoRA, float32": [*roles, "--response_length", 24],
+        "LoRA, bfloat16": [*roles, "--response_length", 12, "--dtype", "bfloat16", "--bf16", "true"],
+        "whole, float32": whole,
+        "whole, bfloat16": [*whole, "--bf16", "true"],
     }
 
 
@@ -62,19 +64,17 @@ def main(only: str) -> None:
         folder = Path(name)
         write_rows(folder)
         for way, flags in make_models(folder).items():
-            for precision, more in PRECISIONS.items():
-                if only not in f"{way}, {precision}":
+            if only not in way:
+                continue
+            runs = {kind: folder / f"{way} {kind}" for kind in (None, *SEAMS)}
+            for kind, run in runs.items():
+                ppo(kind, folder, run, *flags, *UPDATES, "--per_device_train_batch_size", 4 if kind else 8)
+                if kind is None:
                     continue
-                runs = {kind: folder / f"{way} {precision} {kind}" for kind in (None, *SEAMS)}
-                for kind, run in runs.items():
-                    words = [*flags, *UPDATES, "--per_device_train_batch_size", 4 if kind else 8, *more]
-                    ppo(kind, folder, run, *words)
-                    if kind is None:
-                        continue
-                    updates = [difference(*pair) for pair in zip(metrics(runs[None]), metrics(run), strict=True)]
-                    weights = farthest(trained(runs[None], 2), trained(run, 2))
-                    numbers = " | ".join(f"{number:.0e}" for number in (*updates, weights))
-                    print(f"| {way}, {precision} | {NAMES[kind]} | {numbers} |", flush=True)
+                updates = [difference(*pair) for pair in zip(metrics(runs[None]), metrics(run), strict=True)]
+                weights = farthest(trained(runs[None], 2), trained(run, 2))
+                numbers = " | ".join(f"{number:.0e}" for number in (*updates, weights))
+                print(f"| {way} | {NAMES[kind]} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

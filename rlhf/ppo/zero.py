@@ -78,7 +78,7 @@ class Zero:
         return {name: safe_get_full_fp32_param(p).cpu().contiguous() for name, p in named if p.requires_grad}
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, whole, on the CPU and by name. All processes call it together."""
+        """The optimizer's state, whole, on the CPU and by name, on the main process. All processes call it together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         names, state, groups = self._names(), {}, {}
@@ -87,10 +87,12 @@ class Zero:
             groups.setdefault(id(group), {**settings, "params": []})["params"] += [names[p] for p in parameters]
             found = self._linked(parameters, share)
             for parameter in parameters if found else []:
-                state[names[parameter]] = {
-                    key: safe_get_full_optimizer_state(parameter, key).cpu() if is_spread(value, share) else value
+                values = {
+                    key: safe_get_full_optimizer_state(parameter, key) if is_spread(value, share) else value
                     for key, value in found.items()
                 }
+                if self.engine.global_rank == 0:
+                    state[names[parameter]] = {key: to_cpu(value) for key, value in values.items()}
         return {"state": state, "param_groups": list(groups.values())}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -136,6 +138,11 @@ class Zero:
 def is_spread(value: object, share: torch.Tensor) -> bool:
     """Whether a part of an optimizer's state has an element for each weight, unlike the number of steps."""
     return isinstance(value, torch.Tensor) and value.shape == share.shape
+
+
+def to_cpu(value: Any) -> Any:
+    """A copy on the CPU, if it is a tensor."""
+    return value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def set_state(parameter: nn.Parameter, value: torch.Tensor, key: str) -> None:
@@ -205,6 +212,9 @@ def start_engine(
     Raises:
         InputError: for weights and optimizers for which ZeRO would compute something else.
     """
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise InputError("--load_in_4bit, --load_in_8bit: PPO has not been run with them under DeepSpeed. Leave them "
+                         "out.")  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise InputError(f"--dtype: {name} is trained in {str(parameter.dtype).removeprefix('torch.')}. Under "
