@@ -1,6 +1,5 @@
 """PPO under DeepSpeed's ZeRO-2 and ZeRO-3 on two CPU processes (zero_on_cpu.py), started from recipes/accelerate/."""
 
-import functools
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ENVIRONMENT, ROOT, TINY_PPO, run
-from recipe_process import Ranks, start
 from safetensors.torch import load_file
 from test_fsdp import SHARDED, assert_same_run, metrics, trained, without_repeats
 
@@ -37,29 +35,18 @@ def read(words):
         return arguments, prepare_multi_gpu_env(arguments)
 
 
-@functools.cache
-def ranks():
-    """What starts two processes; cached, since it imports DeepSpeed."""
-    environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
-    return Ranks(start(ENVIRONMENT), environment, ["deepspeed", "deepspeed.comm.torch"])
-
-
-def ppo(kind, files, folder, *more, check=True):
+def ppo(kind, files, folder, *more):
     """Two updates with a global batch of 4, on one process (`kind` is None) or on two with the launch file `kind`."""
     words = [*TINY_PPO, "--total_episodes", 8, "--response_length", 8, "--temperature", 0.1, "--learning_rate", 1e-3,
              "--per_device_train_batch_size", 2 if kind else 4]  # fmt: skip
-    words = ["--dataset_name", files / "prompts.jsonl", "--output_dir", folder, *words, *more]
-    words = [str(word) for word in without_repeats(words)]
+    words = ["--dataset_name", files / "prompts.jsonl", "--output_dir", folder, *without_repeats([*words, *more])]
     if kind is None:
         return run("recipes/ppo.py", *words)
     _, environment = read(["--config_file", f"{ROOT}/recipes/accelerate/{kind}.yaml", "--num_processes", "2", "ppo.py"])
-    environment["ACCELERATE_USE_CPU"] = str(not kind.startswith("zero")).lower()
-    command = [str(ROOT / script) for script in [*SEAMS[kind], "recipes/ppo.py"]]
-    result = ranks().run([*command, *words], environment, ROOT, 2)
-    if check:
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-        spread = {"ddp": None, "fsdp": SHARDED}.get(kind, SHARES)
-        assert spread is None or spread.search(result.stdout)  # a silent DDP would train as well
+    script, *behind = [ROOT / path for path in [*SEAMS[kind], "recipes/ppo.py"]]
+    result = run(script, *behind, *words, processes=2, environment=environment)
+    spread = {"ddp": None, "fsdp": SHARDED}.get(kind, SHARES)
+    assert spread is None or spread.search(result.stdout)  # a silent DDP would train as well
     for stage, own, weights, share, whole in SHARES.findall(result.stdout):
         assert kind == f"zero{stage}" and int(share) < 0.51 * int(whole)
         assert int(own) == int(weights) if stage == "2" else int(own) < 0.51 * int(weights)

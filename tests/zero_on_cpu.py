@@ -16,7 +16,6 @@ from typing import Any
 
 SETTINGS = {
     "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu",
-    "ACCELERATE_USE_CPU": "false",
 }  # fmt: skip
 
 
@@ -59,6 +58,7 @@ def say_shares() -> None:
 
 if __name__ == "__main__":
     os.environ |= {name: value for name, value in SETTINGS.items() if name not in os.environ}
+    os.environ["ACCELERATE_USE_CPU"] = "false"
     use_deepspeed()
     say_shares()
     sys.argv = sys.argv[1:]
