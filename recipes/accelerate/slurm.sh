@@ -9,7 +9,8 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 port=$((20000 + SLURM_JOB_ID % 20000))  # another one for each job on a machine
-address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=${machines%%$'\n'*}  # the first
 launch=(
     accelerate launch --config_file "${LAUNCH_FILE:-recipes/accelerate/multi_node.yaml}" --num_machines "$SLURM_NNODES"
     --num_processes $((SLURM_NNODES * SLURM_GPUS_ON_NODE)) --main_process_ip "$address" --main_process_port "$port"

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf.errors import InputError
-from rlhf.ppo import zero
 from rlhf.ppo.model import PolicyAndValue, Shardable
 from rlhf.ppo.processes import Processes
+from rlhf.ppo.zero import check, is_held, put_value, split_value_groups, start_engine
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def shard(accelerator: Accelerator, model: Shardable) -> None:
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if uses_deepspeed(accelerator):
-        zero.check(accelerator)
+        check(accelerator)
         return
     if plugin is None:
         return
@@ -82,7 +82,7 @@ def group_value_function(
         raise InputError("--value_warmup_steps: under DeepSpeed it regroups the optimizer, so PPO has to make the "
                          "scheduler. Pass an optimizer alone, or none.")  # fmt: skip
     own = model.value_parameters()
-    zero.split_value_groups(optimizer, {p for name, p in model.named_parameters() if name in own})
+    split_value_groups(optimizer, {p for name, p in model.named_parameters() if name in own})
 
 
 def prepare(
@@ -90,7 +90,7 @@ def prepare(
 ) -> tuple[nn.Module, Optimizer]:
     """The model and the optimizer, prepared by the Accelerator. DeepSpeed's engine clips gradients itself."""
     if uses_deepspeed(accelerator):
-        model.zero, *prepared = zero.start_engine(accelerator, model, optimizer, micro_batch_size, max_grad_norm)
+        model.zero, *prepared = start_engine(accelerator, model, optimizer, micro_batch_size, max_grad_norm)
         model.in_step = True
         return tuple(prepared)
     if shards(model):
@@ -154,8 +154,8 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor, the same on all processes, into a parameter."""
-    if zero.is_held(parameter):
-        return zero.put_value(parameter, value)
+    if is_held(parameter):
+        return put_value(parameter, value)
     own = parameter.detach()
     if isinstance(own, DTensor):
         value = distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
