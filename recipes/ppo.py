@@ -29,6 +29,9 @@ from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.ppo_plan import plan_ppo
+from rlhf.planning.report import print_plan
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.config import check_stop_tokens
 from rlhf.ppo.engine import need_engine
@@ -41,7 +44,9 @@ MEASURED = ("objective/raw_scores", "objective/kl", "completions/mean_length")
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, DatasetArguments, PPOConfig, ModelConfig)
+    script_args, training_args, model_args, plan = parse(
+        __file__, DatasetArguments, PPOConfig, ModelConfig, PlanArguments
+    )
     push = take_push_request(training_args)
 
     # Data
@@ -61,6 +66,10 @@ def main() -> None:
     sizes = (training_args.response_length, context_length(source))
     train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
+    if plan.plan:
+        return print_plan(
+            plan_ppo(plan, training_args, model_args, (source, start), (reward_sources, eval_sources), train)
+        )
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)

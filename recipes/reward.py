@@ -30,6 +30,9 @@ from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import base_config, context_length, reads_pairs, resolve
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.report import print_plan
+from rlhf.planning.supervised import plan_reward
 from rlhf.run.checkpoints import last_checkpoint
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.trainers import whole_checkpoints
@@ -39,7 +42,9 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, DatasetArguments, RewardConfig, ModelConfig)
+    script_args, training_args, model_args, plan = parse(
+        __file__, DatasetArguments, RewardConfig, ModelConfig, PlanArguments
+    )
     push = take_push_request(training_args)
 
     # Data
@@ -58,6 +63,8 @@ def main() -> None:
     pairs = reads_pairs(tokenizer, base_config(source))
     limits = (training_args.max_length, training_args.dataset_num_proc, context_length(source), pairs)
     train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
+    if plan.plan:
+        return print_plan(plan_reward(plan, training_args, model_args, source, train))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)

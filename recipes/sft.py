@@ -27,6 +27,9 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.losses import fit_loss
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.report import print_plan
+from rlhf.planning.supervised import plan_sft
 from rlhf.run.checkpoints import last_checkpoint
 from rlhf.run.folders import finish_run, start_run
 from rlhf.run.trainers import whole_checkpoints
@@ -35,7 +38,9 @@ from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer, check_seq2seq_arguments
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args = parse(__file__, DatasetArguments, SFTConfig, ModelConfig)
+    script_args, training_args, model_args, plan = parse(
+        __file__, DatasetArguments, SFTConfig, ModelConfig, PlanArguments
+    )
     push = take_push_request(training_args)
 
     # Data
@@ -55,6 +60,8 @@ def main() -> None:
         check_seq2seq_arguments(training_args)
     limits = (training_args, context_length(source))
     train, test = (sft_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
+    if plan.plan:
+        return print_plan(plan_sft(plan, training_args, model_args, source, train))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)

@@ -1,0 +1,200 @@
+"""The passes of PPO: sampling, scoring, log-probabilities and the update, on full rows of one length.
+
+Where the real passes read numbers (which rows have ended, how long the longest is), these take the longest.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from transformers import DynamicCache
+from trl import ModelConfig
+
+from rlhf.models.adapters import REFERENCE, REWARD, active_adapter, trunk
+from rlhf.models.generation import draw_tokens
+from rlhf.models.logprobs import Entropy, token_logprobs
+from rlhf.models.prefix import before_head, take
+from rlhf.models.sources import Source
+from rlhf.planning.launch import Launch
+from rlhf.planning.models import Model, policy_model, scoring_model
+from rlhf.planning.stage import Stage
+from rlhf.planning.trace import CACHE, Trace
+from rlhf.planning.training import finish_step, rows_of_ones
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.model import PolicyAndValue, TokenOutputs
+from rlhf.ppo.setup import policy_and_value
+from rlhf.ppo.update import UpdateSettings, ppo_loss
+from rlhf.rewards.sources import RewardSource
+
+
+class PPOModels(NamedTuple):
+    """What PPO has in memory, on the meta device."""
+
+    trained: PolicyAndValue
+    reference: Model | None  # a model of its own
+    rewards: list[Model | None]  # None: an adapter of the policy
+    others: list[Model | None]  # of --eval_reward_funcs
+
+
+def ppo_models(
+    source: Source,
+    start: Source,
+    rewards: list[RewardSource],
+    eval_rewards: list[RewardSource],
+    args: PPOConfig,
+    model_args: ModelConfig,
+    launch: Launch,
+    layers: int | None = None,
+) -> PPOModels:
+    """The models that recipes/ppo.py would load, with fewer layers if `layers` says so."""
+    policy = policy_model(source, start, model_args, launch.on_cpu, layers)
+    scoring, others = (
+        [scoring_model(policy, found.model, model_args, launch.on_cpu, layers) for found in sources if found.model]
+        for sources in (rewards, eval_rewards)
+    )
+    reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
+    adapter = policy.active_adapter if isinstance(policy, PeftModel) else "default"
+    return PPOModels(policy_and_value(policy, None, adapter, args), reference, scoring, others)
+
+
+class PPOPasses:
+    """The passes of PPO on a stage.
+
+    Args:
+        models: as they are on the stage.
+    """
+
+    def __init__(self, stage: Stage, models: PPOModels, args: PPOConfig) -> None:
+        self.stage, self.models, self.args = stage, models, args
+        self.policy: Any = models.trained.policy
+
+    def casts(self) -> Any:
+        """PEFT without casts of layers' inputs where autocast undoes them, as in rlhf/models/precision.py."""
+        undone = isinstance(self.policy, PeftModel) and self.stage.launch.mixed is not None
+        return disable_input_dtype_casting(self.policy, active=undone)
+
+    # ------------------------------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def prompts(self, trace: Trace, rows: int, prompt: int) -> DynamicCache:
+        """Fill the cache with prompts and draw the first token."""
+        cache = DynamicCache(config=self.policy.config.get_text_config(decoder=True))
+        self.policy.eval()
+        with self.stage.autocast(), self.casts():
+            output = self.policy(**rows_of_ones(rows, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            draw_tokens(output.logits[:, -1].float(), True, torch.zeros(rows))
+        mark_cache(trace, cache)
+        return cache
+
+    @torch.no_grad()
+    def next_token(self, trace: Trace, cache: DynamicCache, rows: int, before: int) -> None:
+        """One more token behind `before` tokens."""
+        for layer in cache.layers:
+            if layer.is_initialized and layer.keys.shape[2] != before:  # not a window
+                layer.keys, layer.values = (
+                    torch.empty(states.shape[0], states.shape[1], before, states.shape[3], dtype=states.dtype)
+                    for states in (layer.keys, layer.values)
+                )
+        mark_cache(trace, cache)
+        mask = torch.ones(rows, before + 1, dtype=torch.long)
+        with self.stage.autocast(), self.casts():
+            output = self.policy(
+                input_ids=torch.ones(rows, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+            draw_tokens(output.logits[:, -1].float(), True, torch.zeros(rows))
+        mark_cache(trace, cache)
+
+    def sample(self, trace: Trace, rows: int, prompt: int) -> None:
+        """The first and the last token of replies; those between need less memory."""
+        cache = self.prompts(trace, rows, prompt)
+        self.next_token(trace, cache, rows, prompt + self.args.response_length - 1)
+
+    # ------------------------------------------------------------------------------------------ other passes
+
+    @torch.no_grad()
+    def score(self, rows: int, tokens: int) -> None:
+        """Every reward model once."""
+        for model in self.models.rewards:
+            body, adapter = (trunk(self.policy), REWARD) if model is None else (trunk(model), None)
+            if adapter is None:
+                body(**rows_of_ones(rows, tokens), use_cache=False)
+            else:
+                with active_adapter(self.policy, adapter):
+                    body(**rows_of_ones(rows, tokens), use_cache=False)
+
+    @torch.no_grad()
+    def logprobs(self, rows: int, tokens: int) -> None:
+        """Log-probabilities and values of the policy, and the reference's log-probabilities."""
+        self.models.trained.eval()
+        with self.stage.autocast(), self.casts():
+            kept = self.outputs(rows, tokens, "none")
+            if self.models.reference is not None:
+                completion_logprobs(self.models.reference, rows, tokens, self.args.response_length, "none")
+            else:
+                name = REFERENCE if REFERENCE in self.policy.peft_config else None
+                with active_adapter(self.policy, name):
+                    completion_logprobs(self.policy, rows, tokens, self.args.response_length, "none")
+            del kept
+
+    def outputs(self, rows: int, tokens: int, entropy: Entropy) -> TokenOutputs:
+        """What PolicyAndValue.forward returns."""
+        trained, length = self.models.trained, self.args.response_length
+        logprobs, entropies, hidden = completion_logprobs(self.policy, rows, tokens, length, entropy)
+        if trained.value_adapter is not None:
+            with active_adapter(self.policy, trained.value_adapter):
+                states = trunk(self.policy)(**rows_of_ones(rows, tokens), use_cache=False)[0]
+            hidden = take(states, torch.zeros(rows, length, dtype=torch.long))
+        with torch.autocast("cpu", enabled=False):
+            values = trained.value_head(hidden.float()).squeeze(-1)
+        return TokenOutputs(logprobs, entropies, values)
+
+    def backward(self, rows: int, tokens: int) -> None:
+        """Forward and backward pass of a microbatch."""
+        shape = (rows, self.args.response_length)
+        self.models.trained.train()
+        with self.casts():
+            with self.stage.autocast():
+                new = self.outputs(rows, tokens, "graph" if self.args.entropy_coef > 0 else "value")
+            given = [torch.zeros(shape) for _ in range(4)]
+            mask = torch.ones(shape, dtype=torch.bool)
+            ppo_loss(new, *given, mask, UpdateSettings.of(self.args, warming_up=False)).loss.backward()
+
+    def step(self, rows: int, tokens: int, micro_batches: int) -> None:
+        """An optimizer step on two microbatches, if there are several, or one."""
+        for _ in range(min(2, micro_batches)):
+            self.backward(rows, tokens)
+        finish_step(self.stage, self.args.max_grad_norm)
+
+
+def mark_cache(trace: Trace, cache: DynamicCache) -> None:
+    """Tell keys and values from other activations."""
+    for layer in cache.layers:
+        trace.mark([getattr(layer, "keys", None), getattr(layer, "values", None)], CACHE)
+
+
+def completion_logprobs(
+    model: Any, rows: int, tokens: int, length: int, entropy: Entropy
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropy (B, T) of the last `length` tokens, and the hidden states before them (B, T, d)."""
+    caught: list[torch.Tensor] = []
+
+    def choose(hidden: torch.Tensor) -> torch.Tensor:
+        caught.append(take(hidden, torch.zeros(rows, length, dtype=torch.long)))
+        return caught[-1].reshape(1, rows * length, -1).clone()
+
+    with before_head(model, choose):
+        logits = model(**rows_of_ones(rows, tokens), use_cache=False).logits[0]
+    found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), 1.0, entropy)
+    return found[0].view(rows, length), found[1].view(rows, length), caught[-1]
+
+
+def on_stage(models: PPOModels, args: PPOConfig, launch: Launch) -> Stage:
+    """The models of a PPO run as fake tensors."""
+    beside: list[nn.Module] = [model for model in [*models.rewards, *models.others] if model is not None]
+    split: list[nn.Module] = [models.trained.policy, *([] if models.reference is None else [models.reference])]
+    vocabulary = models.trained.config.get_text_config().vocab_size
+    return Stage(models.trained, split, beside, vocabulary, args, launch)
