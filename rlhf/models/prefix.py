@@ -116,13 +116,13 @@ def forward_sharing_prefix(
     shared = shared_length(input_ids, torch.zeros_like(limits), limits) if share else 0
     if shared * (len(input_ids) - 1) < WORTH_IT or not can_continue(body or model, config, input_ids[0, :shared]):
         return Computed(model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), 0)
-    return Computed(_continued(model, config, input_ids, attention_mask, shared), shared)
+    return Computed(forward_behind_prefix(model, config, input_ids, attention_mask, shared), shared)
 
 
-def _continued(
+def forward_behind_prefix(
     model: nn.Module, config: PreTrainedConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor, shared: int
 ) -> ModelOutput:
-    """The output behind the first `shared` tokens, which all rows share."""
+    """The output behind the first `shared` tokens, which all rows (B, L) share."""
     cache = DynamicCache(config=config)
     prefix = input_ids[:1, :shared]
     model(input_ids=prefix, attention_mask=torch.ones_like(prefix), past_key_values=cache, use_cache=True)
@@ -255,7 +255,7 @@ def _goes_on_rightly(
 ) -> bool:
     """Whether the outputs for the last three tokens are those of the plain forward pass."""
     plain = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-    found = _continued(model, config, input_ids, attention_mask, input_ids.shape[1] - 3)[0]
+    found = forward_behind_prefix(model, config, input_ids, attention_mask, input_ids.shape[1] - 3)[0]
     kept = attention_mask[:, -3:].bool()
     return same(found[kept], plain[:, -3:][kept])
 

@@ -11,12 +11,13 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from trl import ModelConfig
 
 from rlhf.models.adapters import REFERENCE, REWARD, active_adapter, trunk
 from rlhf.models.generation import draw_tokens
 from rlhf.models.logprobs import Entropy, token_logprobs
-from rlhf.models.prefix import before_head, take
+from rlhf.models.prefix import WORTH_IT, before_head, forward_behind_prefix, take
 from rlhf.models.sources import Source
 from rlhf.planning.launch import Launch
 from rlhf.planning.models import Model, policy_model, scoring_model
@@ -65,10 +66,11 @@ class PPOPasses:
 
     Args:
         models: as they are on the stage.
+        shared: length of the prefix that all prompts share.
     """
 
-    def __init__(self, stage: Stage, models: PPOModels, args: PPOConfig) -> None:
-        self.stage, self.models, self.args = stage, models, args
+    def __init__(self, stage: Stage, models: PPOModels, args: PPOConfig, shared: int = 0) -> None:
+        self.stage, self.models, self.args, self.shared = stage, models, args, shared
         self.policy: Any = models.trained.policy
 
     def casts(self) -> Any:
@@ -121,10 +123,10 @@ class PPOPasses:
         for model in self.models.rewards:
             body, adapter = (trunk(self.policy), REWARD) if model is None else (trunk(model), None)
             if adapter is None:
-                body(**rows_of_ones(rows, tokens), use_cache=False)
+                self.forward(body, rows, tokens)
             else:
                 with active_adapter(self.policy, adapter):
-                    body(**rows_of_ones(rows, tokens), use_cache=False)
+                    self.forward(body, rows, tokens)
 
     @torch.no_grad()
     def logprobs(self, rows: int, tokens: int) -> None:
@@ -133,24 +135,52 @@ class PPOPasses:
         with self.stage.autocast(), self.casts():
             kept = self.outputs(rows, tokens, "none")
             if self.models.reference is not None:
-                completion_logprobs(self.models.reference, rows, tokens, self.args.response_length, "none")
+                self.completion_logprobs(self.models.reference, rows, tokens, "none")
             else:
                 name = REFERENCE if REFERENCE in self.policy.peft_config else None
                 with active_adapter(self.policy, name):
-                    completion_logprobs(self.policy, rows, tokens, self.args.response_length, "none")
+                    self.completion_logprobs(self.policy, rows, tokens, "none")
             del kept
 
     def outputs(self, rows: int, tokens: int, entropy: Entropy) -> TokenOutputs:
         """What PolicyAndValue.forward returns."""
         trained, length = self.models.trained, self.args.response_length
-        logprobs, entropies, hidden = completion_logprobs(self.policy, rows, tokens, length, entropy)
+        logprobs, entropies, hidden = self.completion_logprobs(self.policy, rows, tokens, entropy)
         if trained.value_adapter is not None:
             with active_adapter(self.policy, trained.value_adapter):
-                states = trunk(self.policy)(**rows_of_ones(rows, tokens), use_cache=False)[0]
+                states = self.forward(trunk(self.policy), rows, tokens)[0]
             hidden = take(states, torch.zeros(rows, length, dtype=torch.long))
         with torch.autocast("cpu", enabled=False):
             values = trained.value_head(hidden.float()).squeeze(-1)
         return TokenOutputs(logprobs, entropies, values)
+
+    def completion_logprobs(
+        self, model: Any, rows: int, tokens: int, entropy: Entropy
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropy (B, T) of replies, and the hidden states before them (B, T, d)."""
+        length, caught = self.args.response_length, []
+
+        def choose(hidden: torch.Tensor) -> torch.Tensor:
+            if len(hidden) < rows:  # the shared prefix
+                return hidden[:, -1:]
+            caught.append(take(hidden, torch.zeros(rows, length, dtype=torch.long)))
+            return caught[-1].reshape(1, rows * length, -1).clone()
+
+        with before_head(model, choose):
+            logits = self.forward(model, rows, tokens).logits[0]
+        found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), 1.0, entropy)
+        return found[0].view(rows, length), found[1].view(rows, length), caught[-1]
+
+    def forward(self, model: Any, rows: int, tokens: int) -> Any:
+        """The output for full rows, whose shared prefix is computed once where the real passes do so."""
+        body, inputs = trunk(model) if isinstance(model, PeftModel) else model, rows_of_ones(rows, tokens)
+        config = self.policy.config.get_text_config(decoder=True)
+        checkpointed = body.is_activation_checkpointing and torch.is_grad_enabled()
+        in_step = self.stage.launch.sharded and torch.is_grad_enabled()
+        plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        if checkpointed or in_step or not plain or self.shared * (rows - 1) < WORTH_IT:
+            return model(**inputs, use_cache=False)
+        return forward_behind_prefix(model, config, inputs["input_ids"], inputs["attention_mask"], self.shared)
 
     def backward(self, rows: int, tokens: int) -> None:
         """Forward and backward pass of a microbatch."""
@@ -174,22 +204,6 @@ def mark_cache(trace: Trace, cache: DynamicCache) -> None:
     """Tell keys and values from other activations."""
     for layer in cache.layers:
         trace.mark([getattr(layer, "keys", None), getattr(layer, "values", None)], CACHE)
-
-
-def completion_logprobs(
-    model: Any, rows: int, tokens: int, length: int, entropy: Entropy
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropy (B, T) of the last `length` tokens, and the hidden states before them (B, T, d)."""
-    caught: list[torch.Tensor] = []
-
-    def choose(hidden: torch.Tensor) -> torch.Tensor:
-        caught.append(take(hidden, torch.zeros(rows, length, dtype=torch.long)))
-        return caught[-1].reshape(1, rows * length, -1).clone()
-
-    with before_head(model, choose):
-        logits = model(**rows_of_ones(rows, tokens), use_cache=False).logits[0]
-    found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), 1.0, entropy)
-    return found[0].view(rows, length), found[1].view(rows, length), caught[-1]
 
 
 def on_stage(models: PPOModels, args: PPOConfig, launch: Launch) -> Stage:

@@ -14,7 +14,7 @@ from rlhf.planning.launch import Launch, launch_of
 from rlhf.planning.models import like_layers, parameters
 from rlhf.planning.plan import Need, Phase, Plan, over_layers
 from rlhf.planning.ppo import PPOModels, PPOPasses, on_stage, ppo_models
-from rlhf.planning.rows import words_for
+from rlhf.planning.rows import shared_prefix, words_for
 from rlhf.planning.stage import Stage
 from rlhf.planning.supervised import BATCH
 from rlhf.planning.trace import Trace
@@ -27,7 +27,10 @@ Run = Callable[[PPOPasses, Trace], object]
 class _Trials:
     """Needs of PPO's passes, from models of few layers if all layers are alike."""
 
-    def __init__(self, build: Callable[..., PPOModels], args: PPOConfig, launch: Launch, layers: int) -> None:
+    def __init__(
+        self, build: Callable[..., PPOModels], args: PPOConfig, launch: Launch, layers: int, shared: int
+    ) -> None:
+        self.shared = shared
         self.build, self.args, self.launch, self.layers = build, args, launch, layers
         self.mode = FakeTensorMode()
         self.stages: dict[int | None, tuple[Stage, PPOModels]] = {}
@@ -41,7 +44,7 @@ class _Trials:
                 with self.mode:
                     self.stages[few] = on_stage(models, self.args, self.launch), models
             stage, models = self.stages[few]
-            passes = PPOPasses(stage, models, self.args)
+            passes = PPOPasses(stage, models, self.args, self.shared)
             with self.mode:
                 return stage.need(lambda trace: run(passes, trace), gathers_all, accumulates)
 
@@ -70,7 +73,9 @@ def plan_ppo(
     layers = like_layers(whole.trained.policy)
     for model in [*whole.rewards, *whole.others]:  # of another depth: all are tried as they are
         layers = layers if model is None or like_layers(model) == layers else 0
-    phases = _phases(_Trials(build, args, launch, layers), args, lengths, bool(whole.rewards))
+    phases = _phases(
+        _Trials(build, args, launch, layers, shared_prefix(prompts["input_ids"])), args, lengths, bool(whole.rewards)
+    )
     found = {"policy and value function": parameters(whole.trained)}
     if whole.reference is not None:
         found["reference"] = parameters(whole.reference)

@@ -1,5 +1,6 @@
 """The lengths of a dataset's rows: the longest, which memory depends on, and those of typical batches."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -22,3 +23,14 @@ def words_for(lengths: Sequence[int], what: str) -> str:
     'prompts of 6 tokens in the mean, 8 at most'
     """
     return f"{what} of {sum(lengths) / len(lengths):.0f} tokens in the mean, {max(lengths)} at most"
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """The number of tokens with which all rows begin, less the last of the shortest row, whose output is needed.
+
+    >>> shared_prefix([[1, 2, 3, 4], [1, 2, 5]])
+    2
+    """
+    columns = zip(*rows, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda tokens: len({*tokens}) == 1, columns))
+    return min(same, min(map(len, rows)) - 1)
