@@ -60,7 +60,7 @@ def make_inputs(folder: Path, **changes: int) -> None:
     tokenizer.save_pretrained(folder / "model")
     for name in ("sft", "reward", "ppo"):
         rows = []
-        for number in range(96):
+        for number in range(24):
             prompt = [{"role": "user", "content": f"number {number}: " + "tell me about rain " * 20}]
             replies = [[{"role": "assistant", "content": word * 60}] for word in ("yes indeed ", "no never ")]
             rows.append(
@@ -131,26 +131,34 @@ def run_and_measure(name: str, folder: Path) -> None:
     print(f"GiB {(peak.most - before) / GIB:.4f}")
 
 
+def write_row(setting: str, plan: float, run: float) -> None:
+    """Write a setting's row into the table of docs/plan.md."""
+    page = ROOT / "docs" / "plan.md"
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition("| setting | planned, GiB | measured, GiB | difference |\n| - | - | - | - |\n")
+    table, end, after = rest.partition("\n\n")
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+    rows[setting] = f"| {setting} | {plan:.2f} | {run:.2f} | {plan / run - 1:+.0%} |"
+    lines = [rows[name] for name in SETTINGS if name in rows]
+    page.write_text(before + begin + "\n".join(lines) + end + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the settings' names")
     parser.add_argument("--run", help="measure this setting in this process")
     parser.add_argument("--folder", type=Path, help="with --run: of model and rows")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/plan.json")
     args = parser.parse_args()
     if args.run:
         return run_and_measure(args.run, args.folder)
-    found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder)
         for setting in SETTINGS:
             if args.only in setting:
                 plan, run = planned(setting, folder), measured(setting, folder)
-                found[setting] = {"planned": plan, "measured": run}
+                write_row(setting, plan, run)
                 print(f"{setting}: planned {plan:.2f} GiB, measured {run:.2f}, {plan / run - 1:+.0%}", flush=True)
-    if args.keep:
-        (ROOT / "benchmarks" / "plan.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -52,11 +52,8 @@ class Stage:
     ) -> None:
         self.trained, self.split, self.vocabulary, self.launch = trained, split, vocabulary, launch
         everything = nn.ModuleList([trained, *split, *whole])
-        if launch.sharded and launch.mixed is not None:
-            for parameter in trained.parameters():  # as accelerate does before it shards
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        without_data(everything)
+        casts = launch.sharded and launch.mixed is not None
+        without_data(everything, torch.float32 if casts else None)  # accelerate does so before it shards
         self.names = {id(parameter): name for name, parameter in everything.named_parameters()}
         spread = {id(parameter) for module in [trained, *split] for parameter in module.parameters()}
         self.everything = list(everything.parameters())
@@ -65,7 +62,7 @@ class Stage:
         self.optimizer = make_optimizer(trained, args)
         self.state = optimizer_state(self.optimizer)
         self.stored = {id(p): p.numel() * p.element_size() for p in self.everything}
-        if launch.sharded and launch.mixed is not None:
+        if casts:
             for parameter in self.everything:
                 if id(parameter) in spread:
                     parameter.data = parameter.data.to(launch.mixed)

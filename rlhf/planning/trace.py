@@ -122,13 +122,18 @@ class Trace(TorchDispatchMode):
         return best or dict(now)
 
 
-def without_data(model: nn.Module) -> None:
-    """Turn a model on the meta device into one on a fake CPU, inside a FakeTensorMode."""
+def without_data(model: nn.Module, trained: torch.dtype | None = None) -> None:
+    """Turn a model on the meta device into one on a fake CPU, inside a FakeTensorMode.
+
+    Args:
+        trained: another dtype for trained parameters.
+    """
     made: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            dtype = trained if trained is not None and tensor.requires_grad else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
             made[id(tensor)] = (
                 nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
             )

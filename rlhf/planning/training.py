@@ -1,6 +1,7 @@
 """The passes of supervised training: SFT and the reward model."""
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import log_softmax, logsigmoid, nll_loss
 from torch.utils.checkpoint import checkpoint
 from trl import RewardConfig, SFTConfig
@@ -23,9 +24,10 @@ def rows_of_ones(rows: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def checkpoint_layers(model: Model, args: SFTConfig | RewardConfig) -> None:
     """Activation checkpointing as transformers' and TRL's trainers switch it on."""
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    if args.activation_checkpointing:
         model.enable_input_require_grads()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
 
 
 def sft_loss(model: Model, rows: int, tokens: int, learned: int, loss_type: str) -> torch.Tensor:
@@ -66,11 +68,7 @@ def reward_loss(model: Model, pairs: int, tokens: int) -> torch.Tensor:
 
 
 class Training:
-    """The optimizer steps of SFT or reward training on a stage.
-
-    Args:
-        loss: of a batch of some rows of some tokens, with the number of them that are learned.
-    """
+    """The optimizer steps of SFT or reward training on a stage."""
 
     def __init__(self, stage: Stage, model: Model, args: SFTConfig | RewardConfig) -> None:
         self.stage, self.model, self.args = stage, model, args
