@@ -4,8 +4,8 @@ BIN := .venv/bin
 SETUP := .venv/.setup-done
 DEV := .venv/.dev-done
 
-.PHONY: setup chromium demo road docs bench gpu optimum engines kills families templates mistakes people test lint \
-	format strategies
+.PHONY: setup chromium demo road docs bench gpu plan optimum engines strategies kills families templates mistakes people \
+	test lint format
 
 setup: $(SETUP)
 
@@ -42,6 +42,10 @@ bench: $(DEV)
 # a machine with a GPU, also one without .venv and without network; make gpu KEEP=1 replaces benchmarks/gpu.json
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py $(if $(KEEP),--keep)
+
+# what --plan true says beside the memory of real runs on this CPU; fills the table of docs/plan.md
+plan: $(DEV)
+	$(BIN)/python tests/plan_measured.py
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py

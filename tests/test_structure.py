@@ -12,8 +12,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 FLOORS = (
     {"rlhf.errors", "rlhf.comparisons"}, {"rlhf.starter"}, {"rlhf.data"}, {"rlhf.models", "rlhf.run"},
     {"rlhf.rewards", "rlhf.pretraining", "rlhf.tasks", "rlhf.engines"},
-    {"rlhf.ppo", "rlhf.feedback", "rlhf.rloo", "rlhf.hub"},
-    {"eval"}, {"recipes"},
+    {"rlhf.ppo", "rlhf.feedback", "rlhf.rloo", "rlhf.hub"}, {"rlhf.planning"}, {"eval"}, {"recipes"},
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from rlhf.run.processes import main_process
 
 NOT_COUNTED = (
     "Not counted: the CUDA context and libraries (about 1 GiB a GPU), fragmentation, workspaces inside operations, "
-    "buffers of communication, and what a longer row needs. Plan for a tenth more (docs/plan.md)."
+    "buffers of communication (docs/plan.md)."
 )
 
 
