@@ -29,7 +29,7 @@ from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
 from rlhf.models.sources import context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.ppo_plan import plan_ppo
 from rlhf.planning.report import print_plan
 from rlhf.ppo import PPOConfig, PPOTrainer
@@ -44,9 +44,7 @@ MEASURED = ("objective/raw_scores", "objective/kl", "completions/mean_length")
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args, plan = parse(
-        __file__, DatasetArguments, PPOConfig, ModelConfig, PlanArguments
-    )
+    script_args, training_args, model_args, plan = parse(__file__, DatasetArguments, PPOConfig, ModelConfig, PlanConfig)
     push = take_push_request(training_args)
 
     # Data
@@ -97,15 +95,10 @@ def main() -> None:
     trainer.save_state()
     write_report(training_args.output_dir, metrics)
     write_card(
-        training_args.output_dir,
-        __file__,
-        [script_args, training_args, model_args],
-        source=start,
-        rewards=reward_sources,
-        datasets=[script_args.dataset_name],
+        training_args.output_dir, __file__, [script_args, training_args, model_args], source=start,
+        rewards=reward_sources, datasets=[script_args.dataset_name], repo_id=push and push.repo_id,
         metrics={f"{name} (last batch of training)": value for name, value in metrics.items()},
-        repo_id=push and push.repo_id,
-    )
+    )  # fmt: skip
     finish_run(training_args.output_dir, metrics)
     push_model(training_args.output_dir, push)
 

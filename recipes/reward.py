@@ -30,7 +30,7 @@ from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_reward_model
 from rlhf.models.sources import base_config, context_length, reads_pairs, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.report import print_plan
 from rlhf.planning.supervised import plan_reward
 from rlhf.run.checkpoints import last_checkpoint
@@ -43,7 +43,7 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 def main() -> None:
     # Arguments
     script_args, training_args, model_args, plan = parse(
-        __file__, DatasetArguments, RewardConfig, ModelConfig, PlanArguments
+        __file__, DatasetArguments, RewardConfig, ModelConfig, PlanConfig
     )
     push = take_push_request(training_args)
 
@@ -92,14 +92,10 @@ def main() -> None:
     trainer.save_state()
     write_report(training_args.output_dir, metrics)
     write_card(
-        training_args.output_dir,
-        __file__,
-        [script_args, training_args, model_args],
-        source=source,
-        datasets=[script_args.dataset_name],
+        training_args.output_dir, __file__, [script_args, training_args, model_args], source=source,
+        datasets=[script_args.dataset_name], repo_id=push and push.repo_id,
         metrics={f"held-out {name}": accuracy[key] for name, key in MEASURED.items()},
-        repo_id=push and push.repo_id,
-    )
+    )  # fmt: skip
     finish_run(training_args.output_dir, metrics)
     push_model(training_args.output_dir, push)
 

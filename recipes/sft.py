@@ -27,7 +27,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.losses import fit_loss
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.report import print_plan
 from rlhf.planning.supervised import plan_sft
 from rlhf.run.checkpoints import last_checkpoint
@@ -38,9 +38,7 @@ from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer, check_seq2seq_arguments
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args, plan = parse(
-        __file__, DatasetArguments, SFTConfig, ModelConfig, PlanArguments
-    )
+    script_args, training_args, model_args, plan = parse(__file__, DatasetArguments, SFTConfig, ModelConfig, PlanConfig)
     push = take_push_request(training_args)
 
     # Data

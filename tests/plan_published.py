@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from trl import ModelConfig, SFTConfig
 
 from rlhf.models.sources import Source
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.plan import GIB, Plan
 from rlhf.planning.supervised import plan_sft
 
@@ -33,7 +33,7 @@ def planned(sizes: dict[str, int], gpus: int, rows: int, tokens: int, model: Mod
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         try:
             data = Dataset.from_list([{"input_ids": [1] * tokens, "labels": [1] * tokens}] * 2)
-            plan = PlanArguments(plan=True, plan_processes=gpus)
+            plan = PlanConfig(plan=True, plan_processes=gpus)
             return plan_sft(plan, args, model, Source("llama", folder, None, None, None), data)
         finally:
             del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"]

@@ -15,7 +15,7 @@ from rlhf.data.pairs import PreferenceCollator
 from rlhf.errors import InputError
 from rlhf.models.loading import load_causal_lm, load_reward_model
 from rlhf.models.sources import resolve
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.launch import launch_of
 from rlhf.planning.models import check_plannable, language_model, parameters, reward_model
 from rlhf.planning.plan import Need, largest_batch, over_layers
@@ -24,7 +24,7 @@ from rlhf.planning.supervised import plan_reward, plan_sft
 from rlhf.rewards import resolve_rewards
 
 FULL = ModelConfig(dtype="float32", use_peft=False)
-PLAN = PlanArguments(plan=True)
+PLAN = PlanConfig(plan=True)
 LENGTH = 40
 
 

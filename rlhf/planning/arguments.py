@@ -6,7 +6,7 @@ from rlhf.run.ranges import PositiveFloat, PositiveInt
 
 
 @dataclass
-class PlanArguments:
+class PlanConfig:
     """What a recipe prints in place of a run.
 
     Args:

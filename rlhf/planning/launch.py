@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from rlhf.errors import InputError
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
         )
 
 
-def launch_of(args: TrainingArguments, plan: PlanArguments) -> Launch:
+def launch_of(args: TrainingArguments, plan: PlanConfig) -> Launch:
     """This process's launch; on `plan.plan_processes` GPUs, if that is given.
 
     accelerate's environment says whether FSDP2 is used, whatever the number of processes here.

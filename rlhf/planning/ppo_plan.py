@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import ModelConfig
 
 from rlhf.models.sources import Source
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.launch import Launch, launch_of
 from rlhf.planning.models import like_layers, parameters
 from rlhf.planning.plan import Need, Phase, Plan, over_layers
@@ -52,7 +52,7 @@ class _Trials:
 
 
 def plan_ppo(
-    plan: PlanArguments,
+    plan: PlanConfig,
     args: PPOConfig,
     model_args: ModelConfig,
     sources: tuple[Source, Source],

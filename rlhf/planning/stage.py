@@ -60,7 +60,7 @@ class Stage:
         self.copied = [parameter for parameter in self.everything if id(parameter) not in spread]
         self.buffers = list(everything.buffers())
         self.optimizer = make_optimizer(trained, args)
-        self.state = optimizer_state(self.optimizer)
+        self.state = state_of(self.optimizer)
         self.stored = {id(p): p.numel() * p.element_size() for p in self.everything}
         if casts:
             for parameter in self.everything:
@@ -160,7 +160,7 @@ def make_optimizer(trained: nn.Module, args: TrainingArguments) -> Optimizer:
     return optimizer
 
 
-def optimizer_state(optimizer: Optimizer) -> list[torch.Tensor]:
+def state_of(optimizer: Optimizer) -> list[torch.Tensor]:
     """The tensors that an optimizer keeps for its parameters."""
     return [
         tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, torch.Tensor)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from rlhf.models.sources import Source
-from rlhf.planning.arguments import PlanArguments
+from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.launch import Launch, launch_of
 from rlhf.planning.models import Model, language_model, like_layers, parameters, reward_model
 from rlhf.planning.plan import Need, Phase, Plan, over_layers
@@ -19,7 +19,7 @@ from rlhf.planning.training import Training, checkpoint_layers
 BATCH = "--per_device_train_batch_size"
 
 
-def plan_sft(plan: PlanArguments, args: SFTConfig, model_args: ModelConfig, source: Source, rows: Dataset) -> Plan:
+def plan_sft(plan: PlanConfig, args: SFTConfig, model_args: ModelConfig, source: Source, rows: Dataset) -> Plan:
     """The plan of an SFT run.
 
     Args:
@@ -35,9 +35,7 @@ def plan_sft(plan: PlanArguments, args: SFTConfig, model_args: ModelConfig, sour
     return _planned("sft", build, args, plan, launch, lengths, share, said)
 
 
-def plan_reward(
-    plan: PlanArguments, args: RewardConfig, model_args: ModelConfig, source: Source, rows: Dataset
-) -> Plan:
+def plan_reward(plan: PlanConfig, args: RewardConfig, model_args: ModelConfig, source: Source, rows: Dataset) -> Plan:
     """The plan of a reward training.
 
     Args:
@@ -54,7 +52,7 @@ def _planned(
     recipe: str,
     build: Callable[..., Model],
     args: SFTConfig | RewardConfig,
-    plan: PlanArguments,
+    plan: PlanConfig,
     launch: Launch,
     lengths: list[int],
     share: float,
