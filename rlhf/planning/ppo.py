@@ -87,7 +87,7 @@ class PPOPasses:
         self.policy.eval()
         with self.stage.autocast(), self.casts():
             output = self.policy(**rows_of_ones(rows, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            draw_tokens(output.logits[:, -1].float(), True, torch.zeros(rows))
+            draw_tokens(output.logits[:, -1].float() / self.args.temperature, True, torch.zeros(rows))
         mark_cache(trace, cache)
         return cache
 
@@ -107,7 +107,7 @@ class PPOPasses:
                 input_ids=torch.ones(rows, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache,
                 use_cache=True,
             )  # fmt: skip
-            draw_tokens(output.logits[:, -1].float(), True, torch.zeros(rows))
+            draw_tokens(output.logits[:, -1].float() / self.args.temperature, True, torch.zeros(rows))
         mark_cache(trace, cache)
 
     def sample(self, trace: Trace, rows: int, prompt: int) -> None:
@@ -168,7 +168,7 @@ class PPOPasses:
 
         with before_head(model, choose):
             logits = self.forward(model, rows, tokens).logits[0]
-        found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), 1.0, entropy)
+        found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), self.args.temperature, entropy)
         return found[0].view(rows, length), found[1].view(rows, length), caught[-1]
 
     def forward(self, model: Any, rows: int, tokens: int) -> Any:
