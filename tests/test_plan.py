@@ -92,7 +92,9 @@ def test_memory_and_operations_are_those_of_a_training_step(kind, model_args, ch
     plan, trainer = supervised(kind, model_args, model, tokenizer, tmp_path, **changes)
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
+    trainer.current_gradient_accumulation_steps = 1  # the training loop sets it, and switches checkpointing on
+    if trainer.args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
 
     def step():
         trainer.training_step(trainer.model, dict(batch))
