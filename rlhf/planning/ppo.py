@@ -86,8 +86,13 @@ class PPOPasses:
         cache = DynamicCache(config=self.policy.config.get_text_config(decoder=True))
         self.policy.eval()
         with self.stage.autocast(), self.casts():
-            output = self.policy(**rows_of_ones(rows, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            draw_tokens(output.logits[:, -1].float() / self.args.temperature, True, torch.zeros(rows))
+            logits = (
+                self.policy(**rows_of_ones(rows, prompt), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                .logits[:, -1]
+                .float()
+            )
+            logits = logits / self.args.temperature  # and gives up the first ones
+            draw_tokens(logits, True, torch.zeros(rows))
         mark_cache(trace, cache)
         return cache
 
@@ -103,11 +108,12 @@ class PPOPasses:
         mark_cache(trace, cache)
         mask = torch.ones(rows, before + 1, dtype=torch.long)
         with self.stage.autocast(), self.casts():
-            output = self.policy(
+            logits = self.policy(
                 input_ids=torch.ones(rows, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache,
                 use_cache=True,
-            )  # fmt: skip
-            draw_tokens(output.logits[:, -1].float() / self.args.temperature, True, torch.zeros(rows))
+            ).logits[:, -1].float()  # fmt: skip
+            logits = logits / self.args.temperature  # and gives up the first ones
+            draw_tokens(logits, True, torch.zeros(rows))
         mark_cache(trace, cache)
 
     def sample(self, trace: Trace, rows: int, prompt: int) -> None:
