@@ -60,7 +60,6 @@ def main() -> None:
     eval_sources = resolve_reward_functions(held_out, "--eval_reward_funcs", columns=test.column_names, **trust)
     tokenizer = load_tokenizer(source)
     check_stop_tokens(training_args, tokenizer)
-    need_engine(training_args, model_args.use_peft or start.adapter is not None)
     sizes = (training_args.response_length, context_length(source))
     train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
@@ -68,6 +67,7 @@ def main() -> None:
         return print_plan(
             plan_ppo(plan, training_args, model_args, (source, start), (reward_sources, eval_sources), train)
         )
+    need_engine(training_args, model_args.use_peft or start.adapter is not None)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)
