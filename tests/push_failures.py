@@ -53,12 +53,11 @@ def main() -> None:
                     said = None
                 except InputError as error:
                     said = str(error)
-                pushed_early = "hub" in noted(folder)
-                hub.failing = None
-                push_model(str(folder), request)  # the same command, once the Hub is well again
-                files = sorted(hub.repos["models/you/x@trial"])
-                entry = {"how": how, "request": number, "said": said, "noted": pushed_early, "files": files,
-                         "hub": noted(folder).get("hub")}  # fmt: skip
+                entry = {"how": how, "request": number, "said": said, "noted": "hub" in noted(folder)}
+                if how in (500, "close"):
+                    hub.failing = None
+                    push_model(str(folder), request)  # the same command, once the Hub is well again
+                    entry |= {"files": sorted(hub.repos["models/you/x@trial"]), "hub": noted(folder).get("hub")}
                 print("PUSH " + json.dumps(entry), flush=True)
 
 

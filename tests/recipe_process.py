@@ -233,6 +233,7 @@ class Elsewhere:
 
 
 if __name__ == "__main__":
+    PRELOAD[:] = [*LIBRARIES, FROZEN]
     for line in sys.stdin:
         words, where = json.loads(line)
         done = run_recipe(start(dict(os.environ)), words, dict(os.environ), Path(where))
