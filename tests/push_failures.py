@@ -53,7 +53,7 @@ def main() -> None:
                     said = None
                 except InputError as error:
                     said = str(error)
-                entry = {"how": how, "request": number, "said": said, "noted": "hub" in noted(folder)}
+                entry: dict[str, Any] = {"how": how, "request": number, "said": said, "noted": "hub" in noted(folder)}
                 if how in (500, "close"):
                     hub.failing = None
                     push_model(str(folder), request)  # the same command, once the Hub is well again

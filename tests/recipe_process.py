@@ -160,14 +160,14 @@ def run_on_processes(
             folder = Path(parent) / str(rank)
             folder.mkdir()
             runs.append(_Run(context, command, {**environment, **own}, cwd, folder))
-        code = 0
+        patience: float | None = None
         while alive := [run.process for run in runs if run.process.is_alive()]:
-            connection.wait([process.sentinel for process in alive])
-            code = code or next((run.process.exitcode for run in runs if run.process.exitcode), 0)
-            for process in alive:
-                if code:
+            if not connection.wait([process.sentinel for process in alive], patience):
+                for process in alive:
                     process.terminate()
-        code = code or next((run.process.exitcode for run in runs if run.process.exitcode), 0)
+            if any(run.process.exitcode for run in runs):
+                patience = 10.0  # for the others to fail in the same line
+        code = next((run.process.exitcode for run in runs if run.process.exitcode), 0)
         return subprocess.CompletedProcess(command, code, *("".join(run.said(n) for run in runs) for n in (0, 1)))
 
 

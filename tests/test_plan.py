@@ -198,7 +198,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     draw = random.Random(0)
     for _ in range(300):
         lines = [(draw.uniform(0, 50), draw.uniform(0.01, 5)) for _ in range(draw.randint(1, 5))]
-        limit, tried = draw.uniform(1, 400), []
+        limit, tried = draw.uniform(1, 400), list[int]()
 
         def total(rows, lines=lines, tried=tried):
             tried.append(rows)

@@ -193,9 +193,10 @@ def add_value_adapter(policy: PeftModel, active: str) -> None:
 def _add_adapter(policy: PeftModel, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
     trainable = {parameter_name for parameter_name, p in policy.named_parameters() if p.requires_grad}
     policy.add_adapter(name, config)
-    found = set_peft_model_state_dict(policy, weights, adapter_name=name)
-    if found.unexpected_keys:
-        raise InputError(f"The {name} adapter has weights that its base lacks: {found.unexpected_keys[:2]}.")
+    if not any(weight.is_meta for weight in weights.values()):  # those of a plan (rlhf/planning) hold nothing
+        found = set_peft_model_state_dict(policy, weights, adapter_name=name)
+        if found.unexpected_keys:
+            raise InputError(f"The {name} adapter has weights that its base lacks: {found.unexpected_keys[:2]}.")
     for parameter_name, parameter in policy.named_parameters():
         parameter.requires_grad_(parameter_name in trainable)
 

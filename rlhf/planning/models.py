@@ -101,6 +101,7 @@ def add_frozen(policy: PeftModel, name: str, config: PeftConfig | None, keep_dty
     """
     trained = {parameter_name for parameter_name, parameter in policy.named_parameters() if parameter.requires_grad}
     own = copy.deepcopy(config)
+    assert own is not None  # the source is an adapter
     own.task_type, own.modules_to_save, own.inference_mode = TaskType.CAUSAL_LM, None, True
     policy.add_adapter(name, own)
     for parameter_name, parameter in policy.named_parameters():
@@ -140,6 +141,7 @@ def _adapted(
     model: PreTrainedModel, config: PeftConfig | None, trainable: bool, task: TaskType = TaskType.CAUSAL_LM
 ) -> PeftModel:
     own = copy.deepcopy(config)
+    assert own is not None  # the source is an adapter
     own.task_type, own.inference_mode = task, not trainable
     adapted = new_adapter(model, own)
     return adapted if trainable else adapted.requires_grad_(False)

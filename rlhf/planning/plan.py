@@ -86,7 +86,7 @@ class Plan:
         fits: dict[str, int] = {}
         for phase in self.phases:
             start = max(2, phase.rows)
-            most = largest_batch(lambda rows, found=phase: found.need(rows).total, memory * GIB, start)
+            most = largest_batch(functools.partial(_total, phase), memory * GIB, start)
             fits[phase.flag] = min(most, fits.get(phase.flag, MOST))
         return dataclasses.replace(self, memory=memory, fits=fits)
 
@@ -108,6 +108,10 @@ def over_layers(layers: int, need: Callable[[int | None], Need]) -> Need:
         {role: line(few.memory.get(role, 0.0), more.memory.get(role, 0.0)) for role in roles},
         line(few.operations, more.operations),
     )
+
+
+def _total(phase: Phase, rows: int) -> float:
+    return phase.need(rows).total
 
 
 def largest_batch(total: Callable[[int], float], limit: float, start: int = 2) -> int:

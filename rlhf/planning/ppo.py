@@ -195,8 +195,9 @@ class PPOPasses:
         with self.casts():
             with self.stage.autocast():
                 new = self.outputs(rows, tokens, "graph" if self.args.entropy_coef > 0 else "value")
-            given = [torch.zeros(shape) for _ in range(4)]
+            old_logprobs, old_values, advantages, returns = (torch.zeros(shape) for _ in range(4))
             mask = torch.ones(shape, dtype=torch.bool)
+            given = (old_logprobs, old_values, advantages, returns)
             ppo_loss(new, *given, mask, UpdateSettings.of(self.args, warming_up=False)).loss.backward()
 
     def step(self, rows: int, tokens: int, micro_batches: int) -> None:

@@ -81,7 +81,8 @@ class Zero:
         """The optimizer's state, whole, on the CPU and by name, on the main process. All processes call it together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        names, state, groups = self._names(), {}, {}
+        names, state = self._names(), {}
+        groups: dict[int, dict[str, Any]] = {}
         for parameters, share, group in self._parts():
             settings = {key: value for key, value in group.items() if key not in ("params", VALUE_GROUP)}
             groups.setdefault(id(group), {**settings, "params": []})["params"] += [names[p] for p in parameters]
