@@ -53,8 +53,8 @@ def make_engine(
     if not (args.use_vllm or args.use_transformers_continuous_batching):
         return OwnLoop(policy, tokenizer, batch_size, accelerator)
     flag = "--use_vllm true" if args.use_vllm else FLAG
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        raise InputError(f"{flag}: was never tried under FSDP2. Leave it out, or launch with DDP.")
+    if any(getattr(accelerator.state, f"{name}_plugin", None) is not None for name in ("fsdp", "deepspeed")):
+        raise InputError(f"{flag}: was never tried under FSDP2 or DeepSpeed. Leave it out, or launch with DDP.")
     if policy.config.is_encoder_decoder:
         raise InputError(f"{flag}: samples decoders only, and {policy.config.model_type} is an encoder-decoder.")
     if not args.use_vllm:
