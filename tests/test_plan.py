@@ -216,12 +216,12 @@ def test_recipes_print_a_plan_and_write_nothing(recipe, tiny, sft, reward_adapte
     more = ["--reward_model_path", reward_adapter, *TINY_PPO] if recipe == "ppo" else TINY_TRAINING
     found = run(
         f"recipes/{recipe}.py", "--model_name_or_path", sft if recipe == "ppo" else tiny, "--dataset_name",
-        files / f"{data}.jsonl", "--output_dir", tmp_path / "out", *more, "--plan", "true", "--plan_memory", "0.03",
+        files / f"{data}.jsonl", "--output_dir", tmp_path / "out", *more, "--plan", "true", "--plan_memory", "0.2",
         "--plan_processes", "8",
     )  # fmt: skip
     assert found.stdout.splitlines()[-1].startswith("Not counted: ")
     assert f"Plan of recipes/{recipe}.py for 8 GPUs, DDP, no mixed precision" in found.stdout
-    assert "0.03 GiB: --per_device_train_batch_size" in found.stdout
+    assert "0.2 GiB: --per_device_train_batch_size" in found.stdout
     assert ("  scoring  " in found.stdout) == (recipe == "ppo")
     assert not (tmp_path / "out").exists()
 
