@@ -1,10 +1,11 @@
 """The starter's gold score, VADER sentiment, and the simulated labeler that follows it."""
 
+import functools
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.comparisons import (
     Comparison,
@@ -25,14 +26,18 @@ def gold_scores(completions: list[str]) -> list[float]:
 
     Source: Hutto & Gilbert, "VADER", ICWSM 2014, as the package `vaderSentiment` (MIT) implements it.
     """
+    return [_analyzer().polarity_scores(completion)["compound"] for completion in completions]
+
+
+@functools.cache
+def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
         raise InputError(
             "The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment"
         ) from None
-    analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
+    return SentimentIntensityAnalyzer()  # it reads its lexicon, which takes as long as to score 100 replies
 
 
 @dataclass
