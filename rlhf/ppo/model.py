@@ -130,6 +130,10 @@ class PolicyAndValue(Shardable):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """The policy's, for transformers' Trainer, which asks this of a run that trains an adapter."""
+        self.policy.create_or_update_model_card(output_dir)
+
     def value_parameters(self) -> set[str]:
         """Names of the trainable parameters that only the value function uses."""
         own = ("value_head.", "value_model.")
