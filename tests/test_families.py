@@ -5,6 +5,10 @@ import json
 import pytest
 from families import check_family
 
+from rlhf.models.losses import FUSED
+
+OTHER_LOSS = ("recurrent_gemma", "llama4_text")  # where TRL from 1.15 on would take another loss than the model's
+
 
 @pytest.mark.parametrize(
     ("name", "checks"),
@@ -35,4 +39,9 @@ from families import check_family
 def test_a_family_is_exact(name, checks, tmp_path):
     check_family(name, checks, tmp_path / "outcomes.json")
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
-    assert {what: text.split(",")[0] for what, text in outcomes.items()} == dict.fromkeys(checks, "exact")
+    found = {what: text.split(",")[0] for what, text in outcomes.items()}
+    expected = dict.fromkeys(checks, "exact")
+    if FUSED and name in OTHER_LOSS:
+        refused = "refused: --model_name_or_path: from 1.15 on"
+        expected |= {what: refused for what in checks if what.startswith("SFT")}
+    assert found == expected
