@@ -24,9 +24,7 @@ class Completions(NamedTuple):
     """Completions of B prompts. T tokens of the longest, padded on the right."""
 
     tokens: torch.Tensor  # (B, T) int64
-    logprobs: (
-        torch.Tensor
-    )  # (B, T) float32: each token's at the temperature, by the engine; NaN if unknown, 0 on padding
+    logprobs: torch.Tensor  # (B, T) float32: by the engine, at the temperature; NaN if unknown, 0 on padding
     lengths: torch.Tensor  # (B,) int64: the stop token included
     ended: torch.Tensor  # (B,) bool: a stop token or stop string was drawn; False at the length limit
 
