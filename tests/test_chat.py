@@ -522,7 +522,8 @@ def test_one_model_on_the_page_of_the_recipe(browser, serve, sft):
     server = serve(command=[*command, "--server_port", str(free_port()), "--max_new_tokens", "8"])
     page = open_page(browser, server)
     page.locator("textarea").fill("Hi")
-    page.keyboard.press("Enter")
+    with page.expect_event("requestfinished", lambda request: "queue/data" in request.url, timeout=60_000):
+        page.keyboard.press("Enter")  # while the reply is written, another message isn't taken
     page.locator("#talk .assistant .text").first.wait_for()
     assert page.locator(".reply").count() == 0
     assert not page.get_by_text("A is better").is_visible()
