@@ -56,10 +56,37 @@ def say_units() -> None:
     module.fsdp2_prepare_model = prepared
 
 
+def say_gathered() -> None:
+    """Have the main process print how many layers of the policy were whole when tokens were drawn, at most."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from rlhf.models import generation
+    from rlhf.ppo.trainer import PPOTrainer
+
+    draw, sample = generation.draw_tokens, PPOTrainer._sample
+
+    def sampled(trainer: Any, *args: Any) -> Any:
+        layers = [part for part in trainer.model.policy.modules() if isinstance(part, FSDPModule)]
+        counts = []
+
+        def drawn(*args: Any) -> Any:
+            counts.append(sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers))
+            return draw(*args)
+
+        generation.draw_tokens = drawn
+        rollout = sample(trainer, *args)
+        trainer.accelerator.print(f"FSDP2 layers whole: {max(counts)} of {len(layers)}")
+        return rollout
+
+    PPOTrainer._sample = sampled  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     os.environ |= {name: value for name, value in SETTINGS.items() if name not in os.environ}
     use_fsdp()
     say_units()
+    say_gathered()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -22,6 +22,8 @@ def ppo(files, folder, *more, processes=2, check=True, **environment):
                  environment=environment)  # fmt: skip
     for layers, own, whole in SHARDED.findall(result.stdout):
         assert layers and int(own) < 0.51 * int(whole)
+    apart = "--ds3_gather_for_generation" in words
+    assert set(re.findall(r"FSDP2 layers whole: (\d of \d)", result.stdout)) <= {"0 of 2" if apart else "2 of 2"}
     assert result.returncode or SHARDED.search(result.stdout)
     return result
 
@@ -57,9 +59,14 @@ def test_four_roles_of_one_base_train_sharded_as_on_one_process_and_resume_exact
     sft, reward_adapter, files, tmp_path
 ):
     words = ["--model_name_or_path", sft, "--reward_model_path", reward_adapter, "--value_function", "adapter",
-             "--learning_rate", 1e-3]  # fmt: skip
+             "--learning_rate", 1e-3, "--stop_strings", "e"]  # fmt: skip
     ppo(files, tmp_path / "one", *words, processes=1)
-    ppo(files, tmp_path / "two", *words, FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    words += [
+        "--ds3_gather_for_generation",
+        "false",
+    ]  # layer by layer, though one process samples longer than the other
+    said = ppo(files, tmp_path / "two", *words, FSDP_CPU_RAM_EFFICIENT_LOADING="true").stdout
+    assert re.search(r"each process gathers 0\.00\d+ GiB of weights .*; true: 0\.0\d+ GiB, faster", said)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     assert set(adapters[0]) == set(adapters[1])
@@ -78,7 +85,7 @@ def test_four_roles_of_one_base_train_sharded_as_on_one_process_and_resume_exact
 
 def test_a_whole_model_trains_sharded_with_its_reference_in_bfloat16(tiny, files, tmp_path):
     words = ["--model_name_or_path", tiny, "--use_peft", "false", "--learning_rate", 1e-3]
-    ppo(files, tmp_path / "two", *words, "--bf16", "true")
+    ppo(files, tmp_path / "two", *words, "--bf16", "true", "--ds3_gather_for_generation", "false")
     first = metrics(tmp_path / "two")[0]
     assert first["objective/kl"] == 0 and first["val/first_ratio"] == 1  # policy and reference compute alike
     start, end = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny, tmp_path / "two"))

@@ -19,6 +19,8 @@ from test_fsdp import SHARDED, assert_same_run, metrics, trained, without_repeat
 
 from rlhf.errors import InputError
 from rlhf.ppo import zero
+from rlhf.ppo.model import Shardable
+from rlhf.ppo.sharding import shard
 
 SHARES = re.compile(r"ZeRO-(\d): (\d+) of (\d+) weights, (\d+) of (\d+) trained")
 SEAMS = {"ddp": [], "fsdp": ["tests/fsdp_on_cpu.py"], "zero2": ["tests/zero_on_cpu.py"],
@@ -159,6 +161,12 @@ def test_what_was_not_run_is_refused(settings, precision, said):
     state = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(**settings))
     with pytest.raises(InputError, match=re.escape(said)):
         zero.check(SimpleNamespace(state=state, mixed_precision=precision))
+
+
+def test_a_layer_at_a_time_is_refused():
+    state = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
+    with pytest.raises(InputError, match="--ds3_gather_for_generation false"):
+        shard(SimpleNamespace(state=state, mixed_precision="no"), Shardable([]), False)
 
 
 def test_slurm_starts_a_launcher_on_each_machine(tmp_path):

@@ -35,7 +35,7 @@ class _Trials:
         self.mode = FakeTensorMode()
         self.stages: dict[int | None, tuple[Stage, PPOModels]] = {}
 
-    def need(self, run: Run, gathers_all: bool = True, accumulates: bool = False) -> Need:
+    def need(self, run: Run, trains: bool = False, accumulates: bool = False) -> Need:
         """What some passes need; see `Stage.need`."""
 
         def tried(few: int | None) -> Need:
@@ -46,7 +46,8 @@ class _Trials:
             stage, models = self.stages[few]
             passes = PPOPasses(stage, models, self.args, self.shared)
             with self.mode:
-                return stage.need(lambda trace: run(passes, trace), gathers_all, accumulates)
+                gathers_all = self.args.ds3_gather_for_generation and not trains
+                return stage.need(lambda trace: run(passes, trace), trains, gathers_all, accumulates)
 
         return over_layers(self.layers, tried)
 
@@ -111,7 +112,7 @@ def _phases(trials: _Trials, args: PPOConfig, lengths: list[int], scores: bool) 
         return trials.need(lambda passes, _: passes.logprobs(rows, prompt + reply))
 
     def update(rows: int) -> Need:
-        return trials.need(lambda passes, _: passes.step(rows, prompt + reply, micro_batches), False, micro_batches > 1)
+        return trials.need(lambda passes, _: passes.step(rows, prompt + reply, micro_batches), True, micro_batches > 1)
 
     def operations(run: Run, times: float) -> float:
         return trials.need(run).operations * times

@@ -94,19 +94,22 @@ class Stage:
     def _role(self, parameter: nn.Parameter) -> str:
         return ADAPTERS if ".lora_" in self.names[id(parameter)] else WEIGHTS
 
-    def need(self, run: Callable[[Trace], object], gathers_all: bool = False, accumulates: bool = False) -> Need:
+    def need(
+        self, run: Callable[[Trace], object], trains: bool = True, gathers_all: bool = False, accumulates: bool = False
+    ) -> Need:
         """Bytes by role on each GPU at the peak of a phase, and its operations.
 
         Args:
             run: makes the phase's passes.
-            gathers_all: the phase runs inside rlhf.ppo.sharding.whole.
+            trains: the phase computes gradients.
+            gathers_all: under FSDP2, it has all weights at once, not those of two layers.
             accumulates: gradients of several passes are added up before they are averaged over processes.
         """
         with self.tracing() as trace:
             run(trace)
         if self.launch.sharded:
             passing = trace.peak(leave_out=(WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER))
-            spread = self._spread(not gathers_all, gathers_all, accumulates)
+            spread = self._spread(trains, gathers_all, accumulates)
             return Need(passing | spread, trace.operations)
         memory = trace.peak()
         if self.launch.processes > 1:  # DDP keeps a second copy of the gradients, by buckets
@@ -130,13 +133,13 @@ class Stage:
                 if accumulates
                 else sum(self.stored[id(p)] for p in trained) * share
             )
-        memory[GATHERED] = float(sum(self._gathered(model, gathers_all) for model in self.split))
+        memory[GATHERED] = float(sum(self._gathered(model, gathers_all, trains) for model in self.split))
         return memory
 
-    def _gathered(self, model: nn.Module, everything: bool) -> int:
-        """Bytes of whole weights: those outside of layers, two layers at a time, and one layer's gradients."""
+    def _gathered(self, model: nn.Module, everything: bool, trains: bool) -> int:
+        """Bytes of whole weights: those outside of layers, two layers at a time, and one layer's gradients, if any."""
         sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-        if everything or not self.launch.reshards:
+        if everything or (trains and not self.launch.reshards):
             return sum(sizes.values())
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         names = getattr(base, "_no_split_modules", None) or []
@@ -145,7 +148,7 @@ class Stage:
         largest = max((sum(sizes[id(p)] for p in layer) for layer in layers), default=0)
         gradients = max((sum(sizes[id(p)] for p in layer if p.requires_grad) for layer in layers), default=0)
         outside = sum(size for key, size in sizes.items() if key not in inside)
-        return outside + 2 * largest + gradients
+        return outside + 2 * largest + (gradients if trains else 0)
 
 
 def make_optimizer(trained: nn.Module, args: TrainingArguments) -> Optimizer:

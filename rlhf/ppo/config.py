@@ -31,6 +31,7 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If the latter
             is another adapter of the same base, the policy continues from it, and only the reference is the SFT model.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
+        ds3_gather_for_generation: counts under FSDP2; DeepSpeed's ZeRO-3, for which TRL has it, always gathers.
         model_init_kwargs: how PPOTrainer loads models that are given by name; GRPOConfig's field. Possible are `dtype`,
             `revision` (of the policy), `attn_implementation` and `trust_remote_code`.
         model_adapter_name, ref_adapter_name: which adapters of a PeftModel are policy and reference. Without
@@ -131,6 +132,13 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
     )
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset for ptx_coef: conversations or text, as for SFT."}
+    )
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "FSDP2: gather all weights to sample and score. False: a layer at a time, slower, for models that "
+            "don't fit on one GPU."
+        },
     )
     model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "From Python: how models that are given by name are loaded."}

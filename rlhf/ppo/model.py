@@ -34,6 +34,7 @@ class Shardable(nn.Module):
 
     in_step = False  # True: every process has to make the same passes
     reshards = True  # under FSDP2: whether a layer is given up after its pass
+    layer_by_layer = False  # under FSDP2: whether that is so while sampling and scoring too
     zero: Zero | None = None  # DeepSpeed's engine, if there is one
 
     def __init__(self, models: list[PreTrainedModel | PeftModel]) -> None:

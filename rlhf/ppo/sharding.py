@@ -4,7 +4,9 @@ A module that is not sharded passes through all of this unchanged. What DeepSpee
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf.errors import InputError
+from rlhf.ppo.lockstep import in_lockstep
 from rlhf.ppo.model import PolicyAndValue, Shardable
 from rlhf.ppo.processes import Processes
 from rlhf.ppo.zero import check, is_held, put_value, split_value_groups, start_engine
@@ -29,10 +32,13 @@ from rlhf.ppo.zero import check, is_held, put_value, split_value_groups, start_e
 T = TypeVar("T")
 
 
-def shard(accelerator: Accelerator, model: Shardable) -> None:
+def shard(accelerator: Accelerator, model: Shardable, gather_for_generation: bool = True) -> None:
     """Spread the weights as the launch configuration says, before there is an optimizer, which holds what is left here.
 
     DeepSpeed spreads the trained model when it has the optimizer (`prepare`), and leaves a reference whole.
+
+    Args:
+        gather_for_generation: see `--ds3_gather_for_generation`.
 
     Raises:
         InputError: for FSDP1, and what PPO has not been run with under DeepSpeed.
@@ -40,6 +46,9 @@ def shard(accelerator: Accelerator, model: Shardable) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if uses_deepspeed(accelerator):
         check(accelerator)
+        if not gather_for_generation:
+            raise InputError("--ds3_gather_for_generation false: PPO has not been run with it under DeepSpeed. Leave "
+                             "it out, or launch with FSDP2.")  # fmt: skip
         return
     if plugin is None:
         return
@@ -57,6 +66,30 @@ def shard(accelerator: Accelerator, model: Shardable) -> None:
     fsdp2_prepare_model(accelerator, model)
     register_fsdp_forward_method(model, "run")
     model.in_step, model.reshards = True, plugin.reshard_after_forward
+    model.layer_by_layer = not gather_for_generation
+
+
+def say_gathered(accelerator: Accelerator, *models: Shardable | None) -> None:
+    """Print what each process gathers to sample and score, and what the other way would take."""
+    held = [model for model in models if model is not None and shards(model)]
+    if not held:
+        return
+    everything = sum(_bytes(model) for model in held) / 2**30
+    few = sum(_bytes(model) - sum(sizes) + 2 * max(sizes) for model in held if (sizes := _layers(model))) / 2**30
+    layers = held[0].layer_by_layer
+    accelerator.print(
+        f"To sample and score, each process gathers {few if layers else everything:.3g} GiB of weights at a time "
+        f"(--ds3_gather_for_generation {'false' if layers else 'true'}); "
+        + (f"true: {everything:.3g} GiB, faster." if layers else f"false: {few:.3g} GiB, slower.")
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _layers(model: Shardable) -> list[int]:
+    return [_bytes(part) for part in model.modules() if isinstance(part, FSDPModule) and part is not model]
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
@@ -116,17 +149,27 @@ def is_sharded(model: Shardable) -> bool:
     return bool(shards(model)) or (model.zero is not None and model.zero.stage == 3)
 
 
-def whole(model: Shardable | None, function: Callable[[], T]) -> T:
-    """What `function` returns. While it runs, every process has all weights and may use any part as often as it likes.
+def whole(function: Callable[[], T], *models: Shardable | None) -> T:
+    """What `function` returns. While it runs, every process may use any part of the models as often as it likes.
 
-    All processes call this together. It costs a copy of the weights on each.
+    All processes call this together. It costs a copy of the weights on each, or with `layer_by_layer` a copy of what is
+    outside of the layers, and a gathering of each layer in each pass.
     """
-    if model is None:
+    held = [model for model in models if model is not None]
+    layers = [part for model in held if model.layer_by_layer for part in shards(model) if part is not model]
+    with in_lockstep(layers) if layers else nullcontext():
+        for model in held:
+            function = functools.partial(_whole, model, function)
         return function()
+
+
+def _whole(model: Shardable, function: Callable[[], T]) -> T:
     parts, in_step = shards(model), model.in_step
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+        kept = not model.layer_by_layer or part is model
+        part.set_reshard_after_forward(not kept, recurse=False)
+        if kept:
+            part.unshard()
     model.in_step = False
     try:
         return model.zero.whole(function) if model.zero else model.run(function)

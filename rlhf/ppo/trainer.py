@@ -53,7 +53,7 @@ from rlhf.ppo.setup import (
     set_sizes,
     stop_ids,
 )
-from rlhf.ppo.sharding import group_value_function, prepare, processes, shard, whole
+from rlhf.ppo.sharding import group_value_function, prepare, processes, say_gathered, shard, whole
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
@@ -173,12 +173,13 @@ class PPOTrainer(TrainerConventions):
             if module is not None:
                 disable_dropout(module)
         check_optimizers((self.optimizer, self.lr_scheduler), self.model)
-        shard(self.accelerator, self.model)
+        shard(self.accelerator, self.model, args.ds3_gather_for_generation)
         self.reference = None
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
             self.reference = Reference(self.ref_model)
-            shard(self.accelerator, self.reference)
+            shard(self.accelerator, self.reference, args.ds3_gather_for_generation)
+        say_gathered(self.accelerator, self.model, self.reference)
         self.create_optimizer()
         group_value_function(self.accelerator, self.model, self.optimizer, self.lr_scheduler, args.value_warmup_steps)
         self.create_scheduler(args.num_total_batches)
@@ -285,7 +286,7 @@ class PPOTrainer(TrainerConventions):
     def rewards(self, rollout: Rollout) -> Rewards:
         """The rewards of the completions."""
         rewards = whole(
-            self.model, lambda: collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state)
+            lambda: collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state), self.model
         )
         scored = int(self.processes.sum((~rewards.scores.isnan()).sum()))
         need_scores(self.reward_funcs, scored, self.processes.number * len(rollout.prompts))
@@ -377,7 +378,7 @@ class PPOTrainer(TrainerConventions):
         rewards = self.rewards(rollout)
         logprobs, _, reference = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
         weights = [1.0] * len(self.eval_reward_funcs)
-        held_out = whole(self.model, lambda: collect_rewards(rollout, self.eval_reward_funcs, weights, self.state))
+        held_out = whole(lambda: collect_rewards(rollout, self.eval_reward_funcs, weights, self.state), self.model)
         metrics = evaluation_metrics(rollout, rewards, held_out, logprobs - reference, self.processes)
         save_samples(args, self.state.global_step, prefix, sample_table(rollout, rewards, 32))
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -389,7 +390,7 @@ class PPOTrainer(TrainerConventions):
         decoding = Decoding(args.response_length, args.temperature, self.stop_token_ids, args.stop_strings or [])
         self.engine.sync()  # it samples with the policy as it is now
         sample = functools.partial(rollout_of, self.engine, policy, self.processing_class, rows, decoding, uniforms)
-        return whole(self.model, sample)
+        return whole(sample, self.model)
 
     def _logprobs_and_values(
         self, rollout: Rollout, batch_size: int
@@ -399,7 +400,7 @@ class PPOTrainer(TrainerConventions):
             batch_size=batch_size, temperature=self.args.temperature,
         )  # fmt: skip
         with mixed_precision(self.accelerator, self.model.policy):
-            return whole(self.model, lambda: whole(self.reference, compute))
+            return whole(compute, self.model, self.reference)
 
     def _forward(self, rows: Rows, temperature: float, **settings: bool) -> TokenOutputs:
         self.model_wrapped.train()
