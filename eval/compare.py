@@ -41,6 +41,8 @@ from eval.stats.intervals import Interval, JsonObject
 from rlhf.comparisons import Labeler
 from rlhf.data.datasets import DatasetArguments, load_test_split
 from rlhf.data.rows import prompt_rows
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerSettings
 from rlhf.models.generation import Sampling
@@ -180,8 +182,8 @@ def results_of_comparison(comparison: ComparedModels, arguments: CompareArgument
 
 
 def main() -> None:
-    script_args, arguments, settings, model_args = parse(
-        __file__, DatasetArguments, CompareArguments, LabelerSettings, ModelConfig
+    script_args, arguments, settings, engine_args, model_args = parse(
+        __file__, DatasetArguments, CompareArguments, LabelerSettings, SamplerArguments, ModelConfig
     )
     need_one_process(__file__)
     refuse_single_model(model_args)
@@ -196,13 +198,14 @@ def main() -> None:
     tokenizer = load_tokenizer(models[arguments.reference])
     rows = rows_for_all(test, script_args.dataset_name, models, tokenizer, arguments)
     judges = judges_of(arguments, settings, script_args.dataset_name, model_args, tokenizer)
-    if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, model_args):
+    if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, engine_args, model_args):
         return
 
     folder = Path(arguments.output_dir)
     sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
-    )
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
+        make_sampler(engine_args, arguments.output_dir),
+    )  # fmt: skip
     plan = ComparisonPlan(
         sources=models,
         reference=arguments.reference,

@@ -33,6 +33,8 @@ from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import load_test_split, refuse_columns
 from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt
 from rlhf.data.rows import prompt_rows
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError, report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, resolve
@@ -219,7 +221,9 @@ def _gains(cells: list[Interval], start: Interval) -> np.ndarray:
 
 
 def main() -> None:
-    script_args, arguments, model_args = parse(__file__, ScriptArguments, OverOptimizationArguments, ModelConfig)
+    script_args, arguments, engine_args, model_args = parse(
+        __file__, ScriptArguments, OverOptimizationArguments, SamplerArguments, ModelConfig
+    )
     need_one_process(__file__)
     folder = model_args.model_name_or_path
     run = read_ppo_run(folder)
@@ -237,13 +241,14 @@ def main() -> None:
     room = context_length(sources["start"])
     refuse_columns(test, script_args.dataset_name, dict.fromkeys(OPTION_COLUMNS, "isn't used here. Remove it."))
     prompts = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)["prompt"][:]
-    if not start_run(__file__, arguments.output_dir, script_args, arguments, model_args):
+    if not start_run(__file__, arguments.output_dir, script_args, arguments, engine_args, model_args):
         return
 
     scorer = Scorer(truth, proxies, arguments.reward_weights, model_args)
     sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed
-    )
+        arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
+        make_sampler(engine_args, arguments.output_dir),
+    )  # fmt: skip
     most = max(1, arguments.best_of_n)
     points, policies = measure_policies(sources, prompts, scorer, sampling, most, model_args)
     chosen = best_of_n_points(prompts, policies["start"].candidates, scorer, most) if most > 1 else []

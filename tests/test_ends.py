@@ -100,7 +100,7 @@ def test_collecting_comparing_and_chatting_stop_there(ending, tokenizer, rows):
     check(sampled)
     check(ids for ids in sample_replies(model, tokenizer, prompts, 1, SAMPLING, "m").ids)
     texts = {
-        text for task in sample_tasks(model, tokenizer, "test", rows, SAMPLING, 1, "m") for text in task.completions
+        text for task in sample_tasks(model, tokenizer, {"test": rows}, SAMPLING, 1, "m") for text in task.completions
     }
     plain = {
         tokenizer.decode(ids[:-1] if ids[-1] in ENDS else ids, skip_special_tokens=True).strip() for ids in sampled

@@ -14,13 +14,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig
 
-from rlhf.engines.arguments import EngineArguments
+from rlhf.engines.arguments import EngineArguments, SamplerArguments
+from rlhf.engines.completions import check_weights, make_sampler
 from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.own_loop import OwnLoop
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.engines.vllm_server import read_choice, request_body
 from rlhf.errors import InputError
-from rlhf.models.loading import load_policy
+from rlhf.models.generation import Sampling, sample_completions
+from rlhf.models.loading import load_causal_lm, load_policy
 from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.engine import make_engine, need_engine
@@ -190,6 +192,40 @@ def test_continuous_batching_samples_from_the_policys_distribution(sft, tokenize
             with torch.no_grad():
                 logits = policy(torch.tensor([prompt])).logits[0, -1]
             assert logits[first] > logits.max() - 0.02  # of those that tie at this temperature either is right
+
+
+def test_commands_that_only_sample_do_so_with_continuous_batching(sft, tokenizer):
+    model = load_causal_lm(resolve(sft), LORA, tokenizer, trainable=False)
+    prompts = [tokenizer.encode("Tell me about tea " * number) for number in (3, 1, 2)]
+    own = Sampling(6, temperature=0.7, batch_size=4, seed=3)
+    other = own._replace(engine=make_sampler(SamplerArguments(**CONTINUOUS), "unused"))
+    greedy = [sample_completions(model, tokenizer, prompts, way, do_sample=False) for way in (own, other)]
+    assert greedy[0] == greedy[1]
+    drawn = [
+        sample_completions(model, tokenizer, prompts, other._replace(seed=seed), num_return_sequences=2)
+        for seed in (3, 3, 4)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and [len(several) for several in drawn[0]] == [2, 2, 2]
+    assert all(len(ids) == 6 or ids[-1] == tokenizer.eos_token_id for several in drawn[0] for ids in several)
+    assert make_sampler(SamplerArguments(), "unused") is None
+
+
+def test_completions_of_other_weights_are_refused(sft, tokenizer):
+    model = load_causal_lm(resolve(sft), LORA, tokenizer, trainable=False)
+    prompts, uniforms = [[5, 6, 7], [8, 9]], torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    found = OwnLoop(model, tokenizer, 2).sample(prompts, Decoding(4, 0.7, [], []), uniforms)
+    check_weights(model, prompts, found, 0.7, "")
+    for wrong, temperature in ((found._replace(logprobs=found.logprobs - 1), 0.7), (found, 0.3)):
+        with pytest.raises(InputError, match=r"differ from the model's by .* other weights or at another temp.* Look"):
+            check_weights(model, prompts, wrong, temperature, "Look.")
+
+
+def test_collect_with_continuous_batching(sft, files, tmp_path):
+    words = ["--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--dtype", "float32",
+             "--max_new_tokens", 6, "--use_transformers_continuous_batching", "true"]  # fmt: skip
+    run("recipes/collect.py", *words, "--output_dir", tmp_path)
+    tasks = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text().splitlines()]
+    assert len(tasks) == 8 and all(len(task["completions"]) > 1 for task in tasks)
 
 
 def test_ppo_with_continuous_batching_has_no_mismatch(sft, tokenizer, prompts, tmp_path):

@@ -9,19 +9,16 @@ from rlhf.run.ranges import Port, PositiveFloat
 
 
 @dataclass
-class EngineArguments:
-    """Which engine samples, and what is done about its other rounding. Without one of these, the project's own loop.
+class SamplerArguments:
+    """Which engine samples. Without one of these, the project's own loop.
 
     Args:
-        use_vllm: a vLLM server samples. Only `vllm_mode="server"` and LoRA policies are possible.
+        use_vllm: a vLLM server samples. Only `vllm_mode="server"` is possible.
         vllm_server_base_url: replaces `vllm_server_host` and `vllm_server_port`.
         vllm_server_timeout: seconds to wait at the start until the server is up.
         use_transformers_continuous_batching: transformers' continuous batching samples.
         transformers_continuous_batching_config: fields of ContinuousBatchingConfig. By default the cache has room for
-            `local_rollout_forward_batch_size` rows.
-        vllm_importance_sampling_correction: weight each token's policy loss with π / π_engine, with either engine.
-        vllm_importance_sampling_mode, vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: see
-            rlhf.ppo.mismatch.importance_weights.
+            as many rows as the own loop samples at once.
 
     Raises:
         InputError: for settings that can't work.
@@ -45,6 +42,62 @@ class EngineArguments:
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of ContinuousBatchingConfig, as JSON."}
     )
+
+    def __post_init__(self) -> None:
+        self.check_sampler()
+        after = getattr(super(), "__post_init__", None)  # of a trainer's own settings
+        if after is not None:
+            after()
+
+    @property
+    def vllm_url(self) -> str:
+        """The address of the vLLM server."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+    def check_sampler(self) -> None:
+        """Raise InputError for settings that can't work; read a JSON object that was typed."""
+        if self.use_vllm and self.vllm_mode != "server":
+            raise InputError(
+                f"--vllm_mode {self.vllm_mode}: only a vLLM server can sample. Start one with 'vllm serve' "
+                "(docs/engines.md) and give --vllm_mode server."
+            )
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise InputError("--use_vllm and --use_transformers_continuous_batching: exclude each other. Give one.")
+        if self.vllm_server_base_url and not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise InputError(
+                f"--vllm_server_base_url {self.vllm_server_base_url}: needs an address such as http://127.0.0.1:8000."
+            )
+        self._check_continuous_batching()
+
+    def _check_continuous_batching(self) -> None:
+        flag, options = "--transformers_continuous_batching_config", self.transformers_continuous_batching_config
+        if options is None:
+            return
+        if not self.use_transformers_continuous_batching:
+            raise InputError(f"{flag}: has no effect without --use_transformers_continuous_batching true.")
+        from transformers.generation import ContinuousBatchingConfig
+
+        try:
+            options = json.loads(options) if isinstance(options, str) else options
+            ContinuousBatchingConfig(**options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{flag}: {error}. Give fields of ContinuousBatchingConfig as JSON.") from error
+        self.transformers_continuous_batching_config = options
+
+
+@dataclass
+class EngineArguments(SamplerArguments):
+    """The engine of PPO's rollouts, and what is done about its other rounding.
+
+    Args:
+        vllm_importance_sampling_correction: weight each token's policy loss with π / π_engine, with either engine.
+        vllm_importance_sampling_mode, vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: see
+            rlhf.ppo.mismatch.importance_weights.
+
+    Raises:
+        InputError: for settings that can't work.
+    """
+
     vllm_importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Correct for the mismatch between the engine's and the policy's logprobs."}
     )
@@ -61,25 +114,8 @@ class EngineArguments:
         default=None, metadata={"help": "Lower bound of the importance sampling ratio."}
     )
 
-    @property
-    def vllm_url(self) -> str:
-        """The address of the vLLM server."""
-        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
-
-    def check_engine_arguments(self) -> None:
-        """Raise InputError for settings that can't work; read a JSON object that was typed."""
-        if self.use_vllm and self.vllm_mode != "server":
-            raise InputError(
-                f"--vllm_mode {self.vllm_mode}: PPO samples with a vLLM server only. Start one with 'vllm serve' "
-                "(docs/engines.md) and give --vllm_mode server."
-            )
-        if self.use_vllm and self.use_transformers_continuous_batching:
-            raise InputError("--use_vllm and --use_transformers_continuous_batching: exclude each other. Give one.")
-        if self.vllm_server_base_url and not self.vllm_server_base_url.startswith(("http://", "https://")):
-            raise InputError(
-                f"--vllm_server_base_url {self.vllm_server_base_url}: needs an address such as http://127.0.0.1:8000."
-            )
-        self._check_continuous_batching()
+    def check_importance_sampling(self) -> None:
+        """Raise InputError for settings that can't work."""
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise InputError(f"--vllm_importance_sampling_clip_min {low}: must be below clip_max, which is {high}.")
@@ -88,18 +124,3 @@ class EngineArguments:
                 f"--vllm_importance_sampling_mode {self.vllm_importance_sampling_mode}: needs a bound. Give "
                 "--vllm_importance_sampling_clip_max or --vllm_importance_sampling_clip_min."
             )
-
-    def _check_continuous_batching(self) -> None:
-        flag, options = "--transformers_continuous_batching_config", self.transformers_continuous_batching_config
-        if options is None:
-            return
-        if not self.use_transformers_continuous_batching:
-            raise InputError(f"{flag}: has no effect without --use_transformers_continuous_batching true.")
-        from transformers.generation import ContinuousBatchingConfig
-
-        try:
-            options = json.loads(options) if isinstance(options, str) else options
-            ContinuousBatchingConfig(**options)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{flag}: {error}. Give fields of ContinuousBatchingConfig as JSON.") from error
-        self.transformers_continuous_batching_config = options

@@ -71,8 +71,8 @@ class ContinuousBatching:
         self, prompts: list[list[int]], decoding: Decoding, seed: int
     ) -> tuple[list[list[int]], list[list[float]]]:
         config = GenerationConfig(
-            max_new_tokens=decoding.response_length, do_sample=True, temperature=decoding.temperature, top_k=0,
-            top_p=1.0, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=decoding.stop_token_ids or -1,
+            max_new_tokens=decoding.response_length, **_draws(decoding.temperature),
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=decoding.stop_token_ids or -1,
         )  # fmt: skip
         longest = max(len(prompt) for prompt in prompts) + decoding.response_length
         rows = min(self.batch_size, len(prompts))
@@ -131,6 +131,12 @@ class ContinuousBatching:
                     f"{FLAG}: for {name} its log-probabilities differ from the model's by {float(worst):.2g}. "
                     "Leave it out."
                 )
+
+
+def _draws(temperature: float) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
 from transformers import PreTrainedTokenizerBase
@@ -96,15 +96,16 @@ class Server:
                 said = True
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
-    def context(self) -> int | None:
-        """The most tokens that a prompt and its completion may have on the server.
+    def served(self) -> tuple[str, str, int | None]:
+        """The name and the path of the model that it serves, and its longest context in tokens.
 
         Raises:
             InputError: if this is no vLLM server.
         """
         try:
             models = self.ask("/v1/models")["data"]
-            return next(model.get("max_model_len") for model in models if not model.get("parent"))
+            found = next(model for model in models if not model.get("parent"))
+            return found["id"], found.get("root") or found["id"], found.get("max_model_len")
         except (_Refusal, KeyError, TypeError, StopIteration) as error:
             raise InputError(f"--use_vllm true: {self.url} is no vLLM server. Give the address of one.") from error
 
@@ -121,72 +122,26 @@ def _reason(code: int, text: str) -> str:
     return f"HTTP {code} {text[:200]}".strip()
 
 
-class VLLMServer:
-    """Sampling by a vLLM server, with the policy as an adapter over the server's model.
+class ServedModel:
+    """Sampling by a vLLM server from the model that it serves.
 
     Args:
-        policy: a LoRA model whose base the server serves.
-        adapter: the name of the policy's adapter.
-        folder: where the adapters are written for the server.
+        name: the server's name for what samples.
+        base: the model that the server must serve.
+        flags: of its command, beside the model.
     """
 
     exact = False
 
     def __init__(
-        self,
-        server: Server,
-        policy: PeftModel,
-        adapter: str,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        accelerator: Accelerator,
+        self, server: Server, name: str, base: str, tokenizer: PreTrainedTokenizerBase, flags: str = ""
     ) -> None:
-        config = policy.peft_config[adapter]
-        if config.peft_type != PeftType.LORA:
-            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
-        self.server, self.policy, self.adapter, self.tokenizer = server, policy, adapter, tokenizer
-        self.folder, self.accelerator, self.number = folder, accelerator, 0
-        self.run = broadcast_object_list([secrets.token_hex(4)])[0]  # several runs may share a server
-        base = config.base_model_name_or_path
-        self.command = (
-            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {base} --host 127.0.0.1 --enable-lora "
-            f"--max-lora-rank {config.r} --logprobs-mode processed_logprobs"
-        )
-        self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
-        if accelerator.is_main_process:
-            atexit.register(self._unload)
-
-    @property
-    def name(self) -> str:
-        """The server's name for the policy since the last `sync`."""
-        return f"ppo-{self.run}-{self.number}"
+        self.server, self.name, self.tokenizer = server, name, tokenizer
+        self.command = f"vllm serve {base} --host 127.0.0.1 {flags}--logprobs-mode processed_logprobs"
+        self.advice = f"The server must serve {base}. Start it as: {self.command}"
 
     def sync(self) -> None:
-        """See `Engine`."""
-        if self.accelerator.is_main_process:
-            self._unload()
-        self.number += 1
-        if self.accelerator.is_main_process:
-            place = self.folder / self.name
-            self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
-            place = place if self.adapter == "default" else place / self.adapter
-            try:
-                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place.resolve())})
-            except _Refusal as refusal:
-                raise InputError(
-                    f"--use_vllm true: the server {self.server.url} did not load the policy's adapter ({refusal}). "
-                    f"It must read {place.resolve()} and be started as: {self.command}"
-                ) from refusal
-        self.accelerator.wait_for_everyone()
-
-    def _unload(self) -> None:
-        """Have the server forget the adapter of the last `sync`, and remove its folder."""
-        if self.number and (self.folder / self.name).exists():
-            with suppress(_Refusal, InputError):  # a server that was started anew never had it
-                self.server.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
-            shutil.rmtree(self.folder / self.name, ignore_errors=True)
-            with suppress(OSError):  # another run's may be in it
-                self.folder.rmdir()
+        """Nothing to do: the server has the model's weights."""
 
     def sample(self, prompts: list[list[int]], decoding: Decoding, uniforms: torch.Tensor) -> Completions:
         """See `Engine`. Each row is a request with a seed of its own."""
@@ -204,6 +159,66 @@ class VLLMServer:
             return self.server.ask("/v1/completions", request_body(self.name, prompt, seed, decoding))["choices"][0]
         except _Refusal as refusal:
             raise InputError(f"--use_vllm true: the server {self.server.url} refused a prompt: {refusal}") from refusal
+
+
+class VLLMServer(ServedModel):
+    """Sampling by a vLLM server, with the policy as an adapter over the server's model.
+
+    Args:
+        policy: a LoRA model whose base the server serves.
+        adapter: the name of the policy's adapter.
+        folder: where the adapters are written for the server.
+        state: of the processes that sample together.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        policy: PeftModel,
+        adapter: str,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        state: Accelerator | PartialState,
+    ) -> None:
+        config = policy.peft_config[adapter]
+        if config.peft_type != PeftType.LORA:
+            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
+        base, flags = str(config.base_model_name_or_path), f"--enable-lora --max-lora-rank {config.r} "
+        super().__init__(server, "", base, tokenizer, flags)
+        self.command = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {self.command}"
+        self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
+        self.policy, self.adapter, self.folder, self.state = policy, adapter, folder, state
+        self.run, self.number = broadcast_object_list([secrets.token_hex(4)])[0], 0  # several runs may share a server
+        if state.is_main_process:
+            atexit.register(self._unload)
+
+    def sync(self) -> None:
+        """See `Engine`."""
+        if self.state.is_main_process:
+            self._unload()
+        self.number += 1
+        self.name = f"ppo-{self.run}-{self.number}"  # never used before
+        if self.state.is_main_process:
+            place = self.folder / self.name
+            self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
+            place = place if self.adapter == "default" else place / self.adapter
+            try:
+                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place.resolve())})
+            except _Refusal as refusal:
+                raise InputError(
+                    f"--use_vllm true: the server {self.server.url} did not load the policy's adapter ({refusal}). "
+                    f"It must read {place.resolve()} and be started as: {self.command}"
+                ) from refusal
+        self.state.wait_for_everyone()
+
+    def _unload(self) -> None:
+        """Have the server forget the adapter of the last `sync`, and remove its folder."""
+        if self.number and (self.folder / self.name).exists():
+            with suppress(_Refusal, InputError):  # a server that was started anew never had it
+                self.server.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
+            shutil.rmtree(self.folder / self.name, ignore_errors=True)
+            with suppress(OSError):  # another run's may be in it
+                self.folder.rmdir()
 
 
 def request_body(model: str, prompt: list[int], seed: int, decoding: Decoding) -> dict[str, Any]:

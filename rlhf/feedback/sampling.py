@@ -45,26 +45,26 @@ def read_tasks(folder: str) -> list[Task] | None:
 def sample_tasks(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    rows: Dataset,
+    splits: dict[str, Dataset],
     sampling: Sampling,
     num_generations: int,
     name: str,
 ) -> list[Task]:
-    """Different replies to each prompt of a split.
+    """Different replies to each prompt.
 
     Args:
-        rows: with `prompt` and `input_ids`.
+        splits: rows with `prompt` and `input_ids`, by the name of their split.
         num_generations: replies per prompt; equal ones count once.
         name: of the model, recorded with each reply.
     """
-    completions = sample_completions(
-        model, tokenizer, rows["input_ids"][:], sampling, num_return_sequences=num_generations,
-        description=f"Sampling {split} replies",
-    )  # fmt: skip
     tasks, ends = [], end_ids(model, tokenizer)
-    for prompt, replies in zip(rows["prompt"], completions, strict=True):
-        texts = [text for ids in replies if (text := reply_text(tokenizer, ids, ends).strip())]
-        texts = list(dict.fromkeys(texts))
-        tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
+    for split, rows in splits.items():
+        completions = sample_completions(
+            model, tokenizer, rows["input_ids"][:], sampling, num_return_sequences=num_generations,
+            description=f"Sampling {split} replies",
+        )  # fmt: skip
+        for prompt, replies in zip(rows["prompt"], completions, strict=True):
+            texts = [text for ids in replies if (text := reply_text(tokenizer, ids, ends).strip())]
+            texts = list(dict.fromkeys(texts))
+            tasks.append(make_task(split, prompt, texts, [Path(name).name] * len(texts)))
     return tasks

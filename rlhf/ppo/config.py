@@ -148,7 +148,7 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.check_engine_arguments()
+        self.check_importance_sampling()
         if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
             # else transformers loads the weights on the main process alone, and the others try empty ones
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

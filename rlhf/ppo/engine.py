@@ -63,7 +63,7 @@ def make_engine(
         return ContinuousBatching(policy, tokenizer, batch_size, options)
     server = need_engine(args, isinstance(policy, PeftModel))
     assert server is not None and isinstance(policy, PeftModel)
-    context = server.context()
+    _, _, context = server.served()
     if context is not None and longest + args.response_length > context:
         raise InputError(
             f"--response_length {args.response_length}: the longest prompt has {longest} tokens, together more than "

@@ -10,13 +10,11 @@ from typing import Literal
 
 import torch
 
+from rlhf.engines.seam import TOLERANCE
 from rlhf.errors import InputError
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 
 Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-# Nats per token, mean of absolute differences on the first rollout. A bfloat16 server beside a float32 policy had 0.04
-# to 0.13 (docs/engines.md).
-TOLERANCE = 0.25
 FELT = 0.01  # nats per token: less of a difference can't tell the policy from the reference
 
 

@@ -1,0 +1,121 @@
+"""Completions by the engine that the flags choose, for the commands that only sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.continuous_batching import FLAG, ContinuousBatching
+from rlhf.engines.seam import TOLERANCE, Completions, Decoding, Engine
+from rlhf.engines.vllm_server import ServedModel, Server, VLLMServer
+from rlhf.errors import InputError
+from rlhf.models.generation import Sampling
+from rlhf.models.tokenizers import end_ids
+
+Model = PreTrainedModel | PeftModel
+CHECKED = 8  # completions whose log-probabilities are computed again
+
+
+class Sampler:
+    """`sample_completions` of rlhf/models/generation.py by another engine.
+
+    Args:
+        folder: where adapters are written for a server.
+
+    Raises:
+        InputError: if a server isn't up in time.
+    """
+
+    def __init__(self, args: SamplerArguments, folder: str) -> None:
+        self.args, self.folder = args, Path(folder)
+        self.server = Server(args.vllm_url) if args.use_vllm else None
+        if self.server:
+            self.server.wait(args.vllm_server_timeout)
+
+    def __call__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        do_sample: bool,
+        num_return_sequences: int,
+    ) -> list[list[list[int]]]:
+        """See `sample_completions`.
+
+        Raises:
+            InputError: if the engine can't sample this model, or samples another one.
+        """
+        engine = self._engine(model, tokenizer, sampling, max(len(prompt) for prompt in prompts))
+        each = [prompt for prompt in prompts for _ in range(num_return_sequences)]
+        uniforms = torch.rand(
+            len(each), sampling.max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed)
+        )
+        temperature = sampling.temperature if do_sample else 0.0
+        decoding = Decoding(sampling.max_new_tokens, temperature, end_ids(model, tokenizer), [])
+        engine.sync()
+        found = engine.sample(each, decoding, uniforms)
+        if do_sample:
+            check_weights(model, each[:CHECKED], found, temperature, engine.advice)
+        rows = [row[:length] for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)]
+        return [rows[start : start + num_return_sequences] for start in range(0, len(rows), num_return_sequences)]
+
+    def _engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, longest: int) -> Engine:
+        flag, server = "--use_vllm true" if self.server else FLAG, self.server
+        if model.config.is_encoder_decoder:
+            raise InputError(f"{flag}: samples decoders only, and {model.config.model_type} is an encoder-decoder.")
+        if server is None:
+            options = self.args.transformers_continuous_batching_config
+            assert not isinstance(options, str)
+            return ContinuousBatching(model, tokenizer, sampling.batch_size, options)
+        name, path, context = server.served()
+        if context is not None and longest + sampling.max_new_tokens > context:
+            raise InputError(
+                f"--max_new_tokens {sampling.max_new_tokens}: the longest prompt has {longest} tokens, together more "
+                f"than the server's {context}. Start it with a larger --max-model-len."
+            )
+        if not isinstance(model, PeftModel):
+            own = model.config._name_or_path
+            if path != own and Path(path).absolute() != Path(own).absolute():
+                raise InputError(
+                    f"--use_vllm true: the server {server.url} serves {path}, and {own} is to sample. Only adapters "
+                    "are sent to it. Start it with that model, or leave the flag out."
+                )
+            return ServedModel(server, name, own, tokenizer)
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        return VLLMServer(server, model, model.active_adapter, tokenizer, self.folder / "vllm_adapters", state)
+
+
+def make_sampler(args: SamplerArguments, folder: str) -> Callable[..., list[list[list[int]]]] | None:
+    """What samples in place of the project's own loop, if the flags ask for anything; see `Sampler`."""
+    return Sampler(args, folder) if args.use_vllm or args.use_transformers_continuous_batching else None
+
+
+@torch.no_grad()
+def check_weights(model: Model, prompts: list[list[int]], found: Completions, temperature: float, advice: str) -> None:
+    """Refuse an engine with other weights: an adapter that never arrived, or another base.
+
+    Args:
+        found: completions of the prompts, and perhaps of further ones behind them.
+        advice: what to look at, in a sentence.
+
+    Raises:
+        InputError: with the difference.
+    """
+    differences = []
+    for prompt, row, logprobs, length in zip(prompts, found.tokens, found.logprobs, found.lengths, strict=False):
+        ids = torch.tensor([prompt + row[:length].tolist()], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu() / temperature
+        own = logits.log_softmax(-1).gather(1, row[:length, None].cpu())[:, 0]
+        differences.append((own - logprobs[:length].cpu()).abs())
+    together = torch.cat(differences)
+    together = together[~together.isnan()]
+    if len(together) and not together.mean() <= TOLERANCE:
+        raise InputError(
+            f"The engine's log-probabilities differ from the model's by {float(together.mean()):.2g} nats per token: "
+            f"it samples from other weights or at another temperature. {advice}"
+        )
