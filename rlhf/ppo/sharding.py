@@ -74,22 +74,21 @@ def say_gathered(accelerator: Accelerator, *models: Shardable | None) -> None:
     held = [model for model in models if model is not None and shards(model)]
     if not held:
         return
-    everything = sum(_bytes(model) for model in held) / 2**30
-    few = sum(_bytes(model) - sum(sizes) + 2 * max(sizes) for model in held if (sizes := _layers(model))) / 2**30
-    layers = held[0].layer_by_layer
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    dtype = policy.param_dtype if policy is not None else None  # in which weights are gathered
+    sizes = [[_bytes(part, dtype) for part in shards(model)] for model in held]  # the whole model first
+    everything = sum(total for total, *_ in sizes) / 2**30
+    few = sum(total - sum(layers) + 2 * max(layers, default=0) for total, *layers in sizes) / 2**30
+    layer_by_layer = held[0].layer_by_layer
     accelerator.print(
-        f"To sample and score, each process gathers {few if layers else everything:.3g} GiB of weights at a time "
-        f"(--ds3_gather_for_generation {'false' if layers else 'true'}); "
-        + (f"true: {everything:.3g} GiB, faster." if layers else f"false: {few:.3g} GiB, slower.")
+        f"To sample and score, each process gathers {few if layer_by_layer else everything:.3g} GiB of weights "
+        f"(--ds3_gather_for_generation {'false' if layer_by_layer else 'true'}); "
+        + (f"true: {everything:.3g} GiB, faster." if layer_by_layer else f"false: {few:.3g} GiB, slower.")
     )
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _layers(model: Shardable) -> list[int]:
-    return [_bytes(part) for part in model.modules() if isinstance(part, FSDPModule) and part is not model]
+def _bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    return sum(p.numel() * (dtype.itemsize if dtype else p.element_size()) for p in module.parameters())
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
