@@ -165,17 +165,24 @@ def write_rows(folder):
     return folder
 
 
+def imported_with(environment):
+    """What huggingface_hub reads while it is imported, if it isn't as in ENVIRONMENT."""
+    names = {name for name in environment if name.startswith("HF_") and name != "HF_TOKEN"}
+    return {name: environment[name] for name in names if environment[name] != ENVIRONMENT.get(name)}
+
+
 def run(script, *arguments, processes=1, check=True, environment=None, cwd=ROOT):
-    """Run a recipe as a user would; returns the completed process with its output as text."""
-    command, environment = [str(ROOT / script), *map(str, arguments)], environment or {}
+    """Run a recipe as a user would, or -c and code; returns the completed process with its output as text."""
+    command = [script if script == "-c" else str(ROOT / script), *map(str, arguments)]
+    environment = {**ENVIRONMENT, **(environment or {})}
     if processes > 1:
-        result = run_on_processes(start(ENVIRONMENT), processes, command, {**ENVIRONMENT, **environment}, cwd)
-    elif any(name.startswith("HF_") for name in environment):  # read while huggingface_hub is imported
-        if not _elsewhere or _elsewhere[-1].environment != {**ENVIRONMENT, **environment}:
-            _elsewhere.append(Elsewhere({**ENVIRONMENT, **environment}))
-        result = _elsewhere[-1].run(command, cwd)
+        result = run_on_processes(start(ENVIRONMENT), processes, command, environment, cwd)
+    elif read := imported_with(environment):
+        if not _elsewhere or imported_with(_elsewhere[-1].environment) != read:
+            _elsewhere.append(Elsewhere({**ENVIRONMENT, **read}))
+        result = _elsewhere[-1].run(command, environment, cwd)
     else:
-        result = run_recipe(start(ENVIRONMENT), command, {**ENVIRONMENT, **environment}, cwd)
+        result = run_recipe(start(ENVIRONMENT), command, environment, cwd)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
@@ -197,7 +204,7 @@ TINY_TRAINING = [
     "--eval_on_start",
     "false",
     "--save_steps",
-    "2",
+    "4",
 ]
 TINY_PPO = [
     "--total_episodes",
