@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+VOCABULARY = 6144
 T = TypeVar("T")
 _elsewhere: list[Elsewhere] = []  # it ends with this process, whose end closes its input
 # a file is run by one process (--dist loadfile): the longest first, or one process works on them while another waits
@@ -70,8 +71,17 @@ def load_script(path: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter_model())
+def tokenizer(tmp_path_factory):
+    """The starter's tokenizer with the first eighth of its tokens, which have the same ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    AutoTokenizer.from_pretrained(starter_model()).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    model = content["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    file.write_text(json.dumps(content))
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def save_tiny(folder, tokenizer, seed=0, **changes):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, VOCABULARY, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def _ppo(sft, files, folder, processes, *more):
         "--temperature",
         0.1,
         "--stop_token_id",
-        *range(0, 49152, 40),
+        *range(0, VOCABULARY, 40),
         *more,
     ]  # of uneven length
     run("recipes/ppo.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",

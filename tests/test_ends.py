@@ -4,7 +4,7 @@ import math
 import shutil
 
 import pytest
-from conftest import LORA, make_adapter, ppo_config, save_tiny, user
+from conftest import LORA, VOCABULARY, make_adapter, ppo_config, save_tiny, user
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import ModelConfig
@@ -24,7 +24,7 @@ from rlhf.rloo import RLOOConfig, RLOOTrainer
 
 SAMPLING = Sampling(max_new_tokens=12, batch_size=8)
 PLAIN = ModelConfig(dtype="float32")
-ENDS = range(20, 49152, 8)  # a random model draws one of them at every eighth token; most are ordinary words
+ENDS = range(20, VOCABULARY, 8)  # a random model draws one of them at every eighth token; most are ordinary words
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, run
+from conftest import LORA, VOCABULARY, count_a, logged, ppo_config, ppo_trainer, run
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig
@@ -115,7 +115,7 @@ def test_completions_end_where_the_own_loop_ends_them(tiny, tokenizer):
     uniforms = torch.rand(32, 24, generator=torch.Generator().manual_seed(0))
     loop = OwnLoop(policy, tokenizer, 32)
     drawn = loop.sample(prompts, free, uniforms).tokens.tolist()
-    for stops in ([], list(range(0, 49152, 30))):
+    for stops in ([], list(range(0, VOCABULARY, 30))):
         decoding = Decoding(24, 1.0, stops, ["an", "e r", "tea and", " T"])
         expected = loop.sample(prompts, decoding, uniforms)
         rule = Stops(decoding, tokenizer)
@@ -166,7 +166,7 @@ def test_continuous_batching_samples_from_the_policys_distribution(sft, tokenize
     policy = load_policy(resolve(sft), LORA, tokenizer).eval()
     policy.generation_config.repetition_penalty = 3.0  # of the model; it has no effect
     prompts = [tokenizer.encode("Tell me about tea " * number) for number in (1, 4, 2, 9, 1)]
-    decoding = Decoding(8, 0.7, list(range(0, 49152, 6)), [])
+    decoding = Decoding(8, 0.7, list(range(0, VOCABULARY, 6)), [])
     uniforms = torch.full((5, 8), 0.5)
     engine = ContinuousBatching(policy, tokenizer, 2, CONTINUOUS["transformers_continuous_batching_config"])
     found = engine.sample(prompts, decoding, uniforms)
