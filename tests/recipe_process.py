@@ -31,9 +31,9 @@ import rlhf
 from rlhf.run import stages
 from rlhf.run.stages import FROZEN, LIBRARIES
 
-# not rlhf.feedback: it reads and sets variables of the environment before it imports Gradio
-OWN = [name for _, name, _ in pkgutil.walk_packages(rlhf.__path__, "rlhf.") if not name.startswith("rlhf.feedback")]
-OWN.remove(FROZEN)
+# not those that import Gradio and trackio, which read variables of the environment then
+OWN = [name for _, name, _ in pkgutil.walk_packages(rlhf.__path__, "rlhf.")]
+OWN = [name for name in OWN if not name.startswith(("rlhf.feedback", "rlhf.rloo")) and name != FROZEN]
 PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", "gradio"]
 PRELOAD += [*OWN, "warm", FROZEN]
 

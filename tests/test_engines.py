@@ -11,7 +11,14 @@ import torch
 from accelerate import Accelerator
 from conftest import LORA, VOCABULARY, count_a, logged, ppo_config, ppo_trainer, run
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from trl import GRPOConfig
 
 from rlhf.engines.arguments import EngineArguments
@@ -27,6 +34,7 @@ from rlhf.ppo.engine import make_engine, need_engine
 from rlhf.ppo.mismatch import check_engine, importance_weights, mismatch_metrics
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.update import UpdateSettings, ppo_loss
+from rlhf.starter.model import starter_model
 
 NAN = float("nan")
 CONTINUOUS: dict[str, Any] = {
@@ -125,8 +133,9 @@ def test_completions_end_where_the_own_loop_ends_them(tiny, tokenizer):
         assert 0 < sum(stop is None for stop in found) < 32
 
 
-def test_an_answer_of_vllm_is_read_with_our_ends(tokenizer):
-    """The choice is one that vLLM 0.32 gave (make engines asks a real server)."""
+def test_an_answer_of_vllm_is_read_with_our_ends():
+    """The choice is one that vLLM 0.32 gave for the starter (make engines asks a real server)."""
+    tokenizer = AutoTokenizer.from_pretrained(starter_model())
     tokens, logprobs = [19556, 28, 10668, 288], [-2.1, -1.5, None, -0.1]  # "Hello", ",", " welcome", " to"
     choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "length"}
     read = lambda *stops, **changes: read_choice(  # noqa: E731

@@ -228,7 +228,7 @@ def test_sampled_replies_serve_every_labeler_until_somebody_answered(tmp_path):
 
 def test_a_labeler_that_fails_leaves_the_samples_to_the_next_one(sft, files, tmp_path):
     words = ["--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--dtype", "float32",
-             "--max_new_tokens", 4, "--output_dir", tmp_path / "pairs"]  # fmt: skip
+             "--max_new_tokens", 24, "--output_dir", tmp_path / "pairs"]  # fmt: skip
     (tmp_path / "failing.py").write_text("def score(prompts, completions, **columns):\n    raise RuntimeError('no')\n")
     failed = run(
         "recipes/collect.py", *words, "--labeler", "reward", "--reward_funcs", "failing.score", check=False,

@@ -113,7 +113,7 @@ def test_every_recipe_pushes_what_others_can_load(tiny, files, hub, environment,
     run("recipes/sft.py", "--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", "--output_dir", sft,
         *TINY_TRAINING, *push("sft"), environment=environment)  # fmt: skip
     run("recipes/collect.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl",
-        "--output_dir", tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 4, *push("pairs"),
+        "--output_dir", tmp_path / "pairs", "--dtype", "float32", "--max_new_tokens", 24, *push("pairs"),
         environment=environment)  # fmt: skip
     run("recipes/reward.py", "--model_name_or_path", sft, "--dataset_name", files / "pairs.jsonl", "--output_dir",
         reward, *TINY_TRAINING, *push("reward"), "--hub_revision", "trial", environment=environment)  # fmt: skip

@@ -31,7 +31,7 @@ def road(tiny, files, tmp_path_factory):
     logs["sft"] = run("recipes/sft.py", *sft, *TINY_TRAINING)
     logs["collect"] = run(
         "recipes/collect.py", "--model_name_or_path", out / "sft", "--dataset_name", files / "prompts.jsonl",
-        "--output_dir", out / "preferences", "--dtype", "float32", "--max_new_tokens", 6, "--num_generations", 3,
+        "--output_dir", out / "preferences", "--dtype", "float32", "--max_new_tokens", 24, "--num_generations", 3,
     )  # fmt: skip
     logs["reward"] = run(
         "recipes/reward.py", "--model_name_or_path", out / "sft", "--dataset_name", files / "pairs.jsonl",
