@@ -80,6 +80,7 @@ def _grid(count: int, columns: int = 3, height: float = 2.6) -> tuple[Figure, li
 def _even_margins(figure: Figure) -> None:
     """The same room around every panel: to measure their labels takes twice as long as to draw them."""
     grid = figure.axes[0].get_gridspec()
+    assert grid is not None  # `subplots` made it
     (width, height), left, right, edge, across = figure.get_size_inches(), 0.5, 0.15, 0.3, 0.6  # inches
     panel = (width - left - right + across) / grid.ncols - across, (height - edge) / grid.nrows - across
     figure.set_layout_engine(None)
