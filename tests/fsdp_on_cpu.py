@@ -40,10 +40,11 @@ def use_fsdp() -> None:
 
 def say_units() -> None:
     """Have the main process print what accelerate shards."""
-    from accelerate import utils as module
     from torch.distributed.fsdp import FSDPModule
 
-    prepare = module.fsdp2_prepare_model
+    from rlhf.ppo import sharding
+
+    prepare = sharding.fsdp2_prepare_model
 
     def prepared(accelerator: Any, model: Any) -> Any:
         model = prepare(accelerator, model)
@@ -53,7 +54,7 @@ def say_units() -> None:
             print(f"FSDP2 units: {' '.join(units)}; {own} of {sum(p.numel() for p in model.parameters())}", flush=True)
         return model
 
-    module.fsdp2_prepare_model = prepared
+    sharding.fsdp2_prepare_model = prepared
 
 
 def say_gathered() -> None:

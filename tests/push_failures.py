@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+STEPS: dict[int | str, int] = {401: 4, 404: 4, "silence": 2}  # 403 fails at every request, these at some
+
 
 def noted(folder: Path) -> Any:
     """run.json of the folder."""
@@ -39,10 +41,10 @@ def main() -> None:
         request = PushRequest("you/x", "hf_secret", None, "trial")
         folder = whole.parent / "pushed"
         for how in (int(word) if word.isdigit() else word for word in sys.argv[2:]):
-            number = 0
+            number = 1 - STEPS.get(how, 1)
             said: str | None = ""
             while said is not None:
-                number += 1
+                number += STEPS.get(how, 1)
                 hub.repos.clear(), hub.commits.clear(), hub.uploads.clear()
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(whole.parent / "home", ignore_errors=True)

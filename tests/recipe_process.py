@@ -12,6 +12,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -20,15 +21,21 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from datasets import fingerprint
 
+import rlhf
+from rlhf.run import stages
 from rlhf.run.stages import FROZEN, LIBRARIES
 
-# libraries: the project's own modules are imported by each recipe, as their files are then
-PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", "gradio", FROZEN]
+# not those that import Gradio and trackio, which read variables of the environment then
+OWN = [name for _, name, _ in pkgutil.walk_packages(rlhf.__path__, "rlhf.")]
+OWN = [name for name in OWN if not name.startswith(("rlhf.feedback", "rlhf.rloo")) and name != FROZEN]
+PRELOAD = [*LIBRARIES, "transformers.models.llama.modeling_llama", "rich.table", "bitsandbytes", "gradio"]
+PRELOAD += [*OWN, "warm", FROZEN]
 
 
 def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerContext:
@@ -45,9 +52,7 @@ def start(environment: dict[str, str]) -> multiprocessing.context.ForkServerCont
     return context
 
 
-def _run(
-    command: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str, stdin: str = os.devnull
-) -> None:
+def _enter(environment: dict[str, str], cwd: str, stdout: str, stderr: str, stdin: str) -> None:
     for number, file in enumerate((stdin, stdout, stderr)):
         if number == 2 and stderr == stdout:
             os.dup2(1, 2)
@@ -60,6 +65,33 @@ def _run(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+
+
+class Stages:
+    """The context of stages that the fork server of the tests forks, with the files and the environment of a recipe."""
+
+    def __init__(self, place: tuple) -> None:
+        self.place, self.context = place, multiprocessing.get_context("forkserver")
+        self.Semaphore = self.context.Semaphore
+
+    def Process(self, target: Callable, args: tuple) -> multiprocessing.context.ForkServerProcess:
+        return self.context.Process(target=_stage, args=(self.place, target, args))
+
+
+def _stage(place: tuple, target: Callable, args: tuple) -> None:
+    _enter(*place)
+    target(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _run(
+    command: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str, stdin: str = os.devnull
+) -> None:
+    place = (environment, cwd, stdout, stderr, stdin)
+    _enter(*place)
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    stages._context = lambda: Stages(place)  # forked where it was, in place of a server of its own
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     fingerprint.fingerprint_rng.seed()  # as rlhf/run/stages.py does
     code = command.pop(1) if command[0] == "-c" else None
@@ -217,7 +249,7 @@ class Forked:
 
 
 class Elsewhere:
-    """A process with an environment of its own that runs recipes, one after the other."""
+    """A process that runs recipes, one after the other, with variables that are read while libraries are imported."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
@@ -225,16 +257,17 @@ class Elsewhere:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
-        """Run a script with its arguments to its end."""
+    def run(self, command: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
+        """Run a script with its arguments to its end; `environment` is its own."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([command, str(cwd)]), file=self.process.stdin, flush=True)
+        print(json.dumps([command, environment, str(cwd)]), file=self.process.stdin, flush=True)
         return subprocess.CompletedProcess(command, *json.loads(self.process.stdout.readline()))
 
 
 if __name__ == "__main__":
-    PRELOAD[:] = [*LIBRARIES, FROZEN]
+    answers = os.fdopen(os.dup(1), "w", 1)
+    os.dup2(2, 1)  # libraries print while they are imported
     for line in sys.stdin:
-        words, where = json.loads(line)
-        done = run_recipe(start(dict(os.environ)), words, dict(os.environ), Path(where))
-        print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
+        words, variables, where = json.loads(line)
+        done = run_recipe(start(dict(os.environ)), words, variables, Path(where))
+        print(json.dumps([done.returncode, done.stdout, done.stderr]), file=answers)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, run
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, TINY_TRAINING, VOCABULARY, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,19 +29,18 @@ def _train(recipe, dataset, tiny, folder, processes, run=run):
     return _weights(folder)
 
 
-def test_sft_on_two_processes_of_torchrun_equals_one(tiny, files, tmp_path):
+def test_sft_on_two_processes_of_accelerate_launch_equals_one(tiny, files, tmp_path):
     one = _train("sft", files / "sft.jsonl", tiny, tmp_path / "one", 1)
-    two = _train("sft", files / "sft.jsonl", tiny, tmp_path / "two", 2, torchrun)
+    two = _train("sft", files / "sft.jsonl", tiny, tmp_path / "two", 2, launched)
     assert _close(one, two, 1e-4)
 
 
-def torchrun(script, *arguments, processes):
-    """As users start several processes; the other tests fork them from a process that has imported the libraries."""
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0", str(ROOT / script), *map(str, arguments)],
-        check=True, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+def launched(script, *arguments, processes):
+    """As the README starts several processes; the other tests fork them from one that has imported the libraries."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--multi_gpu"]
+    flags = ["--num_processes", processes, "--main_process_port", 0, script, *arguments]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}  # for machines with a GPU
+    subprocess.run([sys.executable, *launch, *map(str, flags)], cwd=ROOT, check=True, env=environment)
 
 
 def test_reward_on_two_processes_equals_one(tiny, files, tmp_path):
@@ -63,7 +62,7 @@ def _ppo(sft, files, folder, processes, *more):
         "--temperature",
         0.1,
         "--stop_token_id",
-        *range(0, 49152, 40),
+        *range(0, VOCABULARY, 40),
         *more,
     ]  # of uneven length
     run("recipes/ppo.py", "--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--output_dir",

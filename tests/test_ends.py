@@ -4,7 +4,7 @@ import math
 import shutil
 
 import pytest
-from conftest import LORA, make_adapter, ppo_config, save_tiny, user
+from conftest import LORA, VOCABULARY, make_adapter, ppo_config, save_tiny, user
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import ModelConfig
@@ -24,7 +24,7 @@ from rlhf.rloo import RLOOConfig, RLOOTrainer
 
 SAMPLING = Sampling(max_new_tokens=12, batch_size=8)
 PLAIN = ModelConfig(dtype="float32")
-ENDS = range(20, 49152, 8)  # a random model draws one of them at every eighth token; most are ordinary words
+ENDS = range(20, VOCABULARY, 14)  # a random model draws one of them at every 14th token; most are ordinary words
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_rloo_stops_there(ending, tokenizer, rows, tmp_path):
 def test_a_stop_token_that_the_model_cannot_draw_is_refused(ending, tokenizer, rows, tmp_path):
     model = load_causal_lm(resolve(ending), LORA, tokenizer)
     config = ppo_config(tmp_path, ref_adapter_name=None, stop_token_id=[9_999_999])
-    with pytest.raises(InputError, match="--stop_token_id 9999999: the model samples ids from 0 to 49151"):
+    with pytest.raises(InputError, match=f"--stop_token_id 9999999: the model samples ids from 0 to {VOCABULARY - 1}"):
         PPOTrainer(config, tokenizer, model, train_dataset=rows, reward_funcs=[counting([])])
 
 

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, run
+from conftest import LORA, VOCABULARY, count_a, logged, ppo_config, ppo_trainer, run
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from trl import GRPOConfig
 
 from rlhf.engines.arguments import EngineArguments, SamplerArguments
@@ -29,6 +36,7 @@ from rlhf.ppo.engine import make_engine, need_engine
 from rlhf.ppo.mismatch import check_engine, importance_weights, mismatch_metrics
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.update import UpdateSettings, ppo_loss
+from rlhf.starter.model import starter_model
 
 NAN = float("nan")
 CONTINUOUS: dict[str, Any] = {
@@ -117,7 +125,7 @@ def test_completions_end_where_the_own_loop_ends_them(tiny, tokenizer):
     uniforms = torch.rand(32, 24, generator=torch.Generator().manual_seed(0))
     loop = OwnLoop(policy, tokenizer, 32)
     drawn = loop.sample(prompts, free, uniforms).tokens.tolist()
-    for stops in ([], list(range(0, 49152, 30))):
+    for stops in ([], list(range(0, VOCABULARY, 30))):
         decoding = Decoding(24, 1.0, stops, ["an", "e r", "tea and", " T"])
         expected = loop.sample(prompts, decoding, uniforms)
         rule = Stops(decoding, tokenizer)
@@ -127,8 +135,9 @@ def test_completions_end_where_the_own_loop_ends_them(tiny, tokenizer):
         assert 0 < sum(stop is None for stop in found) < 32
 
 
-def test_an_answer_of_vllm_is_read_with_our_ends(tokenizer):
-    """The choice is one that vLLM 0.32 gave (make engines asks a real server)."""
+def test_an_answer_of_vllm_is_read_with_our_ends():
+    """The choice is one that vLLM 0.32 gave for the starter (make engines asks a real server)."""
+    tokenizer = AutoTokenizer.from_pretrained(starter_model())
     tokens, logprobs = [19556, 28, 10668, 288], [-2.1, -1.5, None, -0.1]  # "Hello", ",", " welcome", " to"
     choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "length"}
     read = lambda *stops, **changes: read_choice(  # noqa: E731
@@ -168,7 +177,7 @@ def test_continuous_batching_samples_from_the_policys_distribution(sft, tokenize
     policy = load_policy(resolve(sft), LORA, tokenizer).eval()
     policy.generation_config.repetition_penalty = 3.0  # of the model; it has no effect
     prompts = [tokenizer.encode("Tell me about tea " * number) for number in (1, 4, 2, 9, 1)]
-    decoding = Decoding(8, 0.7, list(range(0, 49152, 6)), [])
+    decoding = Decoding(8, 0.7, list(range(0, VOCABULARY, 6)), [])
     uniforms = torch.full((5, 8), 0.5)
     engine = ContinuousBatching(policy, tokenizer, 2, CONTINUOUS["transformers_continuous_batching_config"])
     found = engine.sample(prompts, decoding, uniforms)

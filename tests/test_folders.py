@@ -228,7 +228,7 @@ def test_sampled_replies_serve_every_labeler_until_somebody_answered(tmp_path):
 
 def test_a_labeler_that_fails_leaves_the_samples_to_the_next_one(sft, files, tmp_path):
     words = ["--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", "--dtype", "float32",
-             "--max_new_tokens", 4, "--output_dir", tmp_path / "pairs"]  # fmt: skip
+             "--max_new_tokens", 24, "--output_dir", tmp_path / "pairs"]  # fmt: skip
     (tmp_path / "failing.py").write_text("def score(prompts, completions, **columns):\n    raise RuntimeError('no')\n")
     failed = run(
         "recipes/collect.py", *words, "--labeler", "reward", "--reward_funcs", "failing.score", check=False,
@@ -265,7 +265,7 @@ def test_a_moved_run_keeps_its_best_checkpoint(recipe, tiny, sft, files, tmp_pat
     words = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--save_total_limit", "9"]
     if recipe == "sft":
         words += ["--model_name_or_path", tiny, "--dataset_name", files / "sft.jsonl", *TINY_TRAINING]
-        words += ["--max_steps", "6", "--eval_steps", "2", "--greater_is_better", "true"]
+        words += ["--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--greater_is_better", "true"]
     else:
         words += ["--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", *TINY_PPO]
         words += ["--eval_steps", "1", "--metric_for_best_model", "eval_kl", "--greater_is_better", "true"]

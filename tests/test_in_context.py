@@ -7,7 +7,7 @@ import re
 import lm_eval
 import pytest
 import torch
-from conftest import ROOT, run, save_tiny
+from conftest import ROOT, VOCABULARY, run, save_tiny
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from trl import ModelConfig
@@ -75,7 +75,7 @@ def test_log_likelihoods_are_those_of_lm_eval(model, tokenizer):
     rng = random.Random(0)
 
     def tokens(n):
-        return [rng.randrange(1000, 40000) for _ in range(n)]
+        return [rng.randrange(100, VOCABULARY) for _ in range(n)]
 
     beginnings = [tokens(90), tokens(80), []]
     requests = []
@@ -93,7 +93,7 @@ def test_log_likelihoods_are_those_of_lm_eval(model, tokenizer):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     other = [(texts, [5, *context[1:]], continuation) for texts, context, continuation in requests[:1]]
     (changed,) = SharedPrefixLM(model, tokenizer, 8)._loglikelihood_tokens(other, disable_tqdm=True)
-    assert abs(changed[0] - ours[0][0]) > 1e-2  # so the first token of a context of 90 counts
+    assert abs(changed[0] - ours[0][0]) > 1e-4  # so the first token of a context of 90 counts
 
 
 def test_the_head_computes_in_float32_and_the_rest_stays(sharp, tokenizer):

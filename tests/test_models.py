@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import VOCABULARY, save_tiny
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders
@@ -119,7 +119,7 @@ print(source.base, len(load_tokenizer(source)))
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == "you/tiny 49152", result.stderr[-1500:]
+    assert result.stdout.splitlines()[-1] == f"you/tiny {VOCABULARY}", result.stderr[-1500:]
 
 
 def test_reward_model_starts_from_the_sft_adapter_and_survives_saving(sft, tokenizer, tmp_path):

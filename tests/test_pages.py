@@ -1,5 +1,6 @@
 """The voting page, in a real headless Chromium, served by a process of its own."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ENVIRONMENT, ROOT
+from playwright.async_api import async_playwright
 from playwright.sync_api import sync_playwright
 from recipe_process import Forked
 
@@ -203,20 +205,26 @@ def test_reload_and_a_killed_server_lose_nothing(browser, serve, tmp_path):
 def test_eight_labelers_at_once(serve):
     server = serve(count=12, overlap=0.5)
 
-    def work(number):
-        with sync_playwright() as playwright, launch(playwright) as browser:
-            page = open_page(browser, server, f"labeler{number}")
-            for count in range(1, 13):
-                if page.locator("[data-part=done]:not([hidden])").count():
-                    break
-                page.keyboard.press("ab"[count % 2])
-                page.wait_for_function(
-                    f"document.querySelector('[data-part=count]')?.textContent.includes(': {count} answered')",
-                    timeout=60_000,
-                )
+    async def work(browser, number):
+        page = await browser.new_page()
+        await page.goto(f"{server.url}?labeler=labeler{number}")
+        await page.get_by_text("Start", exact=True).click()
+        await page.wait_for_selector("[data-part=work]:not([hidden]), [data-part=done]:not([hidden])")
+        for count in range(1, 13):
+            if await page.locator("[data-part=done]:not([hidden])").count():
+                break
+            await page.keyboard.press("ab"[count % 2])
+            await page.wait_for_function(
+                f"document.querySelector('[data-part=count]')?.textContent.includes(': {count} answered')",
+                timeout=60_000,
+            )
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
+    async def all_at_once():
+        async with async_playwright() as playwright, await launch(playwright) as browser:
+            await asyncio.gather(*(work(browser, number) for number in range(8)))
+
+    with ThreadPoolExecutor(1) as pool:  # this thread has the loop of the other tests' browser
+        pool.submit(lambda: asyncio.run(all_at_once())).result()
     votes = server.votes()
     keys = [(vote["labeler"], vote["task"]) for vote in votes]
     assert len(keys) == len(set(keys)) == 6 * 8 + 6  # the shared half by everybody, each of the others once

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import LORA, TINY_PPO, TINY_TRAINING, ppo_trainer, run, save_tiny
+from conftest import LORA, TINY_PPO, TINY_TRAINING, VOCABULARY, ppo_trainer, run, save_tiny
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -39,7 +39,7 @@ def supervised(kind, model_args, model, tokenizer, folder, **changes):
     """A plan, and the trainer of the same run, whose rows all have LENGTH tokens."""
     settings = {"output_dir": str(folder), "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True,
                 "report_to": "none", "activation_checkpointing": False, **changes}  # fmt: skip
-    ids = torch.randint(10, 40000, (4, 2 * LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(10, VOCABULARY, (4, 2 * LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     if kind == "sft":
         rows = Dataset.from_list([{"input_ids": row[:LENGTH], "labels": row[:LENGTH]} for row in ids])
         args = SFTConfig(**settings)
@@ -114,7 +114,7 @@ def test_memory_and_operations_are_those_of_a_training_step(kind, model_args, ch
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"value_function": "adapter"}])
 def test_ppo_needs_what_its_phases_take(changes, sft, tokenizer, tmp_path):
     settings = {"stop_token": None, "num_mini_batches": 1, "gradient_accumulation_steps": 1, "response_length": 12}
-    ids = torch.randint(10, 40000, (4, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(10, VOCABULARY, (4, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     rows = Dataset.from_list([{"prompt": "", "input_ids": row} for row in ids])
     trainer = ppo_trainer(sft, tokenizer, rows, tmp_path, **settings, **changes)
     source = resolve(sft)

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import LORA, count_a, logged, ppo_config, ppo_trainer, present, save_tiny
+from conftest import LORA, VOCABULARY, count_a, logged, ppo_config, ppo_trainer, present, save_tiny
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -118,7 +118,7 @@ def test_defect_09_microbatches_don_t_change_the_gradient(train):
     for size, accumulation in ((4, 1), (1, 4)):
         ppo = train(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_mini_batches=1,
                     num_ppo_epochs=1, total_episodes=4, response_length=16)  # fmt: skip
-        ppo.stop_token_ids = list(range(0, 49152, 8))  # completions of many lengths
+        ppo.stop_token_ids = list(range(0, VOCABULARY, 8))  # completions of many lengths
         rollout = ppo.rollout(next(ppo.prompts()))
         assert len(set(rollout.completion_mask.sum(1).tolist())) > 1
         ppo.train()
@@ -235,7 +235,7 @@ def test_defect_19_statistics_are_not_diluted_by_minibatches(train):
 
 def test_defect_20_averages_leave_padding_out(train):
     ppo = train(learning_rate=0.0, total_episodes=8, response_length=16)
-    ppo.stop_token_ids = list(range(0, 49152, 8))
+    ppo.stop_token_ids = list(range(0, VOCABULARY, 8))
     rollout = ppo.rollout(next(ppo.prompts()))
     entropies = []
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_defect_20_averages_leave_padding_out(train):
 
 def test_defect_21_eos_tokens_are_counted_once_per_completion(train):
     ppo = train(total_episodes=8, response_length=16)
-    ppo.stop_token_ids = list(range(0, 49152, 8))
+    ppo.stop_token_ids = list(range(0, VOCABULARY, 8))
     ended = ppo.rollout(next(ppo.prompts())).ended
     ppo.train()
     assert 0 < ended.sum() <= 8

@@ -18,10 +18,15 @@ import ast, runpy, sys
 from rlhf.run.parser import Parser
 from rlhf.run.declarations import argument_types
 
-commands, sys.argv = sys.argv[1:], ["command"]
+(odd, *commands), sys.argv = sys.argv[1:], ["command"]
 early = {command: Parser(*argument_types(command)) for command in commands}
 helps = {command: parser.format_help() for command, parser in early.items()}
 assert not {"torch", "transformers"} & set(sys.modules), "slow imports"
+
+# of a script whose declarations can't be read without running it, nothing is answered early
+sys.argv = [odd, "--number", "3"]
+runpy.run_path(odd, run_name="__main__")
+sys.argv = ["command"]
 
 def flags(parser):
     return [(action.option_strings, action.dest, action.nargs, action.const, action.default, action.required,
@@ -56,13 +61,25 @@ def complete_answer(command, *arguments):
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_commands_declare_the_same_flags_before_and_after_slow_imports():
+ODD = """
+from rlhf.run.arguments import answer_early, parse
+answer_early(__file__)
+from dataclasses import make_dataclass
+globals()['Odd'] = make_dataclass('Odd', [('number', int)])
+print(parse(__file__, Odd))
+"""
+
+
+def test_commands_declare_the_same_flags_before_and_after_slow_imports(tmp_path):
     assert len(COMMANDS) == 20
+    (tmp_path / "recipes").mkdir()
+    odd = tmp_path / "recipes" / "odd.py"
+    odd.write_text(ODD)
     result = subprocess.run(
-        [sys.executable, "-c", SAME_PARSERS, *COMMANDS], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", SAME_PARSERS, odd, *COMMANDS], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert [line.split()[0] for line in result.stdout.splitlines()] == COMMANDS
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["(Odd(number=3),)", *COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,18 +131,3 @@ def test_mistakes_are_answered_early_with_the_same_line(mistake, tiny, files):
     arguments = [word.replace("FILES", str(files)).replace("TINY", tiny) for word in arguments]
     errors = answer(command, *arguments)[1]
     assert len(errors) == 1 and errors == complete_answer(command, *arguments)
-
-
-def test_what_cannot_be_read_is_left_to_the_complete_parser(tmp_path):
-    (tmp_path / "recipes").mkdir()
-    script = tmp_path / "recipes" / "odd.py"
-    script.write_text(
-        "from rlhf.run.arguments import answer_early, parse\n"
-        "answer_early(__file__)\n"
-        "from dataclasses import make_dataclass\n"
-        "globals()['Odd'] = make_dataclass('Odd', [('number', int)])\n"
-        "print(parse(__file__, Odd))\n"
-    )
-    words = [sys.executable, str(script), "--number"]
-    good = subprocess.run([*words, "3"], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert good.stdout == "(Odd(number=3),)\n", good.stderr

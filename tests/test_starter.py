@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from rlhf.errors import InputError
 from rlhf.rewards import completion_text
@@ -37,8 +37,8 @@ def test_full_has_more_and_unknown_config_is_refused():
         starter.starter_dataset("ppo", "huge")
 
 
-def test_tokenizer_has_a_pad_of_its_own_and_the_model_was_not_resized(tokenizer):
-    config = AutoConfig.from_pretrained(starter_model())
+def test_tokenizer_has_a_pad_of_its_own_and_the_model_was_not_resized():
+    config, tokenizer = (kind.from_pretrained(starter_model()) for kind in (AutoConfig, AutoTokenizer))
     ids = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     assert len(ids) == 4
     assert config.vocab_size == len(tokenizer) == 49152

@@ -212,10 +212,10 @@ def test_pairs_that_say_the_same_are_left_out_and_counted(tokenizer, capsys):
 
 
 def test_what_max_length_cuts_is_counted(tokenizer, capsys):
-    args = SFTConfig(report_to="none", use_cpu=True, bf16=False, max_length=40)
+    args = SFTConfig(report_to="none", use_cpu=True, bf16=False, max_length=60)
     rows = [{"messages": user(text) + assistant("ok")} for text in ("hi", "long " * 50, "hi")]
     assert len(sft_rows(Dataset.from_list(rows), "d", tokenizer, args)) == 2
-    assert "--max_length 40 cuts 1 of 3 rows, 1 of them before anything that is learned" in capsys.readouterr().out
+    assert "--max_length 60 cuts 1 of 3 rows, 1 of them before anything that is learned" in capsys.readouterr().out
     args.max_length = 2
     with pytest.raises(InputError, match="--max_length 2 cuts off all that is learned in all 3 rows"):
         sft_rows(Dataset.from_list(rows), "d", tokenizer, args)

@@ -24,10 +24,11 @@ from rlhf.run.declarations import argument_names
 from rlhf.run.folders import is_finished
 from rlhf.run.processes import PATIENCE
 
-# what most recipes import
+# what most recipes import; accelerate imports the last one where it is installed
 LIBRARIES = (
     "torch", "transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "peft",
     "datasets", "evaluate", "accelerate", "matplotlib.figure", "scipy.stats", "sklearn.metrics",
+    "deepspeed",
 )  # fmt: skip
 FROZEN = "rlhf.run.frozen"  # imported behind them
 CONTINUE = "Fix the problem and run the same command again to continue."
