@@ -75,12 +75,12 @@ def say_gathered() -> None:
             counts.append(sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers))
             return draw(*args)
 
-        generation.draw_tokens = drawn
+        generation.draw_tokens = drawn  # type: ignore[assignment]
         rollout = sample(trainer, *args)
         trainer.accelerator.print(f"FSDP2 layers whole: {max(counts)} of {len(layers)}")
         return rollout
 
-    PPOTrainer._sample = sampled  # type: ignore[method-assign]
+    PPOTrainer._sample = sampled  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -224,9 +224,12 @@ def test_completions_of_other_weights_are_refused(sft, tokenizer):
     prompts, uniforms = [[5, 6, 7], [8, 9]], torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     found = OwnLoop(model, tokenizer, 2).sample(prompts, Decoding(4, 0.7, [], []), uniforms)
     check_weights(model, prompts, found, 0.7, "")
-    for wrong, temperature in ((found._replace(logprobs=found.logprobs - 1), 0.7), (found, 0.3)):
-        with pytest.raises(InputError, match=r"differ from the model's by .* other weights or at another temp.* Look"):
-            check_weights(model, prompts, wrong, temperature, "Look.")
+    for wrong, said in (
+        (found.logprobs - 1, "differ from the model's by 1 nats per token: it samples from other weights .* Look"),
+        (found.logprobs * NAN, "gave no log-probability of any token. Look"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_weights(model, prompts, found._replace(logprobs=wrong), 0.7, "Look.")
 
 
 def test_collect_with_continuous_batching(sft, files, tmp_path):
@@ -290,7 +293,7 @@ def test_the_flags_have_the_defaults_of_trl_where_these_can_work():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"use_vllm": True, "vllm_mode": "colocate"}, "--vllm_mode colocate: PPO samples with a vLLM server only"),
+        ({"use_vllm": True, "vllm_mode": "colocate"}, "--vllm_mode colocate: only a vLLM server can sample"),
         ({"use_vllm": True, "use_transformers_continuous_batching": True}, "exclude each other"),
         ({"vllm_server_base_url": "127.0.0.1:8000"}, "--vllm_server_base_url 127.0.0.1:8000: needs an address"),
         ({"vllm_importance_sampling_clip_min": 3.0}, "--vllm_importance_sampling_clip_min 3.0: must be below"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -16,7 +17,7 @@ from rlhf.errors import InputError
 from rlhf.models.generation import Sampling
 from rlhf.models.tokenizers import end_ids
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 CHECKED = 8  # completions whose log-probabilities are computed again
 
 
@@ -114,7 +115,9 @@ def check_weights(model: Model, prompts: list[list[int]], found: Completions, te
         differences.append((own - logprobs[:length].cpu()).abs())
     together = torch.cat(differences)
     together = together[~together.isnan()]
-    if len(together) and not together.mean() <= TOLERANCE:
+    if not len(together):
+        raise InputError(f"The engine gave no log-probability of any token. {advice}")
+    if not together.mean() <= TOLERANCE:
         raise InputError(
             f"The engine's log-probabilities differ from the model's by {float(together.mean()):.2g} nats per token: "
             f"it samples from other weights or at another temperature. {advice}"
