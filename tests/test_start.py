@@ -82,11 +82,6 @@ def test_commands_declare_the_same_flags_before_and_after_slow_imports(tmp_path)
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["(Odd(number=3),)", *COMMANDS]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_unknown_flag(command):
-    assert answer(command, "--no_such_flag")[1] == ["error: unknown flag --no_such_flag. See --help."]
-
-
 @pytest.mark.parametrize("command", ("recipes/sft.py", "eval/compare.py"))
 def test_help(command):
     said, errors = answer(command, "--help", code=0)
@@ -123,6 +118,11 @@ MISTAKES = {
     "overoptimization": ("eval/overoptimization.py", ["--model_name_or_path", GONE]),
     "report": ("eval/report.py", ["--output_dir", GONE]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {command for command, _ in MISTAKES.values()}))
+def test_unknown_flag(command):
+    assert answer(command, "--no_such_flag")[1] == ["error: unknown flag --no_such_flag. See --help."]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -23,6 +23,7 @@ SMALL = (
     "--max_steps", 2, "--dataset_config", "small",
 )  # fmt: skip
 FEW = {
+    "tokenizer": ("--dataset_config", "small", "--vocab_size", 1000),
     "sft": ("--max_steps", 2), "collect": ("--max_prompts", 16), "reward": ("--max_steps", 2),
     "ppo": ("--total_episodes", 64), "compare": ("--max_prompts", 8),
 }  # fmt: skip
