@@ -249,8 +249,7 @@ def commands(python: Path) -> dict[str, Any]:
 
     model, out = starter_model(), FOLDER / "commands"
     shutil.rmtree(out, ignore_errors=True)
-    adapter = ["--model_name_or_path", model, "--max_steps", "1", "--output_dir", str(out / "sft")]
-    recipe("sft", *adapter, "--dtype", "float32", "--bf16", "false")
+    save_adapter(model, out / "sft")
     with serve(python, model, "--max-model-len", "512", "--max-lora-rank", "16") as url:
         words = ["--dtype", "float32", "--max_new_tokens", "8", "--max_prompts", "8", "--use_vllm", "true",
                  "--vllm_server_base_url", url]  # fmt: skip
@@ -264,6 +263,21 @@ def commands(python: Path) -> dict[str, Any]:
     assert len(tasks) == 16 and all(len(json.loads(task)["completions"]) > 1 for task in tasks)
     assert "is to sample. Only adapters are sent" in said, said
     return {name: cells["perplexity"]["mean"] for name, cells in found.items()}
+
+
+def save_adapter(model: str, folder: Path) -> None:
+    """A LoRA adapter of a model, with random weights that change its replies."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.01)
+    adapted.save_pretrained(str(folder))
 
 
 def recipe(name: str, *words: str, code: int = 0) -> str:
