@@ -283,6 +283,35 @@ for name, command, wrong, *says in (
 ):  # fmt: skip
     add("refused late", name, command, wrong, *says)
 
+# -------------------------------------------------------------------------------------- engines, sharding, plans
+
+BATCHED = "--use_transformers_continuous_batching true"
+for name, command, wrong, *says in (
+    ("vLLM in the same process", "recipes/ppo", "--use_vllm true --vllm_mode colocate", "--vllm_mode colocate"),
+    ("vLLM in the same process", "recipes/collect", "--use_vllm true --vllm_mode colocate", "--vllm_mode colocate"),
+    ("an unknown mode", "recipes/ppo", "--use_vllm true --vllm_mode here", "invalid choice: 'here'"),
+    ("two engines", "recipes/ppo", f"--use_vllm true {BATCHED}", "--use_vllm and"),
+    ("two engines", "eval/compare", f"--use_vllm true {BATCHED}", "--use_vllm and"),
+    ("no address", "recipes/ppo", "--use_vllm true --vllm_server_base_url localhost", "_base_url localhost"),
+    ("a port that is none", "recipes/star", "--use_vllm true --vllm_server_port 99999", "--vllm_server_port 99999"),
+    ("no server", "recipes/ppo", "--use_vllm true --vllm_server_port 1 --vllm_server_timeout 0.1", "does not answer"),
+    ("no server", "recipes/collect", "--use_vllm true --vllm_server_port 1 --vllm_server_timeout 0.1",
+     "does not answer"),
+    ("no server", "eval/compare", "--use_vllm true --vllm_server_port 1 --vllm_server_timeout 0.1", "does not answer"),
+    ("no time to wait", "recipes/ppo", "--use_vllm true --vllm_server_timeout -1", "--vllm_server_timeout -1"),
+    ("a whole model for a server", "recipes/ppo", "--use_vllm true --use_peft false", "only LoRA adapters"),
+    ("settings of no engine", "recipes/ppo", "--transformers_continuous_batching_config {}", "has no effect without"),
+    ("a setting that isn't known", "recipes/ppo",
+     f"{BATCHED} --transformers_continuous_batching_config '{{\"speed\": 3}}'", "speed"),
+    ("settings that are no JSON", "recipes/collect", f"{BATCHED} --transformers_continuous_batching_config '{{a'",
+     "--transformers_continuous_batching_config"),
+    ("bounds the wrong way", "recipes/ppo", "--vllm_importance_sampling_clip_min 5", "clip_min 5", "clip_max"),
+    ("no memory", "recipes/ppo", "--plan true --plan_memory 0", "--plan_memory 0"),
+    ("no memory", "recipes/sft", "--plan true --plan_memory nan", "--plan_memory nan"),
+    ("no processes", "recipes/reward", "--plan true --plan_processes 0", "--plan_processes 0"),
+):  # fmt: skip
+    add("engines", name, command, wrong, *says)
+
 # ---------------------------------------------------------------------------------------------- YAML
 
 for name, command, content, *says in (
