@@ -13,7 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS: dict[int | str, int] = {401: 4, 404: 4, "silence": 3}  # 403 fails at every request, these at some
+STEPS: dict[int | str, int] = {
+    401: 4,
+    404: 4,
+    "close": 2,
+    "silence": 4,
+}  # 500 and 403 fail at every request, these at some
 
 
 def noted(folder: Path) -> Any:

@@ -268,7 +268,7 @@ def test_a_moved_run_keeps_its_best_checkpoint(recipe, tiny, sft, files, tmp_pat
         words += ["--max_steps", "6", "--eval_steps", "2", "--save_steps", "2", "--greater_is_better", "true"]
     else:
         words += ["--model_name_or_path", sft, "--dataset_name", files / "prompts.jsonl", *TINY_PPO]
-        words += ["--eval_steps", "1", "--metric_for_best_model", "eval_kl", "--greater_is_better", "true"]
+        words += ["--eval_steps", "1", "--metric_for_best_model", "eval_kl", "--greater_is_better", "false"]
         words += ["--learning_rate", "0.5"]
     run(f"recipes/{recipe}.py", *words, "--output_dir", tmp_path / "whole")
     kept = (tmp_path / "whole" / "adapter_model.safetensors").read_bytes()

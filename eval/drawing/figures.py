@@ -123,8 +123,9 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
         for number, remark in enumerate(remarks, 1):
             axis.axvline(remark["step"], color=RED, linestyle=":", linewidth=1)
             axis.text(remark["step"], 1.0, str(number), color=RED, fontsize=8, transform=axis.get_xaxis_transform())
-        axis.set_title(title, fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(title, fontsize=9, y=1.02)  # a place of its own: to find one takes as long as to draw the rest
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.ticklabel_format(axis="y", scilimits=(-3, 5))
         axis.yaxis.get_offset_text().set_fontsize(8)
         if len(lines) > 1:
