@@ -13,12 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS: dict[int | str, int] = {
-    401: 4,
-    404: 4,
-    "close": 2,
-    "silence": 4,
-}  # 500 and 403 fail at every request, these at some
+# 500 and 403 fail at every request, these at some
+STEPS: dict[int | str, int] = {401: 4, 404: 4, "close": 2, "silence": 4}
 
 
 def noted(folder: Path) -> Any:
