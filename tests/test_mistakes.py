@@ -1,5 +1,7 @@
 """A sample of `make mistakes` (tests/mistakes.py), and that its harness sees what is wrong."""
 
+import math
+
 import pytest
 from mistake_inputs import make_inputs
 from mistake_table import BASES, MISTAKES, Mistake
@@ -21,7 +23,8 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sample", SAMPLE)
-def test_a_mistake_is_one_line_and_its_correction_runs(sample, made, tmp_path):
+def test_a_mistake_is_one_line_and_its_correction_runs(sample, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("mistakes.SECONDS", math.inf)  # make mistakes measures them
     [mistake] = [case for case in MISTAKES if f"{case.group}: {case.name}" == sample]
     result, _ = try_mistake(mistake, tmp_path, made)
     assert (result.wrong, result.corrected) == ("", ""), result.said
