@@ -15,7 +15,7 @@ from trl import RLOOConfig as TRLRLOOConfig
 from trl import RLOOTrainer as TRLRLOOTrainer
 
 from eval.curves import read_curves
-from eval.drawing.figures import curves_figure, training_figure
+from eval.drawing.figures import ORANGE, curves_figure, training_figure
 from rlhf.data.encoding import encode_prompt
 from rlhf.errors import InputError
 from rlhf.models.adapters import REWARD
@@ -239,6 +239,8 @@ def test_the_recipe_leaves_an_ordinary_adapter_a_report_and_a_card(recipe, tiny)
     assert reply[0]["generated_text"][-1]["role"] == "assistant"
     log = json.loads((out / "rloo" / "trainer_state.json").read_text())["log_history"]
     assert len(present(training_figure("rloo", log)).axes) == 6
+    panel = present(training_figure("sft", [{"step": 2, "eval_loss": 1.0}])).axes[0]  # held out alone keeps its colour
+    assert [line.get_color() for line in panel.get_lines()] == [ORANGE] and panel.get_legend() is not None
 
 
 def fake(folder, recipe, points, **settings):

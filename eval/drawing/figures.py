@@ -81,7 +81,7 @@ def _even_margins(figure: Figure) -> None:
     """The same room around every panel: to measure their labels takes twice as long as to draw them."""
     grid = figure.axes[0].get_gridspec()
     assert grid is not None  # `subplots` made it
-    (width, height), left, right, edge, across = figure.get_size_inches(), 0.5, 0.15, 0.3, 0.6  # inches
+    (width, height), left, right, edge, across = figure.get_size_inches(), 0.6, 0.15, 0.3, 0.7  # inches
     panel = (width - left - right + across) / grid.ncols - across, (height - edge) / grid.nrows - across
     figure.set_layout_engine(None)
     figure.subplots_adjust(
@@ -110,7 +110,7 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
             for label, key in metrics.items()
         }
         if any(lines.values()):
-            panels.append((title, {label: points for label, points in lines.items() if points}))
+            panels.append((title, lines))
     if not panels:
         return None
     remarks = [entry for entry in log if "remark" in entry]
@@ -118,15 +118,17 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
     _even_margins(figure)
     for axis, (title, lines) in zip(axes, panels, strict=False):
         for color, (label, points) in zip(COLORS, lines.items(), strict=False):
+            if not points:
+                continue
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, color=color, label=label, marker="o" if len(points) < 15 else "", markersize=3)
         for number, remark in enumerate(remarks, 1):
             axis.axvline(remark["step"], color=RED, linestyle=":", linewidth=1)
             axis.text(remark["step"], 1.0, str(number), color=RED, fontsize=8, transform=axis.get_xaxis_transform())
         axis.set_title(title, fontsize=9, y=1.02)  # a place of its own: to find one takes as long as to draw the rest
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
         axis.yaxis.get_offset_text().set_fontsize(8)
         if len(lines) > 1:
             axis.legend(fontsize=7, frameon=False)

@@ -7,6 +7,10 @@ from typing import Any, Literal
 from rlhf.errors import InputError
 from rlhf.run.ranges import Port, PositiveFloat
 
+OWN_FIELDS = {"seed", "return_logprobs"}  # of ContinuousBatchingConfig
+OWN = "--seed decides what is drawn, and log-probabilities are always needed"
+COUNTS = {"page_size", "block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"}
+
 
 @dataclass
 class SamplerArguments:
@@ -80,8 +84,13 @@ class SamplerArguments:
         try:
             options = json.loads(options) if isinstance(options, str) else options
             ContinuousBatchingConfig(**options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{flag}: {error}. Give fields of ContinuousBatchingConfig as JSON.") from error
+        for name in OWN_FIELDS & set(options):
+            raise InputError(f"{flag}: {name!r} is not yours to set; {OWN}. Leave it out.")
+        for name in COUNTS & set(options):
+            if isinstance(options[name], bool) or not isinstance(options[name], int) or options[name] < 1:
+                raise InputError(f"{flag}: {name!r} must be a whole number of at least 1, found {options[name]!r}.")
         self.transformers_continuous_batching_config = options
 
 

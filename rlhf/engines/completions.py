@@ -51,6 +51,8 @@ class Sampler:
         Raises:
             InputError: if the engine can't sample this model, or samples another one.
         """
+        if not prompts:
+            return []
         engine = self._engine(model, tokenizer, sampling, max(len(prompt) for prompt in prompts))
         each = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         uniforms = torch.rand(
@@ -59,9 +61,10 @@ class Sampler:
         temperature = sampling.temperature if do_sample else 0.0
         decoding = Decoding(sampling.max_new_tokens, temperature, end_ids(model, tokenizer), [])
         engine.sync()
+        few = each[:CHECKED]
+        drawn = decoding._replace(temperature=sampling.temperature)  # the most likely tokens tell less of the weights
+        check_weights(model, few, engine.sample(few, drawn, uniforms[:CHECKED]), sampling.temperature, engine.advice)
         found = engine.sample(each, decoding, uniforms)
-        if do_sample:
-            check_weights(model, each[:CHECKED], found, temperature, engine.advice)
         rows = [row[:length] for row, length in zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)]
         return [rows[start : start + num_return_sequences] for start in range(0, len(rows), num_return_sequences)]
 

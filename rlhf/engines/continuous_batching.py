@@ -76,9 +76,10 @@ class ContinuousBatching:
         )  # fmt: skip
         longest = max(len(prompt) for prompt in prompts) + decoding.response_length
         rows = min(self.batch_size, len(prompts))
+        page = self.options.get("page_size", self.options.get("block_size", PAGE))
         settings = {
-            "page_size": PAGE,
-            "num_blocks": rows * (math.ceil(longest / PAGE) + 1),
+            "page_size": page,
+            "num_blocks": rows * (math.ceil(longest / page) + 1),
             "max_batch_tokens": max(TOKENS_AT_ONCE, rows),
             "max_requests_per_batch": rows,
             "auto_switch_to_flash": False,  # it would take a kernel from the Hub
@@ -86,17 +87,17 @@ class ContinuousBatching:
             **self.options,
             "return_logprobs": True,
         }
-        with _known_attention(self.model):
+        with _known_attention(self.model), _quiet():
             outputs = self.model.generate_batch(
                 prompts, config, ContinuousBatchingConfig(**settings), progress_bar=False
             )
         found = list(outputs.values())
         errors = [output.error for output in found if output.error]
         if errors or len(found) != len(prompts):
+            reason = " ".join(str(errors[0]).split())[:200] if errors else "it doesn't say why"
             raise InputError(
-                f"{FLAG}: transformers sampled {len(found) - len(errors)} of {len(prompts)} completions "
-                f"({errors[0] if errors else 'its log says why'}). Leave it out, or give it more room "
-                "(--transformers_continuous_batching_config)."
+                f"{FLAG}: transformers sampled {len(found) - len(errors)} of {len(prompts)} completions ({reason}). "
+                "Leave it out, or give it other settings (--transformers_continuous_batching_config)."
             )
         return [output.generated_tokens for output in found], [output.logprobs for output in found]
 
@@ -108,8 +109,7 @@ class ContinuousBatching:
         prompts = [[lowest + 1 + number for number in range(length)] for length in (3, 7)]
         prompts = [[token % self.model.config.get_text_config().vocab_size for token in row] for row in prompts]
         try:
-            with _quiet():
-                tokens, logprobs = self._generate(prompts, Decoding(3, 1.0, [], []), seed=0)
+            tokens, logprobs = self._generate(prompts, Decoding(3, 1.0, [], []), seed=0)
         except (
             InputError,
             ValueError,
@@ -118,9 +118,12 @@ class ContinuousBatching:
             KeyError,
             TypeError,
             NotImplementedError,
+            MemoryError,
         ) as error:
+            with_what = f" with {self.options}" if self.options else ""
             raise InputError(
-                f"{FLAG}: transformers can't do it for {name} ({' '.join(str(error).split())[:200]}). Leave it out."
+                f"{FLAG}: transformers can't do it for {name}{with_what} ({' '.join(str(error).split())[:200]}). "
+                "Leave it out."
             ) from error
         for prompt, row, found in zip(prompts, tokens, logprobs, strict=True):
             logits = self.model(torch.tensor([prompt + row], device=self.model.device)).logits[0, len(prompt) - 1 : -1]
@@ -155,7 +158,7 @@ def _known_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' log, which has a traceback for what is refused here in a line."""
-    log = logging.getLogger("transformers.generation.continuous_batching")
+    log = logging.getLogger("ContinuousBatchingLogger")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:

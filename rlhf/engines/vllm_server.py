@@ -92,7 +92,10 @@ class Server:
                 if time.monotonic() >= end:
                     raise
                 if not said and main_process():
-                    print(f"Waiting for the vLLM server {self.url} ...", flush=True)
+                    print(
+                        f"Waiting up to {seconds:g} s (--vllm_server_timeout) for the vLLM server {self.url} ...",
+                        flush=True,
+                    )
                 said = True
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from rlhf.errors import InputError
 from rlhf.run.ranges import PositiveFloat, PositiveInt
 
 
@@ -13,6 +14,9 @@ class PlanConfig:
         plan: print the plan and end. No weights are loaded, nothing is trained or written.
         plan_memory: memory of a GPU; the plan then says the largest batch that fits.
         plan_processes: plan for this many GPUs. By default the plan is for the launch itself, on this machine.
+
+    Raises:
+        InputError: for the other two without `plan`.
     """
 
     plan: bool = field(
@@ -24,3 +28,8 @@ class PlanConfig:
     plan_processes: PositiveInt | None = field(
         default=None, metadata={"help": "With plan: number of GPUs to plan for. Default: this launch, on this machine."}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("plan_memory", "plan_processes"):
+            if getattr(self, name) is not None and not self.plan:
+                raise InputError(f"--{name}: belongs to a plan, and this would train. Give --plan true too.")

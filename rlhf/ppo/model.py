@@ -1,6 +1,7 @@
 """Policy and value function as one module, and the reference."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ class Shardable(nn.Module):
     in_step = False  # True: every process has to make the same passes
     reshards = True  # under FSDP2: whether a layer is given up after its pass
     layer_by_layer = False  # under FSDP2: whether that is so while sampling and scoring too
+    timeout = timedelta(minutes=30)  # how long processes then wait for each other
     zero: Zero | None = None  # DeepSpeed's engine, if there is one
 
     def __init__(self, models: list[PreTrainedModel | PeftModel]) -> None:

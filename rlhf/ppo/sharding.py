@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,13 +33,16 @@ from rlhf.ppo.zero import check, is_held, put_value, split_value_groups, start_e
 T = TypeVar("T")
 
 
-def shard(accelerator: Accelerator, model: Shardable, gather_for_generation: bool = True) -> None:
+def shard(
+    accelerator: Accelerator, model: Shardable, gather_for_generation: bool = True, ddp_timeout: float = 1800
+) -> None:
     """Spread the weights as the launch configuration says, before there is an optimizer, which holds what is left here.
 
     DeepSpeed spreads the trained model when it has the optimizer (`prepare`), and leaves a reference whole.
 
     Args:
         gather_for_generation: see `--ds3_gather_for_generation`.
+        ddp_timeout: seconds that processes wait for each other.
 
     Raises:
         InputError: for FSDP1, and what PPO has not been run with under DeepSpeed.
@@ -66,7 +70,7 @@ def shard(accelerator: Accelerator, model: Shardable, gather_for_generation: boo
     fsdp2_prepare_model(accelerator, model)
     register_fsdp_forward_method(model, "run")
     model.in_step, model.reshards = True, plugin.reshard_after_forward
-    model.layer_by_layer = not gather_for_generation
+    model.layer_by_layer, model.timeout = not gather_for_generation, timedelta(seconds=ddp_timeout)
 
 
 def say_gathered(accelerator: Accelerator, *models: Shardable | None) -> None:
@@ -156,7 +160,7 @@ def whole(function: Callable[[], T], *models: Shardable | None) -> T:
     """
     held = [model for model in models if model is not None]
     layers = [part for model in held if model.layer_by_layer for part in shards(model) if part is not model]
-    with in_lockstep(layers) if layers else nullcontext():
+    with in_lockstep(layers, held[0].timeout) if layers else nullcontext():
         for model in held:
             function = functools.partial(_whole, model, function)
         return function()

@@ -173,12 +173,12 @@ class PPOTrainer(TrainerConventions):
             if module is not None:
                 disable_dropout(module)
         check_optimizers((self.optimizer, self.lr_scheduler), self.model)
-        shard(self.accelerator, self.model, args.ds3_gather_for_generation)
+        shard(self.accelerator, self.model, args.ds3_gather_for_generation, args.ddp_timeout)
         self.reference = None
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
             self.reference = Reference(self.ref_model)
-            shard(self.accelerator, self.reference, args.ds3_gather_for_generation)
+            shard(self.accelerator, self.reference, args.ds3_gather_for_generation, args.ddp_timeout)
         say_gathered(self.accelerator, self.model, self.reference)
         self.create_optimizer()
         group_value_function(self.accelerator, self.model, self.optimizer, self.lr_scheduler, args.value_warmup_steps)
