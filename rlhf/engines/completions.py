@@ -104,14 +104,14 @@ def check_weights(model: Model, prompts: list[list[int]], found: Completions, te
     """Refuse an engine with other weights: an adapter that never arrived, or another base.
 
     Args:
-        found: completions of the prompts, and perhaps of further ones behind them.
+        found: completions of the prompts, drawn at the temperature.
         advice: what to look at, in a sentence.
 
     Raises:
         InputError: with the difference.
     """
     differences = []
-    for prompt, row, logprobs, length in zip(prompts, found.tokens, found.logprobs, found.lengths, strict=False):
+    for prompt, row, logprobs, length in zip(prompts, found.tokens, found.logprobs, found.lengths, strict=True):
         ids = torch.tensor([prompt + row[:length].tolist()], device=model.device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu() / temperature
         own = logits.log_softmax(-1).gather(1, row[:length, None].cpu())[:, 0]
