@@ -204,7 +204,7 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
-        make_sampler(engine_args, arguments.output_dir),
+        make_sampler(engine_args, arguments.output_dir, list(models.values())),
     )  # fmt: skip
     plan = ComparisonPlan(
         sources=models,

@@ -247,7 +247,7 @@ def main() -> None:
     scorer = Scorer(truth, proxies, arguments.reward_weights, model_args)
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
-        make_sampler(engine_args, arguments.output_dir),
+        make_sampler(engine_args, arguments.output_dir, list(sources.values())),
     )  # fmt: skip
     most = max(1, arguments.best_of_n)
     points, policies = measure_policies(sources, prompts, scorer, sampling, most, model_args)

@@ -88,7 +88,7 @@ def main() -> None:
     # Model, replies: an interrupted run has all of them or none
     tasks = read_tasks(args.output_dir)
     if tasks is None:
-        size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir)
+        size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir, [source])
         sampling = Sampling(args.max_new_tokens, args.temperature, size, args.seed, engine)
         model = load_causal_lm(source, model_args, tokenizer, trainable=False)
         tasks = sample_tasks(model, tokenizer, splits, sampling, args.num_generations, source.name)

@@ -80,7 +80,7 @@ def main() -> None:
         return
 
     # Rounds
-    size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir)
+    size, engine = args.per_device_eval_batch_size, make_sampler(engine_args, args.output_dir, [base])
     sampling = Sampling(args.max_new_tokens, args.temperature, size, engine=engine)
     for number, folder in enumerate(folders):
         newest = resolve(str(folder / "model"), trust_remote_code=trust) if number else base

@@ -658,6 +658,8 @@ for name, command, flag, content, *says in (
         "load_best_model_at_end: true\n",
         "load_best_model_at_end",
     ),
+    ("a plan", "recipes/rounds", "ppo_config", "plan: true\n", "plan true: trains nothing"),
+    ("a plan", "recipes/star", "sft_config", "plan: true\n", "plan true: trains nothing"),
     ("batches that don't divide", "recipes/rounds", "ppo_config", "num_mini_batches: 3\n", "num_mini_batches"),
     ("an objective that isn't known", "recipes/scaling", "base_config", "objective: guess\n", "objective"),
 ):

@@ -17,6 +17,8 @@ from eval.measuring.comparison import _human_reply
 from eval.measuring.replies import reply_logprobs
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.rows import language_model_rows, prompt_rows, sft_rows
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, Conversation
 from rlhf.feedback.labelers import JudgeLabeler
@@ -228,6 +230,14 @@ def test_half_an_encoder_decoder_is_refused(t5, tmp_path):
     saved(T5EncoderModel.from_pretrained(t5), tmp_path / "half")
     with pytest.raises(InputError, match="T5EncoderModel is an encoder"):
         load_tokenizer(resolve(str(tmp_path / "half")))
+
+
+@pytest.mark.parametrize(
+    "arguments", [SamplerArguments(use_vllm=True), SamplerArguments(use_transformers_continuous_batching=True)]
+)
+def test_no_other_engine_samples_it_which_is_said_before_anything_is_loaded(t5, arguments):
+    with pytest.raises(InputError, match=f"{arguments.sampler_flag}: samples decoders only, and t5 is an encoder-dec"):
+        make_sampler(arguments, "", [resolve(t5)])
 
 
 def test_examples_in_the_context_are_for_decoders(t5, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """The flags that choose an engine, by TRL's names (those of GRPOConfig)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from rlhf.errors import InputError
 from rlhf.run.ranges import Port, PositiveFloat
 
+CONTINUOUS_BATCHING = "--use_transformers_continuous_batching true"
 OWN_FIELDS = {"seed", "return_logprobs"}  # of ContinuousBatchingConfig
 OWN = "--seed decides what is drawn, and log-probabilities are always needed"
 COUNTS = {"page_size", "block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"}
@@ -54,6 +55,11 @@ class SamplerArguments:
             after()
 
     @property
+    def sampler_flag(self) -> str:
+        """What chose the engine, as it is typed."""
+        return "--use_vllm true" if self.use_vllm else CONTINUOUS_BATCHING
+
+    @property
     def vllm_url(self) -> str:
         """The address of the vLLM server."""
         return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
@@ -78,11 +84,14 @@ class SamplerArguments:
         if options is None:
             return
         if not self.use_transformers_continuous_batching:
-            raise InputError(f"{flag}: has no effect without --use_transformers_continuous_batching true.")
+            raise InputError(f"{flag}: has no effect without {CONTINUOUS_BATCHING}.")
         from transformers.generation import ContinuousBatchingConfig
 
         try:
             options = json.loads(options) if isinstance(options, str) else options
+            unknown = sorted(set(options) - {known.name for known in fields(ContinuousBatchingConfig)})
+            if unknown:
+                raise ValueError(f"unknown field {unknown[0]!r}")
             ContinuousBatchingConfig(**options)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{flag}: {error}. Give fields of ContinuousBatchingConfig as JSON.") from error

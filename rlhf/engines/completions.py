@@ -1,6 +1,6 @@
 """Completions by the engine that the flags choose, for the commands that only sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,11 +10,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engines.arguments import SamplerArguments
-from rlhf.engines.continuous_batching import FLAG, ContinuousBatching
-from rlhf.engines.seam import TOLERANCE, Completions, Decoding, Engine
+from rlhf.engines.continuous_batching import ContinuousBatching
+from rlhf.engines.seam import TOLERANCE, Completions, Decoding, Engine, need_decoder
 from rlhf.engines.vllm_server import ServedModel, Server, VLLMServer
 from rlhf.errors import InputError
 from rlhf.models.generation import Sampling
+from rlhf.models.sources import Source, base_config
 from rlhf.models.tokenizers import end_ids
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -69,34 +70,40 @@ class Sampler:
         return [rows[start : start + num_return_sequences] for start in range(0, len(rows), num_return_sequences)]
 
     def _engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, longest: int) -> Engine:
-        flag, server = "--use_vllm true" if self.server else FLAG, self.server
-        if model.config.is_encoder_decoder:
-            raise InputError(f"{flag}: samples decoders only, and {model.config.model_type} is an encoder-decoder.")
+        server = self.server
+        need_decoder(model.config, self.args.sampler_flag)
         if server is None:
             options = self.args.transformers_continuous_batching_config
             assert not isinstance(options, str)
             return ContinuousBatching(model, tokenizer, sampling.batch_size, options)
-        name, path, context = server.served()
-        if context is not None and longest + sampling.max_new_tokens > context:
-            raise InputError(
-                f"--max_new_tokens {sampling.max_new_tokens}: the longest prompt has {longest} tokens, together more "
-                f"than the server's {context}. Start it with a larger --max-model-len."
-            )
+        server.need_room(longest, sampling.max_new_tokens, "--max_new_tokens")
         if not isinstance(model, PeftModel):
             own = model.config._name_or_path
-            if path != own and Path(path).absolute() != Path(own).absolute():
-                raise InputError(
-                    f"--use_vllm true: the server {server.url} serves {path}, and {own} is to sample. Only adapters "
-                    "are sent to it. Start it with that model, or leave the flag out."
-                )
-            return ServedModel(server, name, own, tokenizer)
+            return ServedModel(server, server.need_model(own), own, tokenizer)
         state = PartialState(cpu=not torch.accelerator.is_available())
         return VLLMServer(server, model, model.active_adapter, tokenizer, self.folder / "vllm_adapters", state)
 
 
-def make_sampler(args: SamplerArguments, folder: str) -> Callable[..., list[list[list[int]]]] | None:
-    """What samples in place of the project's own loop, if the flags ask for anything; see `Sampler`."""
-    return Sampler(args, folder) if args.use_vllm or args.use_transformers_continuous_batching else None
+def make_sampler(
+    args: SamplerArguments, folder: str, sources: Sequence[Source]
+) -> Callable[..., list[list[list[int]]]] | None:
+    """What samples in place of the project's own loop, if the flags ask for anything; see `Sampler`.
+
+    Args:
+        sources: of the models that will sample, none of them loaded yet.
+
+    Raises:
+        InputError: if the engine can't sample one of them, or a server isn't up in time.
+    """
+    if not (args.use_vllm or args.use_transformers_continuous_batching):
+        return None
+    for source in sources:
+        need_decoder(base_config(source), args.sampler_flag)
+    sampler = Sampler(args, folder)
+    for source in sources:
+        if sampler.server and source.adapter is None:
+            sampler.server.need_model(source.base)
+    return sampler
 
 
 @torch.no_grad()

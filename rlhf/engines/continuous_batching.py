@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import ContinuousBatchingConfig
 
+from rlhf.engines.arguments import CONTINUOUS_BATCHING
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.errors import InputError
 from rlhf.models.attention import NAME
 
-FLAG = "--use_transformers_continuous_batching true"
 PAGE = 128  # tokens of a page of the cache
 TOKENS_AT_ONCE = 512  # of one pass, unless more rows than that are decoded at once
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats; other dtypes: a tenth
@@ -36,7 +36,7 @@ class ContinuousBatching:
         InputError: if transformers can't do it for this model.
     """
 
-    exact, advice = False, f"Leave {FLAG} out."
+    exact, advice = False, f"Leave {CONTINUOUS_BATCHING} out."
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class ContinuousBatching:
         if errors or len(found) != len(prompts):
             reason = " ".join(str(errors[0]).split())[:200] if errors else "it doesn't say why"
             raise InputError(
-                f"{FLAG}: transformers sampled {len(found) - len(errors)} of {len(prompts)} completions ({reason}). "
-                "Leave it out, or give it other settings (--transformers_continuous_batching_config)."
+                f"{CONTINUOUS_BATCHING}: transformers sampled {len(found) - len(errors)} of {len(prompts)} completions "
+                f"({reason}). Leave it out, or give it other settings (--transformers_continuous_batching_config)."
             )
         return [output.generated_tokens for output in found], [output.logprobs for output in found]
 
@@ -122,8 +122,8 @@ class ContinuousBatching:
         ) as error:
             with_what = f" with {self.options}" if self.options else ""
             raise InputError(
-                f"{FLAG}: transformers can't do it for {name}{with_what} ({' '.join(str(error).split())[:200]}). "
-                "Leave it out."
+                f"{CONTINUOUS_BATCHING}: transformers can't do it for {name}{with_what} "
+                f"({' '.join(str(error).split())[:200]}). Leave it out."
             ) from error
         for prompt, row, found in zip(prompts, tokens, logprobs, strict=True):
             logits = self.model(torch.tensor([prompt + row], device=self.model.device)).logits[0, len(prompt) - 1 : -1]
@@ -131,8 +131,8 @@ class ContinuousBatching:
             worst = (right.cpu() - torch.tensor(found)).abs().max()
             if not worst <= ROUNDING.get(self.model.dtype, 0.1):
                 raise InputError(
-                    f"{FLAG}: for {name} its log-probabilities differ from the model's by {float(worst):.2g}. "
-                    "Leave it out."
+                    f"{CONTINUOUS_BATCHING}: for {name} its log-probabilities differ from the model's by "
+                    f"{float(worst):.2g}. Leave it out."
                 )
 
 

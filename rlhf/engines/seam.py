@@ -7,8 +7,10 @@ stop token or stop string, which belongs to the completion, or at the length lim
 from typing import NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StopStringCriteria
+
+from rlhf.errors import InputError
 
 # Nats per token, mean of absolute differences: more than another rounding explains. A bfloat16 server beside a float32
 # policy had 0.04 to 0.13 (docs/engines.md).
@@ -76,6 +78,16 @@ class Stops:
             tails = padded.unfold(0, self.longest, 1)[-len(tokens) :]  # the last tokens up to each of the completion
             stops += [int(number) + 1 for number in self.texts(tails, None).nonzero()[:1]]
         return min(stops, default=None)
+
+
+def need_decoder(config: PretrainedConfig, flag: str) -> None:
+    """Refuse an encoder-decoder, which only the project's own loop samples.
+
+    Raises:
+        InputError: that names the flag of the other engine.
+    """
+    if config.is_encoder_decoder:
+        raise InputError(f"{flag}: samples decoders only, and {config.model_type} is an encoder-decoder.")
 
 
 def completions_of(

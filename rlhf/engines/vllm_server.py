@@ -112,6 +112,40 @@ class Server:
         except (_Refusal, KeyError, TypeError, StopIteration) as error:
             raise InputError(f"--use_vllm true: {self.url} is no vLLM server. Give the address of one.") from error
 
+    def need_model(self, path: str) -> str:
+        """The server's name for a whole model.
+
+        Args:
+            path: folder or Hub id.
+
+        Raises:
+            InputError: if it serves another one.
+        """
+        name, served, _ = self.served()
+        if served != path and Path(served).absolute() != Path(path).absolute():
+            raise InputError(
+                f"--use_vllm true: the server {self.url} serves {served}, and {path} is to sample. Only adapters are "
+                "sent to it. Start it with that model, or leave the flag out."
+            )
+        return name
+
+    def need_room(self, prompt_tokens: int, new_tokens: int, flag: str) -> None:
+        """Refuse completions that are longer than the server's context.
+
+        Args:
+            prompt_tokens: of the longest prompt.
+            flag: that says `new_tokens`.
+
+        Raises:
+            InputError: with both lengths.
+        """
+        _, _, context = self.served()
+        if context is not None and prompt_tokens + new_tokens > context:
+            raise InputError(
+                f"{flag} {new_tokens}: the longest prompt has {prompt_tokens} tokens, together more than the server's "
+                f"{context}. Start it with a larger --max-model-len."
+            )
+
 
 def _reason(code: int, text: str) -> str:
     """The sentence in an error of the server.

@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.engines.continuous_batching import FLAG, ContinuousBatching
+from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.own_loop import OwnLoop
-from rlhf.engines.seam import Engine
+from rlhf.engines.seam import Engine, need_decoder
 from rlhf.engines.vllm_server import Server, VLLMServer
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
@@ -52,21 +52,15 @@ def make_engine(
     batch_size = args.local_rollout_forward_batch_size
     if not (args.use_vllm or args.use_transformers_continuous_batching):
         return OwnLoop(policy, tokenizer, batch_size, accelerator)
-    flag = "--use_vllm true" if args.use_vllm else FLAG
+    flag = args.sampler_flag
     if any(getattr(accelerator.state, f"{name}_plugin", None) is not None for name in ("fsdp", "deepspeed")):
         raise InputError(f"{flag}: was never tried under FSDP2 or DeepSpeed. Leave it out, or launch with DDP.")
-    if policy.config.is_encoder_decoder:
-        raise InputError(f"{flag}: samples decoders only, and {policy.config.model_type} is an encoder-decoder.")
+    need_decoder(policy.config, flag)
     if not args.use_vllm:
         options = args.transformers_continuous_batching_config
         assert not isinstance(options, str)
         return ContinuousBatching(policy, tokenizer, batch_size, options)
     server = need_engine(args, isinstance(policy, PeftModel))
     assert server is not None and isinstance(policy, PeftModel)
-    _, _, context = server.served()
-    if context is not None and longest + args.response_length > context:
-        raise InputError(
-            f"--response_length {args.response_length}: the longest prompt has {longest} tokens, together more than "
-            f"the server's {context}. Start it with a larger --max-model-len."
-        )
+    server.need_room(longest, args.response_length, "--response_length")
     return VLLMServer(server, policy, adapter, tokenizer, Path(args.output_dir) / "vllm_adapters", accelerator)

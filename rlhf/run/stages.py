@@ -78,6 +78,8 @@ def check_stage(script: Path, flag: str, config: str, output_dir: Path, flags: d
         names = runpy.run_path(str(script))
         types = [names[name] for name in argument_names(str(script))]
         parsed = parse(str(script), *types, args=_words(config, output_dir, flags))
+        if any(getattr(part, "plan", False) for part in parsed):
+            raise InputError("plan true: trains nothing, and the next stage needs what this one trains. Leave it out.")
         values = {name: value for part in parsed for name, value in vars(part).items() if name not in flags}
         check_paths(values, {})
     except InputError as error:
