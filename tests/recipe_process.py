@@ -98,6 +98,7 @@ def _run(
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path.append(str(Path(__file__).parent))  # a stage finds `_stage` there
     status = 0
     try:
         if code is None:
