@@ -49,7 +49,7 @@ def report_errors() -> Iterator[None]:
 
     Ctrl-C and SIGTERM end in one line as well, with the exit codes 130 and 143. Other exceptions pass through.
     """
-    before = _raise_at_signals()
+    hook, before = sys.unraisablehook, _raise_at_signals()
     try:
         with _undone_at_failure():
             yield
@@ -71,6 +71,7 @@ def report_errors() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def _say(line: str, every_process: bool = False) -> None:
@@ -115,6 +116,16 @@ def _raise_at_signals() -> dict[int, Any]:
 
     if threading.current_thread() is not threading.main_thread():
         return {}
+    hook = sys.unraisablehook
+
+    def again(swallowed: Any) -> None:  # Python passes over what is raised in __del__
+        number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(swallowed.exc_type)
+        if number is None:
+            return hook(swallowed)
+        signal.signal(signal.SIGTERM, end)
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
     before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)

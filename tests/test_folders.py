@@ -553,6 +553,20 @@ def test_a_signal_after_the_imports_undoes_what_is_half_done(tmp_path):
         assert out == "undone\n" and said.count("\n") == 1 and process.returncode == 128 + number
 
 
+def test_a_signal_inside_of_del_is_not_lost(tmp_path):
+    """Python prints what is raised there, and goes on."""
+    (tmp_path / "recipe.py").write_text(
+        "import time\nfrom rlhf.errors import report_errors\nfrom rlhf.run.arguments import answer_early\n"
+        "class Lock:\n    def __del__(self):\n        print('stage ', flush=True)\n        time.sleep(600)\n"
+        "answer_early(__file__)\nwith report_errors():\n    Lock()\n    time.sleep(600)\n"
+    )
+    for number, line in ((signal.SIGTERM, "Ended by SIGTERM."), (signal.SIGINT, "Interrupted.")):
+        process = started([tmp_path / "recipe.py"], "stage ")
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == f"{line} Run the same command again to continue.\n"
+        assert process.returncode == 128 + number
+
+
 def test_stages_name_what_they_cache_apart(tmp_path):
     """`datasets` names what it can't hash at random, and a later stage would take it for its own."""
     (tmp_path / "parent.py").write_text(PARENT.replace("LIBRARIES = ()", "LIBRARIES = ('datasets',)"))
