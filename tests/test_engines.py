@@ -297,14 +297,15 @@ def test_continuous_batching_refuses_a_model_that_it_cannot_do(tokenizer, tmp_pa
 def test_the_flags_have_the_defaults_of_trl_where_these_can_work():
     ours, theirs = EngineArguments(), GRPOConfig("x", bf16=False, use_cpu=True)
     differ = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
-    # colocate is refused; a client has no business with 0.0.0.0
+    # a server needs nothing in this environment; a client has no business with 0.0.0.0
     assert differ == {"vllm_mode", "vllm_server_host"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"use_vllm": True, "vllm_mode": "colocate"}, "--vllm_mode colocate: only a vLLM server can sample"),
+        ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "--vllm_enable_sleep_mode: has no effect without"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "--use_vllm true --vllm_mode colocate"),
         ({"use_vllm": True, "use_transformers_continuous_batching": True}, "exclude each other"),
         ({"vllm_server_base_url": "127.0.0.1:8000"}, "--vllm_server_base_url 127.0.0.1:8000: needs an address"),
         ({"vllm_importance_sampling_clip_min": 3.0}, "--vllm_importance_sampling_clip_min 3.0: must be below"),
@@ -327,6 +328,11 @@ def test_flags_that_cannot_work_are_refused(tmp_path, flags, message):
         ppo_config(tmp_path, **flags)
 
 
+def test_commands_that_only_sample_take_a_server():
+    with pytest.raises(InputError, match=r"--vllm_mode colocate: is for recipes/ppo.py; .* give --vllm_mode server"):
+        SamplerArguments(use_vllm=True, vllm_mode="colocate")
+
+
 def test_a_typed_config_of_continuous_batching_is_read(tmp_path):
     args = ppo_config(tmp_path, **{**CONTINUOUS, "transformers_continuous_batching_config": '{"page_size": 32}'})
     assert args.transformers_continuous_batching_config == {"page_size": 32}
@@ -342,7 +348,9 @@ def test_full_fine_tuning_and_absent_servers_are_refused_before_a_model_is_loade
         return result.stderr.strip().splitlines()[-1]
 
     said = refused("--use_peft", "false")
-    assert said.startswith("error: --use_vllm true: only LoRA adapters are sent to the server")
+    assert said.startswith("error: --use_vllm true: only LoRA adapters are sent to vLLM")
+    said = refused("--vllm_mode", "colocate")
+    assert said.startswith("error: --vllm_mode colocate: needs vLLM in this environment")
     said = refused("--vllm_server_port", "1", "--vllm_server_timeout", "0.1")
     assert said.startswith("error: --use_vllm true: the server http://127.0.0.1:1 does not answer")
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import LORA, TINY_PPO, TINY_TRAINING, VOCABULARY, ppo_trainer, run, save_tiny
+from conftest import LORA, TINY_PPO, TINY_TRAINING, VOCABULARY, ppo_config, ppo_trainer, run, save_tiny
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -20,7 +20,8 @@ from rlhf.planning.launch import launch_of
 from rlhf.planning.models import check_plannable, language_model, parameters, reward_model
 from rlhf.planning.plan import Need, largest_batch, over_layers
 from rlhf.planning.ppo_plan import plan_ppo
-from rlhf.planning.supervised import plan_reward, plan_sft
+from rlhf.planning.report import lines_of
+from rlhf.planning.supervised import BATCH, plan_reward, plan_sft
 from rlhf.rewards import resolve_rewards
 
 FULL = ModelConfig(dtype="float32", use_peft=False)
@@ -140,6 +141,26 @@ def test_ppo_needs_what_its_phases_take(changes, sft, tokenizer, tmp_path):
     own = [*trainer.model.parameters()]
     assert every == sum(p.numel() for p in own)
     assert trained == sum(p.numel() for p in own if p.requires_grad)
+
+
+def test_vllm_is_not_planned_but_its_share_of_the_gpu_is_taken_off(sft, tokenizer, tmp_path):
+    rows, source = Dataset.from_list([{"prompt": "", "input_ids": [5] * LENGTH}]), resolve(sft)
+
+    def planned(**flags):
+        args = ppo_config(tmp_path, response_length=12, **flags)
+        plan = PlanConfig(plan=True, plan_memory=0.5)
+        return plan_ppo(plan, args, LORA, (source, source), (resolve_rewards(args), []), rows)
+
+    own, colocated = planned(), planned(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5)
+    assert [phase.name for phase in colocated.phases] == [
+        phase.name for phase in own.phases if phase.name != "sampling"
+    ]
+    assert "has 50% of each GPU" in lines_of(colocated)[0]
+    assert 0 < colocated.fits[BATCH] < own.fits[BATCH]
+    server = planned(use_vllm=True)
+    assert server.fits == {
+        flag: rows for flag, rows in own.fits.items() if flag != "--local_rollout_forward_batch_size"
+    }
 
 
 def test_parameters_by_hand(model, tokenizer):

@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rlhf.errors import InputError
-from rlhf.run.ranges import Port, PositiveFloat
+from rlhf.run.ranges import Port, PositiveFloat, PositiveInt, Range
 
 CONTINUOUS_BATCHING = "--use_transformers_continuous_batching true"
 OWN_FIELDS = {"seed", "return_logprobs"}  # of ContinuousBatchingConfig
 OWN = "--seed decides what is drawn, and log-probabilities are always needed"
+COLOCATED = {"vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode"}
 COUNTS = {"page_size", "block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"}
 
 
@@ -18,7 +19,8 @@ class SamplerArguments:
     """Which engine samples. Without one of these, the project's own loop.
 
     Args:
-        use_vllm: a vLLM server samples. Only `vllm_mode="server"` is possible.
+        use_vllm: vLLM samples.
+        vllm_mode: a server, or in the process that trains (see `EngineArguments`).
         vllm_server_base_url: replaces `vllm_server_host` and `vllm_server_port`.
         vllm_server_timeout: seconds to wait at the start until the server is up.
         use_transformers_continuous_batching: transformers' continuous batching samples.
@@ -29,9 +31,10 @@ class SamplerArguments:
         InputError: for settings that can't work.
     """
 
-    use_vllm: bool = field(default=False, metadata={"help": "Sample completions with a vLLM server."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample completions with vLLM."})
     vllm_mode: Literal["server", "colocate"] = field(
-        default="server", metadata={"help": "Only 'server' is possible: start it with 'vllm serve'."}
+        default="server",
+        metadata={"help": "'server': start it with 'vllm serve'. 'colocate': in PPO's own process and GPU."},
     )
     vllm_server_base_url: str | None = field(
         default=None, metadata={"help": "Address of the vLLM server, such as http://127.0.0.1:8000."}
@@ -60,16 +63,21 @@ class SamplerArguments:
         return "--use_vllm true" if self.use_vllm else CONTINUOUS_BATCHING
 
     @property
+    def colocated(self) -> bool:
+        """Whether vLLM samples in this process."""
+        return self.use_vllm and self.vllm_mode == "colocate"
+
+    @property
     def vllm_url(self) -> str:
         """The address of the vLLM server."""
         return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
     def check_sampler(self) -> None:
         """Raise InputError for settings that can't work; read a JSON object that was typed."""
-        if self.use_vllm and self.vllm_mode != "server":
+        if self.colocated and not isinstance(self, EngineArguments):
             raise InputError(
-                f"--vllm_mode {self.vllm_mode}: only a vLLM server can sample. Start one with 'vllm serve' "
-                "(docs/engines.md) and give --vllm_mode server."
+                "--vllm_mode colocate: is for recipes/ppo.py; here only a vLLM server can sample. Start one with 'vllm "
+                "serve' (docs/engines.md) and give --vllm_mode server."
             )
         if self.use_vllm and self.use_transformers_continuous_batching:
             raise InputError("--use_vllm and --use_transformers_continuous_batching: exclude each other. Give one.")
@@ -108,6 +116,9 @@ class EngineArguments(SamplerArguments):
     """The engine of PPO's rollouts, and what is done about its other rounding.
 
     Args:
+        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM's weights and cache.
+        vllm_max_model_length: tokens of the longest prompt and completion; None: those of the run.
+        vllm_enable_sleep_mode: between rollouts vLLM's weights go to the CPU's memory, and its cache goes.
         vllm_importance_sampling_correction: weight each token's policy loss with π / π_engine, with either engine.
         vllm_importance_sampling_mode, vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: see
             rlhf.ppo.mismatch.importance_weights.
@@ -116,6 +127,15 @@ class EngineArguments(SamplerArguments):
         InputError: for settings that can't work.
     """
 
+    vllm_gpu_memory_utilization: Annotated[float, Range(above=0, high=1)] = field(
+        default=0.3, metadata={"help": "With colocate: share of the GPU's memory for vLLM."}
+    )
+    vllm_max_model_length: PositiveInt | None = field(
+        default=None, metadata={"help": "With colocate: tokens of prompt and completion; None: as many as needed."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "With colocate: vLLM gives the GPU's memory back between rollouts."}
+    )
     vllm_importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Correct for the mismatch between the engine's and the policy's logprobs."}
     )
@@ -131,6 +151,13 @@ class EngineArguments(SamplerArguments):
     vllm_importance_sampling_clip_min: PositiveFloat | None = field(
         default=None, metadata={"help": "Lower bound of the importance sampling ratio."}
     )
+
+    def check_sampler(self) -> None:
+        """See `SamplerArguments`."""
+        super().check_sampler()
+        for flag in fields(EngineArguments):
+            if flag.name in COLOCATED and getattr(self, flag.name) != flag.default and not self.colocated:
+                raise InputError(f"--{flag.name}: has no effect without --use_vllm true --vllm_mode colocate.")
 
     def check_importance_sampling(self) -> None:
         """Raise InputError for settings that can't work."""

@@ -9,8 +9,6 @@ import atexit
 import functools
 import http.client
 import json
-import secrets
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -21,11 +19,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
+from rlhf.engines.vllm_sampling import AdapterFiles, ended_at, sampling_settings, seeds_of
 from rlhf.errors import InputError
 from rlhf.run.processes import main_process
 
@@ -182,10 +180,8 @@ class ServedModel:
 
     def sample(self, prompts: list[list[int]], decoding: Decoding, uniforms: torch.Tensor) -> Completions:
         """See `Engine`. Each row is a request with a seed of its own."""
-        digits = (uniforms[:, :2].double().cpu() * 2**24).long()
-        seeds = [int(row[0]) * 2**24 + int(row[-1]) for row in digits]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            choices = list(pool.map(functools.partial(self._complete, decoding), prompts, seeds))
+            choices = list(pool.map(functools.partial(self._complete, decoding), prompts, seeds_of(uniforms)))
         rule = Stops(decoding, self.tokenizer)
         found = [read_choice(choice, prompt, rule) for choice, prompt in zip(choices, prompts, strict=True)]
         tokens, logprobs, ended = (list(part) for part in zip(*found, strict=True))
@@ -217,15 +213,11 @@ class VLLMServer(ServedModel):
         folder: Path,
         state: Accelerator | PartialState,
     ) -> None:
-        config = policy.peft_config[adapter]
-        if config.peft_type != PeftType.LORA:
-            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
-        base, flags = str(config.base_model_name_or_path), f"--enable-lora --max-lora-rank {config.r} "
+        self.files, self.state = AdapterFiles(policy, adapter, folder, state), state
+        base, flags = self.files.base, f"--enable-lora --max-lora-rank {self.files.rank} "
         super().__init__(server, "", base, tokenizer, flags)
         self.command = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {self.command}"
         self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
-        self.policy, self.adapter, self.folder, self.state = policy, adapter, folder, state
-        self.run, self.number = broadcast_object_list([secrets.token_hex(4)])[0], 0  # several runs may share a server
         if state.is_main_process:
             atexit.register(self._unload)
 
@@ -233,44 +225,29 @@ class VLLMServer(ServedModel):
         """See `Engine`."""
         if self.state.is_main_process:
             self._unload()
-        self.number += 1
-        self.name = f"ppo-{self.run}-{self.number}"  # never used before
+        self.name = self.files.renew()
         if self.state.is_main_process:
-            place = self.folder / self.name
-            self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
-            place = place if self.adapter == "default" else place / self.adapter
+            place = self.files.write()
             try:
-                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place.resolve())})
+                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place)})
             except _Refusal as refusal:
                 raise InputError(
                     f"--use_vllm true: the server {self.server.url} did not load the policy's adapter ({refusal}). "
-                    f"It must read {place.resolve()} and be started as: {self.command}"
+                    f"It must read {place} and be started as: {self.command}"
                 ) from refusal
         self.state.wait_for_everyone()
 
     def _unload(self) -> None:
         """Have the server forget the adapter of the last `sync`, and remove its folder."""
-        if self.number and (self.folder / self.name).exists():
+        if self.files.remove():
             with suppress(_Refusal, InputError):  # a server that was started anew never had it
                 self.server.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
-            shutil.rmtree(self.folder / self.name, ignore_errors=True)
-            with suppress(OSError):  # another run's may be in it
-                self.folder.rmdir()
 
 
 def request_body(model: str, prompt: list[int], seed: int, decoding: Decoding) -> dict[str, Any]:
-    """The body of a request for one completion.
-
-    It says everything that the server would else take from the model's generation_config.json.
-    """
-    return {
-        "model": model, "prompt": prompt, "seed": seed, "n": 1, "max_tokens": decoding.response_length,
-        "temperature": decoding.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
-        # ends are our stop tokens alone: without ignore_eos, the model's own eos tokens would join them
-        "ignore_eos": True, "stop_token_ids": decoding.stop_token_ids, "stop": decoding.stop_strings,
-        "skip_special_tokens": False, "include_stop_str_in_output": True, "logprobs": 0, "return_token_ids": True,
-    }  # fmt: skip
+    """The body of a request for one completion."""
+    own = {"model": model, "prompt": prompt, "seed": seed, "return_token_ids": True}
+    return own | sampling_settings(decoding)
 
 
 def read_choice(choice: dict[str, Any], prompt: list[int], stops: Stops) -> tuple[list[int], list[float], bool]:
@@ -284,8 +261,4 @@ def read_choice(choice: dict[str, Any], prompt: list[int], stops: Stops) -> tupl
         raise InputError(
             "--use_vllm true: the server sent no token ids with log-probabilities. It takes vLLM 0.11 or newer."
         )
-    stop = stops.first(prompt, tokens)
-    logprobs = [float("nan") if logprob is None else logprob for logprob in given]
-    if stop is None:  # it may still have ended where the server's text has a stop string and ours has none
-        return tokens, logprobs, choice.get("finish_reason") == "stop"
-    return tokens[:stop], logprobs[:stop], True
+    return ended_at(prompt, tokens, given, choice.get("finish_reason"), stops)

@@ -79,14 +79,14 @@ class Plan:
         """The phase that needs most memory."""
         return max(self.phases, key=lambda phase: phase.at_rows.total)
 
-    def fitted(self, memory: float | None) -> "Plan":
-        """The plan with the largest batches that fit into so many GiB of a GPU."""
+    def fitted(self, memory: float | None, share: float = 0.0) -> "Plan":
+        """The plan with the largest batches that fit into so many GiB of a GPU, a share of which is taken already."""
         if memory is None:
             return self
         fits: dict[str, int] = {}
         for phase in self.phases:
             start = max(2, phase.rows)
-            most = largest_batch(functools.partial(_total, phase), memory * GIB, start)
+            most = largest_batch(functools.partial(_total, phase), memory * (1 - share) * GIB, start)
             fits[phase.flag] = min(most, fits.get(phase.flag, MOST))
         return dataclasses.replace(self, memory=memory, fits=fits)
 

@@ -83,15 +83,21 @@ def plan_ppo(
     beside = [model for model in [*whole.rewards, *whole.others] if model is not None]
     found |= {f"reward model {number}": parameters(model) for number, model in enumerate(beside, 1)}
     local = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows, share = [words_for(lengths, "prompts"), f"replies of {args.response_length} tokens, all of them"], 0.0
+    if args.use_vllm:
+        rows.append("sampled by vLLM, which is not planned")
+    if args.colocated and not args.vllm_enable_sleep_mode:
+        share = args.vllm_gpu_memory_utilization
+        rows.append(f"and has {share:.0%} of each GPU")
     return Plan(
         recipe="ppo",
         launch=launch,
-        rows=[words_for(lengths, "prompts"), f"replies of {args.response_length} tokens, all of them"],
+        rows=rows,
         parameters=found,
         phases=phases,
         tokens=(sum(lengths) / len(lengths) + args.response_length) * local * launch.processes,
         step="update",
-    ).fitted(plan.plan_memory)
+    ).fitted(plan.plan_memory, share)
 
 
 def _phases(trials: _Trials, args: PPOConfig, lengths: list[int], scores: bool) -> list[Phase]:
@@ -124,10 +130,12 @@ def _phases(trials: _Trials, args: PPOConfig, lengths: list[int], scores: bool) 
         ), 1,
     ) - operations(lambda passes, trace: passes.prompts(trace, sample_size, 1), 1)  # fmt: skip
     total = typical + reply
-    found = [
-        Phase.of("sampling", "--local_rollout_forward_batch_size", sample_size, sampling,
-                 (first + (reply - 1) * middle) * local / sample_size),
-    ]  # fmt: skip
+    found = []
+    if not args.use_vllm:
+        found.append(
+            Phase.of("sampling", "--local_rollout_forward_batch_size", sample_size, sampling,
+                     (first + (reply - 1) * middle) * local / sample_size)
+        )  # fmt: skip
     if scores:
         found.append(
             Phase.of("scoring", "--per_device_eval_batch_size", score_size, scoring,

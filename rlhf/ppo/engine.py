@@ -1,5 +1,6 @@
 """The engine that the flags choose for a policy."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,14 +20,21 @@ def need_engine(args: PPOConfig, use_peft: bool = True) -> Server | None:
     """Wait until the vLLM server is up, if one samples. This takes no model, so it comes before they are loaded.
 
     Raises:
-        InputError: if it isn't up in time, or the policy is no adapter.
+        InputError: if it isn't up in time, the policy is no adapter, or there is no vLLM to sample in this process.
     """
     if not args.use_vllm:
         return None
     if not use_peft:
         raise InputError(
-            "--use_vllm true: only LoRA adapters are sent to the server, not whole models. Give --use_peft true."
+            "--use_vllm true: only LoRA adapters are sent to vLLM, not whole models. Give --use_peft true."
         )
+    if args.colocated and find_spec("vllm") is None:
+        raise InputError(
+            "--vllm_mode colocate: needs vLLM in this environment. Install rlhf-recipes[vllm], or start a server with "
+            "'vllm serve' in another one (docs/engines.md) and give --vllm_mode server."
+        )
+    if args.colocated:
+        return None
     server = Server(args.vllm_url)
     server.wait(args.vllm_server_timeout)
     return server
@@ -49,7 +57,7 @@ def make_engine(
     Raises:
         InputError: if the engine can't sample this policy.
     """
-    batch_size = args.local_rollout_forward_batch_size
+    batch_size, folder = args.local_rollout_forward_batch_size, Path(args.output_dir) / "vllm_adapters"
     if not (args.use_vllm or args.use_transformers_continuous_batching):
         return OwnLoop(policy, tokenizer, batch_size, accelerator)
     flag = args.sampler_flag
@@ -61,6 +69,11 @@ def make_engine(
         assert not isinstance(options, str)
         return ContinuousBatching(policy, tokenizer, batch_size, options)
     server = need_engine(args, isinstance(policy, PeftModel))
-    assert server is not None and isinstance(policy, PeftModel)
+    assert isinstance(policy, PeftModel)
+    if server is None:
+        from rlhf.engines.vllm_colocated import ColocatedVLLM
+
+        room = longest + args.response_length
+        return ColocatedVLLM(args, policy, adapter, tokenizer, folder, accelerator, room, batch_size)
     server.need_room(longest, args.response_length, "--response_length")
-    return VLLMServer(server, policy, adapter, tokenizer, Path(args.output_dir) / "vllm_adapters", accelerator)
+    return VLLMServer(server, policy, adapter, tokenizer, folder, accelerator)

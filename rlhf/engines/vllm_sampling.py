@@ -1,0 +1,96 @@
+"""What vLLM as a server and vLLM in this process share: settings, where completions end, the policy's adapter."""
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, PeftType
+
+from rlhf.engines.seam import Decoding, Stops
+from rlhf.errors import InputError
+
+
+def sampling_settings(decoding: Decoding) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams, which are also fields of a request.
+
+    They say everything that vLLM would else take from the model's generation_config.json.
+    """
+    return {
+        "n": 1, "max_tokens": decoding.response_length, "temperature": decoding.temperature, "top_p": 1.0, "top_k": 0,
+        "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
+        # ends are our stop tokens alone: without ignore_eos, the model's own eos tokens would join them
+        "ignore_eos": True, "stop_token_ids": decoding.stop_token_ids, "stop": decoding.stop_strings,
+        "skip_special_tokens": False, "include_stop_str_in_output": True, "logprobs": 0,
+    }  # fmt: skip
+
+
+def seeds_of(uniforms: torch.Tensor) -> list[int]:
+    """A seed for each row of random numbers (B, T)."""
+    digits = (uniforms[:, :2].double().cpu() * 2**24).long()
+    return [int(row[0]) * 2**24 + int(row[-1]) for row in digits]
+
+
+def ended_at(
+    prompt: list[int], tokens: Sequence[int], logprobs: Sequence[float | None], finish_reason: str | None, stops: Stops
+) -> tuple[list[int], list[float], bool]:
+    """Tokens and log-probabilities up to the first stop, and whether the completion ended.
+
+    Args:
+        logprobs: of each token; None becomes NaN.
+        finish_reason: vLLM's.
+    """
+    stop = stops.first(prompt, list(tokens))
+    given = [float("nan") if logprob is None else logprob for logprob in logprobs]
+    if stop is None:  # it may still have ended where vLLM's text has a stop string and ours has none
+        return list(tokens), given, finish_reason == "stop"
+    return list(tokens[:stop]), given[:stop], True
+
+
+class AdapterFiles:
+    """The policy's adapter as files for vLLM, under names that were never used before.
+
+    Args:
+        policy: a LoRA model.
+        adapter: the name of the policy's adapter.
+        folder: where the files go.
+        state: of the processes that sample together.
+
+    Raises:
+        InputError: if the adapter is no LoRA adapter.
+    """
+
+    def __init__(self, policy: PeftModel, adapter: str, folder: Path, state: Accelerator | PartialState) -> None:
+        config = policy.peft_config[adapter]
+        if config.peft_type != PeftType.LORA:
+            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
+        self.policy, self.adapter, self.folder = policy, adapter, folder
+        self.base, self.rank = str(config.base_model_name_or_path), int(config.r)
+        self.run, self.number = broadcast_object_list([secrets.token_hex(4)])[0], 0  # several runs may share a server
+        self.name = ""
+
+    def renew(self) -> str:
+        """The next name. All processes agree on it."""
+        self.number += 1
+        self.name = f"ppo-{self.run}-{self.number}"
+        return self.name
+
+    def write(self) -> Path:
+        """Write the adapter as it is now, and give its folder."""
+        place = self.folder / self.name
+        self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
+        return (place if self.adapter == "default" else place / self.adapter).resolve()
+
+    def remove(self) -> bool:
+        """Remove the files of the last name, if there are any."""
+        if not self.number or not (self.folder / self.name).exists():
+            return False
+        shutil.rmtree(self.folder / self.name, ignore_errors=True)
+        with suppress(OSError):  # another run's may be in it
+            self.folder.rmdir()
+        return True
