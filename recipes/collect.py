@@ -96,16 +96,16 @@ def main() -> None:
         del model
 
     # Compare
-    answers = labeler.compare(tasks)
     pairs: dict[str, list] = {"train": [], "test": []}
-    for task, comparisons in zip(tasks, answers, strict=True):
+    for task, comparisons in zip(tasks, labeler.compare(tasks), strict=True):
         pairs[task.split] += preference_pairs(task, comparisons)
 
     # Save, card, push
     for split, rows in pairs.items():
         write_jsonl(Path(args.output_dir) / f"{split}.jsonl", rows)
     counts = {f"{split} pairs": len(rows) for split, rows in pairs.items()}
-    print(f"{args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out.")
+    print(f"{args.output_dir}: {counts['train pairs']} pairs to train on, {counts['test pairs']} held out, from the "
+          f"replies to {len(tasks)} prompts. A tie makes no pair.")  # fmt: skip
     if labeler.finished and not pairs["train"]:
         raise InputError(f"--labeler {labeler_args.labeler}: prefers no reply to another: there is nothing to learn. "
                          "Give other replies (--temperature, --max_new_tokens, another --output_dir).")  # fmt: skip

@@ -143,6 +143,14 @@ def test_accuracy_by_length_difference_finds_a_taste_for_length():
     assert (quarters[0]["shortest"], quarters[-1]["longest"]) == (-20, 19)
 
 
+def test_equal_length_differences_are_one_group():
+    result = evaluate.load("eval/metrics/reward_accuracy").compute(
+        predictions=[1.0] * 8, references=[0.0] * 8, length_differences=[1, 1, 1, 1, 1, 1, 4, 4]
+    )
+    groups = [(group["shortest"], group["longest"], group["n"]) for group in result["by_length_difference"]]
+    assert groups == [(1, 1, 6), (4, 4, 2)]
+
+
 def test_length_control_ranks_a_padded_model_right_where_the_plain_win_rate_does_not():
     generator = np.random.default_rng(0)
     better = generator.normal(-0.4, 1.0, 400)  # by how much the padded reply is better: it is worse on average

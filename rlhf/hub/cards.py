@@ -84,7 +84,7 @@ def write_card(
         "## Use",
         _usage(title, base, auto, is_adapter, load_options or {}),
         "## Made with",
-        f"```\n{command(recipe)}\n```",
+        f"```\n{command(recipe)}\n```\n\nPaths outside of the working folder are cut to their last name.\n",
         _table(["setting", "value"], sorted(_public_settings(arguments).items())),
         ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "peft", "torch")),
     ]

@@ -36,8 +36,13 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
 
 
 def by_length(margins: np.ndarray, differences: np.ndarray, groups: np.ndarray) -> list[dict[str, float]]:
-    """Accuracy in each quarter of the pairs, sorted by the chosen reply's length minus the rejected one's."""
-    quarters = np.array_split(np.argsort(differences, kind="stable"), 4)
+    """Accuracy in each quarter of the pairs, by the chosen reply's length minus the rejected one's.
+
+    Equal differences stay together, so that there may be fewer than four.
+    """
+    edges = np.unique(np.quantile(differences, (0.25, 0.5, 0.75), method="inverted_cdf"))
+    numbers = np.searchsorted(edges, differences)
+    quarters = [numbers == number for number in np.unique(numbers)]
     return [
         {
             "shortest": float(differences[quarter].min()),
@@ -45,7 +50,6 @@ def by_length(margins: np.ndarray, differences: np.ndarray, groups: np.ndarray) 
             **accuracy(margins[quarter], groups[quarter]),
         }
         for quarter in quarters
-        if len(quarter)
     ]
 
 
