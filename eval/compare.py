@@ -230,7 +230,7 @@ def main() -> None:
     print(f"Written: {folder / 'results.json'} and samples.jsonl")
     if all(judge.finished for judge in judges.values()):
         finish_run(arguments.output_dir, {})
-    print(f"Report: {write_report(arguments.output_dir)}")
+    write_report(arguments.output_dir)
 
 
 if __name__ == "__main__":

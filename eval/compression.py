@@ -159,7 +159,7 @@ def main() -> None:
     save_figure(compression_figure(results), folder / "compression.png")
     print_table(results)
     finish_run(args.output_dir, {f"bits_per_byte/{name}": cell.mean for name, cell in cells.items()})
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
         print(f"{curve['name']} ({curve['folder']}): reward {first['reward']:.3f} → {last['reward']:.3f}, "
               f"KL {last['kl']:.2f} nats per completion, {last['episode']:.0f} episodes.")  # fmt: skip
     finish_run(arguments.output_dir, {})
-    print(f"Report: {write_report(arguments.output_dir)}")
+    write_report(arguments.output_dir)
 
 
 if __name__ == "__main__":

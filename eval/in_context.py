@@ -217,7 +217,7 @@ def main() -> None:
     print_accuracies(results)
     print(f"Written: {folder / 'results.json'} and answers")
     finish_run(args.output_dir, {})
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

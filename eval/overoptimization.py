@@ -273,7 +273,7 @@ def main() -> None:
         print(f"{point.name:>15}  sqrt(KL) {point.sqrt_kl:.2f}  gold {point.gold:.3f}  proxy {point.proxy:.3f}")
     print(f"Best by the truth: {results['best']}. Keep {results['keep']}: {KEEP_RULE}.")
     finish_run(arguments.output_dir, {})
-    print(f"Report: {write_report(arguments.output_dir)}")
+    write_report(arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,9 @@ def _summary(recipes: list[str]) -> str:
 
 
 def write_report(output_dir: str, metrics: dict[str, float] | None = None) -> Path | None:
-    """Draw the pictures of a run and of what it was made from, and write report.html. Only the main process writes.
+    """Draw the pictures of a run and of what it was made from, write report.html and print where it is.
+
+    Only the main process does.
 
     Args:
         metrics: results of the run, if run.json doesn't have them yet.
@@ -222,12 +224,13 @@ def write_report(output_dir: str, metrics: dict[str, float] | None = None) -> Pa
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")
+    print(f"Report: {folder / REPORT}")
     return folder / REPORT
 
 
 def main() -> None:
     (arguments,) = parse(__file__, ReportArguments)
-    print(f"Report: {write_report(arguments.output_dir)}")
+    write_report(arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def main() -> None:
         table.add_row(*row)
     Console().print(table)
     finish_run(args.output_dir, {f"{score} of {name}": one.cell.mean for name, one in reached.items()})
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

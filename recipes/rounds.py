@@ -112,7 +112,7 @@ def main() -> None:
     print("\n".join(["", *round_verdicts(summary), f"Written: {Path(args.output_dir) / ROUNDS_FILE}"]))
     truth = summary["rounds"][-1]["truth"]
     finish_run(args.output_dir, {"rounds": args.rounds, summary["truth_name"]: truth and truth["mean"]})
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

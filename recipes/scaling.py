@@ -104,7 +104,7 @@ def main() -> None:
     # Report
     print("\n".join(["", *scaling_verdicts(summary)]))
     finish_run(args.output_dir, results_of(summary))
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def main() -> None:
     print_solving(summary)
     last = summary["rounds"][-1]
     finish_run(args.output_dir, {"rounds": args.rounds, summary["truth_name"]: last["truth"]["mean"]})
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
         ends = (("", cell.mean), ("_low", cell.low), ("_high", cell.high))
         metrics |= {f"bytes_per_token/{name}{end}": value for end, value in ends}
     finish_run(args.output_dir, metrics)
-    print(f"Report: {write_report(args.output_dir)}")
+    write_report(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _even_margins(figure: Figure) -> None:
     """The same room around every panel: to measure their labels takes twice as long as to draw them."""
     grid = figure.axes[0].get_gridspec()
     assert grid is not None  # `subplots` made it
-    (width, height), left, right, edge, across = figure.get_size_inches(), 0.6, 0.15, 0.3, 0.7  # inches
+    (width, height), left, right, edge, across = figure.get_size_inches(), 0.6, 0.15, 0.4, 0.75  # inches
     panel = (width - left - right + across) / grid.ncols - across, (height - edge) / grid.nrows - across
     figure.set_layout_engine(None)
     figure.subplots_adjust(
@@ -126,10 +126,14 @@ def training_figure(recipe: str, log: Log) -> Figure | None:
             axis.axvline(remark["step"], color=RED, linestyle=":", linewidth=1)
             axis.text(remark["step"], 1.0, str(number), color=RED, fontsize=8, transform=axis.get_xaxis_transform())
         axis.set_title(title, fontsize=9, y=1.02)  # a place of its own: to find one takes as long as to draw the rest
+        axis.set_xlabel("step", fontsize=8, labelpad=1)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
-        axis.yaxis.get_offset_text().set_fontsize(8)
+        low, high = axis.get_ylim()
+        least = 0.01 * max(abs(low), abs(high))  # less of a change is drawn as none
+        if high - low < least:
+            axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         if len(lines) > 1:
             axis.legend(fontsize=7, frameon=False)
     return figure
