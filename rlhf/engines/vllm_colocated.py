@@ -58,7 +58,8 @@ class ColocatedVLLM:
             )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
-        self.files = AdapterFiles(policy, adapter, folder / str(state.process_index), state)
+        self.files = AdapterFiles(policy, adapter, folder, state)
+        self.files.run += f"-{state.process_index}"  # each process writes for its own vLLM
         self.tokenizer, self.sleeps = tokenizer, args.vllm_enable_sleep_mode
         options = {}
         if state.num_processes > 1:  # as TRL has it: vLLM joins the processes that accelerate started
