@@ -185,6 +185,24 @@ def test_prompts_keep_their_columns_and_must_fit(tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "used"),
+    [
+        (user("What is 1?"), "I think yes", "I think no", user("What is 1?")),
+        (user("What is 1?"), assistant("yes"), assistant("no"), user("What is 1?")),
+        ("What is 1?", "I think yes", "I think no", "What is 1?"),
+        ("What is 1?", assistant("yes"), assistant("no"), "What is 1?"),
+        ("What is 1?", user("Really?") + assistant("yes"), user("Really?") + assistant("no"), "What is 1?"),
+        ("Hi there", CHAT[:2], CHAT[:1] + assistant("Bye"), CHAT[:1]),  # UltraFeedback
+        ("How are you?", CHAT, CHAT[:3] + assistant("Bad"), CHAT[:3]),
+    ],
+)
+def test_the_column_prompt_is_the_prompt_whatever_the_replies_share(tokenizer, prompt, chosen, rejected, used):
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+    row = prompt_rows(rows, "d", tokenizer, 8, 200)[0]
+    assert row["prompt"] == used and row["input_ids"] == encode_prompt(tokenizer, used)
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"prompt": [{"role": "bot", "content": "x"}]}], "role 'bot' is unknown"),

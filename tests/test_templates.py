@@ -274,6 +274,7 @@ def test_a_row_is_named_as_it_stands_in_the_file(tokenizer, tmp_path):
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": assistant("b"), "rejected": assistant("c")}, "'chosen' messages without the prompt"),
+        ({"prompt": "a", "chosen": user("x") + assistant("b"), "rejected": user("x") + assistant("c")}, "without the"),
         ({"chosen": user("a") + assistant("b"), "rejected": user("x") + assistant("c")}, "have different prompts"),
         ({"chosen": user("a") + assistant("b") + user("d"), "rejected": user("a") + assistant("c")}, "the user's"),
     ],

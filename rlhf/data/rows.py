@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 from trl.data_utils import maybe_extract_prompt
 
-from rlhf.comparisons import Messages
+from rlhf.comparisons import Messages, Prompt
 from rlhf.data.datasets import Row, check_messages, load_splits, need_columns, place_of, refuse_columns
 from rlhf.data.encoding import (
     OPTION_COLUMNS,
@@ -374,10 +374,16 @@ def _check_pair(row: Row) -> None:
             raise InputError(f"{side!r} ends with the {messages[-1]['role']}'s message. End it with the assistant's.")
         asked = list(takewhile(lambda message: message["role"] != "assistant", messages))
         before[side] = [(message["role"], _plain(message.get("content"))) for message in asked]
-        if isinstance(row.get("prompt"), str) and not asked:
+        if isinstance(row.get("prompt"), str) and not (asked and _says(messages[:-1], row["prompt"])):
             raise InputError(f"'prompt' is text, and {side!r} messages without the prompt. Make 'prompt' messages too.")
     if before["chosen"] != before["rejected"]:
         raise InputError("'chosen' and 'rejected' have different prompts. Compare replies to one prompt.")
+
+
+def _says(messages: Messages, prompt: str) -> bool:
+    """Whether a message has the prompt's text, or a part of it where the prompt is a whole conversation as text."""
+    texts = [_plain(message.get("content")).strip() for message in messages]
+    return any(text and (text in prompt or prompt.strip() in text) for text in texts)
 
 
 def _usable_pairs(encoded: Dataset, name: str, max_length: int | None, context_length: int | None) -> Dataset:
@@ -439,7 +445,8 @@ def prompt_rows(
     """Rows with `prompt`, its `input_ids`, and the dataset's other columns.
 
     Without a column `prompt`, the prompt is all of `messages` before the last assistant message, or the beginning that
-    `chosen` and `rejected` share. A prompt that ends with the assistant's message is continued.
+    `chosen` and `rejected` share. A text that is also a message of both in every row, as in UltraFeedback, is
+    that beginning. A prompt that ends with the assistant's message is continued.
 
     Raises:
         InputError: if columns are missing or can't be used, a row can't be encoded, or a prompt and `max_new_tokens`
@@ -448,13 +455,12 @@ def prompt_rows(
     columns = need_columns(dataset, name, [{"prompt"}, {"messages"}, {"chosen", "rejected"}])
     refuse_columns(dataset, name, {**MEDIA, **PROMPT_TOKENS, **REWARD_ARGUMENTS})
     check_messages(dataset, name, columns)
-    _say_unused(dataset, name, isinstance(dataset[0][min(columns)], list))
+    pair = ["prompt", "chosen", "rejected"]
+    repeated = {*pair} <= {*dataset.column_names} and all(map(_shared, dataset.select_columns(pair)))
+    _say_unused(dataset, name, repeated or isinstance(dataset[0][min(columns)], list))
 
     def encode(row: Row) -> list[Row]:
-        if "prompt" not in row and "messages" in row:
-            messages = row["messages"]
-            row["prompt"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        prompt = maybe_extract_prompt(row)["prompt"]
+        prompt = _shared(row) if repeated else _prompt_of(row)
         if not prompt:
             raise InputError("there is no prompt in front of the reply.")
         ids = encode_prompt(tokenizer, prompt, template_options(row) if isinstance(prompt, list) else None)
@@ -472,3 +478,23 @@ def prompt_rows(
             "the prompts or the reply length."
         )
     return rows
+
+
+def _prompt_of(row: Row) -> Prompt:
+    if "prompt" in row:
+        return row["prompt"]
+    if "messages" in row:
+        messages: Messages = row["messages"]
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return maybe_extract_prompt(row)["prompt"]
+
+
+def _shared(row: Row) -> Messages:
+    """The messages that `chosen` and `rejected` share before the reply, if one is the text `prompt`; else none."""
+    prompt, *sides = row["prompt"], row["chosen"], row["rejected"]
+    if not isinstance(prompt, str) or not all(isinstance(side, list) for side in sides):
+        return []
+    before = zip(*(side[:-1] for side in sides), strict=False)
+    shared = [chosen for chosen, _ in takewhile(lambda messages: messages[0] == messages[1], before)]
+    asked = [message.get("content") for message in shared if isinstance(message, dict)]
+    return shared if prompt in asked else []
