@@ -262,11 +262,26 @@ def test_files_that_cant_be_read_are_refused_in_one_line(name, content, message,
         load_splits(ScriptArguments(str(tmp_path / name)), "sft")
 
 
-def test_a_row_is_named_as_it_stands_in_the_file(tokenizer, tmp_path):
-    rows = [{"messages": user(f"tea {n}") + assistant("x" if n != 3 else " ")} for n in range(30)]
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    halves = load_splits(ScriptArguments(str(tmp_path / "a.jsonl")), "sft")
-    with pytest.raises(InputError, match="row 3: the assistant message has no text"):
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [
+        ({"a.jsonl": ["x"] * 3 + [" "] + ["x"] * 26}, "row 3:"),
+        ({"a.jsonl": ["x"] * 8 + [" ", "x"]}, "row 8:"),  # the test split is this row
+        ({"pairs.jsonl": ["x"] * 4 + [" "]}, "row 4:"),  # the train split is rows 2 to 4
+        ({"train-1.jsonl": ["x"] * 16, "train-2.jsonl": ["x", "x", "x", " "]}, "row 3 of train-2.jsonl:"),
+        ({"data/train.jsonl": ["x"] * 9 + [" "], "data/test.jsonl": ["x"]}, "row 9 of data/train.jsonl:"),
+        ({"train.jsonl": ["x"] * 16, "test.jsonl": ["x", " "]}, "row 1 of test.jsonl:"),
+    ],
+)
+def test_a_row_is_named_as_it_stands_in_the_file(tokenizer, tmp_path, files, place):
+    for name, replies in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        alike = 2 if name == "pairs.jsonl" else 1
+        rows = [{"messages": user(f"tea {n // alike}") + assistant(reply)} for n, reply in enumerate(replies)]
+        write_jsonl(tmp_path / name, rows)
+    name = next(iter(files)) if {"a.jsonl", "pairs.jsonl"} & {*files} else ""
+    halves = load_splits(ScriptArguments(str(tmp_path / name)), "sft")
+    with pytest.raises(InputError, match=f"{place} the assistant message has no text"):
         [sft_rows(half, "d", tokenizer) for half in halves]
 
 

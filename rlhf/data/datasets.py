@@ -10,18 +10,22 @@ are TRL's own formats (https://huggingface.co/docs/trl/dataset_formats):
 
 With messages, the columns `tools` and `chat_template_kwargs` go to the chat template. Messages may be written as JSON
 text, for example in a CSV file. Errors name a row as `datasets` counts them: the first is row 0, without the header.
+In a folder of .jsonl, .json or .csv files they name the file too.
 """
 
 import itertools
 import json
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Features,
     Json,
     Value,
@@ -117,13 +121,19 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
     ]
     count = len(set(prompts))
     if count in (0, 1, len(whole)):
-        halves = whole.train_test_split(test_size=min(500, max(1, len(whole) // 10)), seed=SPLIT_SEED)
-        return halves["train"], halves["test"]
+        size = min(500, max(1, len(whole) // 10))
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(whole))  # as in Dataset.train_test_split
+        return _part(whole, order[size:]), _part(whole, order[:size])
     from sklearn.model_selection import GroupShuffleSplit  # takes as long to import as the command line to read
 
     by_prompt = GroupShuffleSplit(n_splits=1, test_size=min(500, max(1, count // 10)), random_state=SPLIT_SEED)
     train, test = next(by_prompt.split(prompts, groups=prompts))
-    return whole.select(train), whole.select(test)
+    return _part(whole, train), _part(whole, test)
+
+
+def _part(whole: Dataset, rows: np.ndarray) -> Dataset:
+    """Some rows. `Dataset.select` drops the index of rows that follow each other, and `place_of` needs it."""
+    return whole._select_with_indices_mapping(rows)
 
 
 def _prompt_of(row: Row, number: int) -> Prompt | int:
@@ -158,12 +168,7 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             own = path.suffix in OWN_FILES
             loaded = read_rows(path, name) if own else load_dataset("parquet", data_files=str(path))
         elif config is None and (files := _files_by_split(path)):
-            loaded = DatasetDict(
-                {
-                    split: concatenate_datasets([read_rows(file, name) for file in found])
-                    for split, found in files.items()
-                }
-            )
+            loaded = DatasetDict({split: _from_files(found, path, name) for split, found in files.items()})
         else:
             need_dataset(name)
             loaded = load_dataset(name, config)
@@ -184,6 +189,19 @@ def _from_disk(folder: Path, name: str) -> Dataset | DatasetDict:
         return load_from_disk(str(folder))
     except IndexError as error:  # what `datasets` raises for a split without rows
         raise InputError(f"--dataset_name {name}: a split in it has no rows. Save it without that split.") from error
+
+
+@dataclass
+class FilesInfo(DatasetInfo):
+    """What `datasets` knows of a dataset, and the number of rows of each file that it was read from, in their order."""
+
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def _from_files(files: list[Path], folder: Path, name: str) -> Dataset:
+    parts = {os.path.relpath(file, folder.resolve()): read_rows(file, name) for file in files}
+    info = FilesInfo(files={file: len(rows) for file, rows in parts.items()})
+    return concatenate_datasets([*parts.values()], info=info)
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -261,6 +279,10 @@ def place_of(dataset: Dataset, number: int) -> str:
     """Where a row stands in the file or split that it was read from. `datasets` keeps that in its index."""
     index = dataset._indices
     row = number if index is None else index.column(0)[number].as_py()
+    for file, count in getattr(dataset.info, "files", {}).items():
+        if row < count:
+            return f"row {row} of {file}"
+        row -= count
     split = str(dataset.split or "train")
     return f"row {row}" if split == "train" else f"row {row} of split {split!r}"
 
