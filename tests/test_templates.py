@@ -177,6 +177,9 @@ def test_margins_are_in_the_loss(tiny, tokenizer, tmp_path):
         preference_rows(Dataset.from_list([{**pair, "margin": float("nan")}]), "d", tokenizer, None)
 
 
+CALLED = [*user("a"), {"role": "assistant", "content": "b", "function_call": {"name": "f", "arguments": "{}"}}]
+
+
 @pytest.mark.parametrize(
     ("make", "row", "message"),
     [
@@ -191,13 +194,41 @@ def test_margins_are_in_the_loss(tiny, tokenizer, tmp_path):
             {"prompt": "a", "completion": "b", "label": True},
             "column 'label': says which completions are good",
         ),
+        *(
+            (sft_rows, {"prompt": "a", "completion": "b", "label": label}, "column 'label': says")
+            for label in (1, "False")
+        ),
+        (sft_rows, {"messages": CALLED}, "row 0: a message has 'function_call', OpenAI's old format"),
+        (prompt_rows, {"prompt": [CALLED[1], *user("c")]}, "row 0: a message has 'function_call'"),
+        (
+            sft_rows,
+            {"messages": user("a") + assistant("b"), "functions": [{"name": "f"}]},
+            "column 'functions': chat temp",
+        ),
+        (
+            sft_rows,
+            {"messages": user("a") + assistant("b"), "tool_choice": "auto"},
+            "column 'tool_choice': no chat temp",
+        ),
+        (
+            preference_rows,
+            {"chosen": user("a") + assistant("b"), "rejected": user("a") + assistant("c"), "functions": "f"},
+            "column 'functions'",
+        ),
         (sft_rows, {"prompt": "a", "completion": assistant("b")}, "row 0: one of 'prompt' and 'completion' is text"),
         (sft_rows, {"messages": user("a")}, "no assistant's message is in all 1 rows"),
     ],
 )
 def test_columns_that_cant_be_used_are_named(tokenizer, make, row, message):
+    more = {sft_rows: (), preference_rows: (None,), prompt_rows: (8, None)}[make]
     with pytest.raises(InputError, match=message):
-        make(Dataset.from_list([row]), "d", tokenizer)
+        make(Dataset.from_list([row]), "d", tokenizer, *more)
+
+
+def test_labels_of_texts_and_ratings_of_completions_are_no_marks(tokenizer):
+    assert len(sft_rows(Dataset.from_list([{"text": "a", "label": 1, "functions": "f"}]), "d", tokenizer)) == 1
+    rated = [{"prompt": "a", "completion": "b", "label": label} for label in (1, 4)]
+    assert len(sft_rows(Dataset.from_list(rated), "d", tokenizer)) == 2
 
 
 def test_pairs_that_say_the_same_are_left_out_and_counted(tokenizer, capsys):
@@ -310,14 +341,24 @@ def test_tools_beside_plain_text_are_named_as_not_used(tokenizer, capsys):
     assert capsys.readouterr().out.count("d: tools not used") == 3
 
 
-def test_parts_of_other_types_and_replies_of_weight_0_are_refused(tokenizer):
+def test_parts_of_other_types_are_refused(tokenizer):
     parts = [{"role": role, "content": [{"type": kind, "text": "a"}]} for role, kind in
              (("user", "text"), ("assistant", "reasoning"))]  # fmt: skip
     with pytest.raises(InputError, match="row 0: the assistant message has a part 'reasoning'"):
         sft_rows(Dataset.from_list([{"messages": parts}]), "d", tokenizer)
-    weighted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    with pytest.raises(InputError, match="row 0: message 1 has 'weight' 0"):
-        sft_rows(Dataset.from_list([{"messages": weighted}]), "d", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 0), ("weight", 0.5), ("weight", "0"), ("train", False), ("training", False), ("loss", False),
+     ("masked", True)],
+)  # fmt: skip
+def test_replies_that_are_marked_as_not_to_be_learned_are_refused(tokenizer, key, value):
+    marked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: value}]
+    with pytest.raises(InputError, match=f"row 0: message 1 has '{key}' {value!r}"):
+        sft_rows(Dataset.from_list([{"messages": marked}]), "d", tokenizer)
+    marked[1][key] = not value if isinstance(value, bool) else 1
+    assert len(sft_rows(Dataset.from_list([{"messages": marked}]), "d", tokenizer)) == 1
 
 
 def test_tool_calls_may_be_json_text(tokenizer):

@@ -355,6 +355,8 @@ def _problem(value: object, before: type | None, column: str) -> str | None:
 
 
 def _message_problem(message: object) -> str | None:
+    if isinstance(message, dict) and message.get("function_call"):
+        return ": a message has 'function_call', OpenAI's old format. Write it as 'tool_calls'."
     if not isinstance(message, dict) or "role" not in message or not ({"content", "tool_calls"} & set(message)):
         return f": a message is {{'role': ..., 'content': ...}}; found {str(message)[:80]}."
     role, content = message["role"], message.get("content")

@@ -35,6 +35,13 @@ TOKENIZED = dict.fromkeys(
     "is a name that the trainer uses for tokens; the recipe makes them itself. Rename or remove it.",
 )
 PAIR_TOKENS = dict.fromkeys(("chosen_ids", "rejected_ids", "input_ids"), TOKENIZED["input_ids"])
+CALLS = {
+    "functions": "chat templates read 'tools'. Rename it, with {'type': 'function', 'function': ...} for each.",
+    **dict.fromkeys(("function_call", "tool_choice", "parallel_tool_calls"), "no chat template reads it. Remove it."),
+}
+YES_OR_NO = {"true", "false", "1", "0", "1.0", "0.0", "none"}
+# of a message, by which others' formats choose what is learned, and the value for yes
+LEARNED = {"weight": 1, "train": True, "training": True, "loss": True, "mask": False, "masked": False}
 REWARD_ARGUMENTS = dict.fromkeys(
     ("functions", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
     "is a name of reward functions' own arguments. Rename it.",
@@ -95,7 +102,7 @@ def sft_rows(
     replies_only = args is None or args.assistant_only_loss or args.completion_only_loss is not False
     field = args.dataset_text_field if args else "text"
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}, {field}])
-    _refuse_for_sft(dataset, name)
+    _refuse_for_sft(dataset, name, columns)
     check_messages(dataset, name, columns)
     chat = isinstance(dataset[0][min(columns)], list)
     _say_unused(dataset, name, chat)
@@ -120,21 +127,32 @@ def _say_unused(dataset: Dataset, name: str, chat: bool) -> None:
 
 
 def _refuse_weights(messages: Messages) -> None:
-    """Refuse replies that OpenAI's format for fine-tuning marks as not to be learned."""
+    """Refuse replies that are marked as not to be learned, or less, as in OpenAI's format for fine-tuning."""
     for number, message in enumerate(messages):
-        if message["role"] == "assistant" and message.get("weight") == 0:
-            raise InputError(
-                f"message {number} has 'weight' 0, and every reply is learned here. Give the replies to learn as "
-                "'completion', and what is before them as 'prompt'."
-            )
+        for key, learned in LEARNED.items():
+            if message["role"] == "assistant" and message.get(key) not in (None, learned):
+                raise InputError(
+                    f"message {number} has {key!r} {message[key]!r}, and every reply is learned here. Give the replies "
+                    "to learn as 'completion', and what is before them as 'prompt'."
+                )
 
 
-def _refuse_for_sft(dataset: Dataset, name: str) -> None:
-    refuse_columns(dataset, name, {**MEDIA, **TOKENIZED})
-    if "label" in dataset.column_names and str(getattr(dataset.features["label"], "dtype", "")) == "bool":
-        refuse_columns(
-            dataset, name, {"label": "says which completions are good; SFT would learn all. Keep the good ones only."}
-        )
+def _refuse_for_sft(dataset: Dataset, name: str, columns: set[str]) -> None:
+    """Refuse columns that the loss or the template would have to follow.
+
+    Args:
+        columns: those that are read.
+    """
+    chat = isinstance(dataset[0][min(columns)], list)
+    refuse_columns(dataset, name, {**MEDIA, **TOKENIZED, **(CALLS if chat else {})})
+    if "label" not in dataset.column_names:
+        return
+    is_bool = str(getattr(dataset.features["label"], "dtype", "")) == "bool"
+    # of the whole file: a short split of ratings may have but 0 and 1
+    found = {str(label).strip('"').lower() for label in dataset.data["label"].to_pylist()}
+    if is_bool or ("completion" in columns and found <= YES_OR_NO):  # beside `text`, 0 and 1 are classes
+        reason = "says which completions are good; SFT would learn all. Keep the good ones only, without this column."
+        refuse_columns(dataset, name, {"label": reason})
 
 
 def _encode_chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Row]:
@@ -231,7 +249,7 @@ def seq2seq_rows(
         InputError: if columns are missing or can't be used, a row can't be encoded, or nothing is left.
     """
     columns = need_columns(dataset, name, [{"messages"}, {"prompt", "completion"}])
-    _refuse_for_sft(dataset, name)
+    _refuse_for_sft(dataset, name, columns)
     check_messages(dataset, name, columns)
     known = columns | {column for column in OPTION_COLUMNS if column in dataset.column_names}
     _say_unused(dataset, name, isinstance(dataset[0][min(columns)], list))
@@ -341,10 +359,10 @@ def preference_rows(
         InputError: if columns are missing or can't be used, a row can't be encoded, or no pair is left.
     """
     columns = need_columns(dataset, name, [{"prompt", "chosen", "rejected"}, {"chosen", "rejected"}])
-    refuse_columns(dataset, name, {**MEDIA, **PAIR_TOKENS})
+    chat = isinstance(dataset[0]["chosen"], list)
+    refuse_columns(dataset, name, {**MEDIA, **PAIR_TOKENS, **(CALLS if chat else {})})
     check_messages(dataset, name, columns)
     known = columns | {column for column in (*OPTION_COLUMNS, "margin") if column in dataset.column_names}
-    chat = isinstance(dataset[0]["chosen"], list)
     _say_unused(dataset, name, chat)
     others = sorted({*dataset.column_names} - known)
     if "prompt" not in columns and not chat and others:
