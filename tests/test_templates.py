@@ -11,6 +11,7 @@ from trl import RewardConfig, RewardTrainer, ScriptArguments, SFTConfig
 
 from rlhf.data.datasets import load_splits
 from rlhf.data.encoding import conversation_rows, encode_prompt, encode_text, encode_text_with_end, template_options
+from rlhf.data.files import read_rows
 from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
 from rlhf.data.templates import TemplateLimitError, render_template
 from rlhf.errors import InputError
@@ -264,6 +265,10 @@ def test_files_are_read_as_they_are(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", rows)
     train, test = load_splits(ScriptArguments(str(tmp_path / "b.jsonl")), "sft")
     assert sorted([*train, *test], key=lambda row: row["prompt"]) == rows
+    quoted = ['one "two"', 'a\n\nb, "c\n"', '"', ' "d" e', 'f "g', "h"]
+    cells = ['"one ""two"""', '"a\n\nb, ""c\n"""', '""""', ' "d" e', 'f "g', "h"]
+    (tmp_path / "q.csv").write_text("text\n" + "\n".join(cells))
+    assert read_rows(tmp_path / "q.csv", "q.csv")["text"][:] == quoted
     chat = json.dumps(user("a") + assistant("b")).replace('"', '""')
     (tmp_path / "c.csv").write_text("messages\n" + f'"{chat}"\n' * 3, encoding="utf-8-sig")
     assert load_splits(ScriptArguments(str(tmp_path / "c.csv")), "sft")[0][0]["messages"] == user("a") + assistant("b")
@@ -278,6 +283,10 @@ def test_files_are_read_as_they_are(tmp_path):
         ("d.jsonl", b'{"text": "a"}\n{"text": }\n', r"line 2 \(row 1\): isn't JSON \(Expecting value: column 10\)"),
         ("e.csv", b"text,text\na,b\n", "has the column 'text' twice"),
         ("f.csv", b"text,b\na,b\nc\n", r"row 1 \(line 3\) has 1 cells, and the header 2"),
+        ("j.csv", b'text\na\n\n"b\nc\nd\n', r"row that begins in line 4 can't be read \(a quote never closes\)"),
+        ("k.csv", b'id,text\n1,a\n2,"b ""c""\nd\n', "begins in line 3 can't be read .a quote never closes"),
+        ("l.csv", b'text\na\n"b\nc\nd "e" f\ng\n', "begins in line 3 can't be read"),
+        ("m.csv", b'"text\na\n', "begins in line 1 can't be read .a quote never closes"),
         ("g.jsonl", b"\n\n", "has no rows"),
         (
             "i.jsonl",

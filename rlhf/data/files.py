@@ -214,13 +214,15 @@ def _csv_features(file: Path, where: str) -> Features:
 def _csv_rows(file: Path, where: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
+        reader, begins = csv.reader(lines, strict=True), 1
         try:
             header = next((cells for cells in reader if cells), [])
             if twice := [column for column in header if header.count(column) > 1]:
                 raise InputError(f"{where}: has the column {twice[0]!r} twice. Rename one.")
             number = 0
+            begins = reader.line_num + 1
             for cells in reader:
+                begins = reader.line_num + 1
                 if not cells:
                     continue
                 if len(cells) != len(header):
@@ -231,4 +233,8 @@ def _csv_rows(file: Path, where: str) -> Iterator[dict[str, str]]:
                 yield dict(zip(header, cells, strict=True))
                 number += 1
         except csv.Error as error:
-            raise InputError(f"{where}: line {reader.line_num} can't be read ({error}).") from error
+            reason = "a quote never closes" if str(error) == "unexpected end of data" else error
+            raise InputError(
+                f"{where}: the row that begins in line {begins} can't be read ({reason}). Close every quote, and write "
+                "a quote inside a text as two."
+            ) from error
