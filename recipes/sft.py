@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.encoding import is_seq2seq
-from rlhf.data.rows import sft_rows
+from rlhf.data.rows import fit_max_length, sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
@@ -56,7 +56,9 @@ def main() -> None:
     seq2seq = is_seq2seq(tokenizer)
     if seq2seq:
         check_seq2seq_arguments(training_args)
-    limits = (training_args, context_length(source))
+    context = context_length(source)
+    fit_max_length(training_args, context)
+    limits = (training_args, context)
     train, test = (sft_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
     if plan.plan:
         return print_plan(plan_sft(plan, training_args, model_args, source, train))

@@ -263,6 +263,7 @@ for name, command, wrong, *says in (
     ("LoRA and a frozen body", "recipes/finetune", "--freeze_body true", "--freeze_body"),
     ("more samples than rows", "recipes/finetune", "--max_train_samples 999", "--max_train_samples 999"),
     ("longer than the context", "recipes/finetune", "--max_length 999", "--max_length 999"),
+    ("longer than the context", "recipes/sft", "--max_length 999", "--max_length 999"),
     ("a reply longer than the context", "recipes/ppo", "--response_length 999", "context of 256"),
     ("weights for other rewards", "recipes/ppo", "--reward_weights 1 2 3", "--reward_weights"),
     ("no such address", "recipes/collect", "--labeler human --server_name no.such.host.invalid --reward_funcs -",

@@ -318,6 +318,7 @@ def bad(tmp_path, tiny, files):
         ),
         "wrong roles": ("sft", [*model, "--dataset_name", tmp_path / "roles.jsonl"], "role 'bot' is unknown"),
         "long prompts": ("ppo", [*model, *out, "--dataset_name", tmp_path / "long.jsonl"], "context of 256"),
+        "beyond the context": ("sft", [*model, "--dataset_name", sft, "--max_length", 257], "context of 256 tokens"),
         "pad is eos": ("sft", [*model, *out, "--dataset_name", sft, "--pad_token", "<|im_end|>"], "also the eos token"),
         "adapter without base": ("sft", ["--model_name_or_path", tmp_path / "orphan"], "base model is missing"),
         "occupied folder": (
@@ -343,7 +344,7 @@ def bad(tmp_path, tiny, files):
 
 CASES = (
     "unknown flag,unknown key,missing config,wrong type,missing file,empty dataset,missing columns,"
-    "no such split,wrong roles,long prompts,pad is eos,adapter without base,occupied folder,"
+    "no such split,wrong roles,long prompts,beyond the context,pad is eos,adapter without base,occupied folder,"
     "offline Hub model,missing output,missing output data,missing tracker,offline Hub data,"
     "no token,no repo name,bad repo name,no such checkpoint,"
     "no prompts,no replies,unknown labeler,not a reward model"

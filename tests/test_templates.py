@@ -12,7 +12,7 @@ from trl import RewardConfig, RewardTrainer, ScriptArguments, SFTConfig
 from rlhf.data.datasets import load_splits
 from rlhf.data.encoding import conversation_rows, encode_prompt, encode_text, encode_text_with_end, template_options
 from rlhf.data.files import read_rows
-from rlhf.data.rows import preference_rows, prompt_rows, sft_rows
+from rlhf.data.rows import fit_max_length, preference_rows, prompt_rows, sft_rows
 from rlhf.data.templates import TemplateLimitError, render_template
 from rlhf.errors import InputError
 from rlhf.models.loading import load_reward_model
@@ -251,6 +251,22 @@ def test_what_max_length_cuts_is_counted(tokenizer, capsys):
     args.max_length = 2
     with pytest.raises(InputError, match="--max_length 2 cuts off all that is learned in all 3 rows"):
         sft_rows(Dataset.from_list(rows), "d", tokenizer, args)
+
+
+@pytest.mark.parametrize(("mode", "part"), [("keep_start", slice(64)), ("keep_end", slice(-64, None))])
+def test_rows_are_cut_at_the_models_context(tokenizer, capsys, mode, part):
+    args = SFTConfig(report_to="none", use_cpu=True, bf16=False, truncation_mode=mode)
+    rows = Dataset.from_list([{"text": "a b " * 60}, {"text": "a"}])
+    whole = sft_rows(rows, "d", tokenizer, args)["input_ids"]
+    fit_max_length(args, 64)
+    assert args.max_length == 64 < len(whole[0])
+    for args.max_length in (64, 1024, None):
+        cut = sft_rows(rows, "d", tokenizer, args, 64)
+        assert cut["input_ids"][:] == cut["labels"][:] == [whole[0][part], whole[1]]
+        assert "d: the model's context of 64 tokens cuts 1 of 2 rows." in capsys.readouterr().out
+    args.max_length = 65
+    with pytest.raises(InputError, match="--max_length 65: must be at most the model's context of 64"):
+        fit_max_length(args, 64)
 
 
 def test_files_are_read_as_they_are(tmp_path):

@@ -91,7 +91,7 @@ def sft_rows(
 
     Args:
         args: if its `completion_only_loss` is False, and `assistant_only_loss` too, the loss is taken on all tokens.
-        context_length: of an encoder-decoder model, for `seq2seq_rows`.
+        context_length: the model's own limit, at which rows are cut; at `args.max_length` the trainer cuts them.
 
     Raises:
         InputError: if columns are missing or can't be used, a row can't be encoded, nothing is left, or
@@ -116,7 +116,22 @@ def sft_rows(
 
     num_proc = args.dataset_num_proc if args else None
     rows = _map(dataset.select_columns(sorted(columns | options)), name, encode, "Tokenizing", num_proc=num_proc)
-    return _learnable(rows, len(dataset), name, args)
+    return _learnable(rows, len(dataset), name, args, context_length)
+
+
+def fit_max_length(args: SFTConfig, context_length: int | None) -> None:
+    """Set `max_length` to the model's context where it is longer by default.
+
+    Raises:
+        InputError: if it is another number beyond the context.
+    """
+    if context_length is None or args.max_length is None or args.max_length <= context_length:
+        return
+    if args.max_length != SFTConfig.max_length:
+        raise InputError(
+            f"--max_length {args.max_length}: must be at most the model's context of {context_length} tokens. Lower it."
+        )
+    args.max_length = context_length
 
 
 def _say_unused(dataset: Dataset, name: str, chat: bool) -> None:
@@ -178,8 +193,8 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, row: Row, field: str) -> Ro
     return {"input_ids": ids, "labels": [-100] * before + ids[before:]}
 
 
-def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None) -> Dataset:
-    """Rows that have a label within `max_length`. Prints how many are left out, cut or added.
+def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None, context_length: int | None) -> Dataset:
+    """Rows that have a label within `max_length` and the context. Prints how many are left out, cut or added.
 
     Args:
         count: number of rows of the dataset.
@@ -191,7 +206,7 @@ def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None) -> 
         )
     rows = _without_empty(rows, count, name)
     lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist()
-    limit = args.max_length if args else None
+    limit, cuts = _limit(args.max_length if args else None, context_length)
     long = {number for number, length in enumerate(lengths) if limit is not None and length > limit}
     if long and args and args.packing and args.packing_strategy != "bfd":
         long = set()  # packed in pieces
@@ -199,15 +214,24 @@ def _learnable(rows: Dataset, count: int, name: str, args: SFTConfig | None) -> 
     lost = {number for number in sorted(long) if all(label == -100 for label in rows[number]["labels"][part])}
     if long:
         print(
-            f"{name}: --max_length {limit} cuts {len(long)} of {len(lengths)} rows"
+            f"{name}: {cuts} cuts {len(long)} of {len(lengths)} rows"
             + (f", {len(lost)} of them before anything that is learned; those are left out." if lost else ".")
         )
     if len(lost) == len(lengths):
         raise InputError(
-            f"--dataset_name {name}: --max_length {limit} cuts off all that is learned in all {len(lengths)} rows of a "
+            f"--dataset_name {name}: {cuts} cuts off all that is learned in all {len(lengths)} rows of a "
             "split, so nothing is left to learn."
         )
-    return rows.select([number for number in range(len(rows)) if number not in lost]) if lost else rows
+    rows = rows.select([number for number in range(len(rows)) if number not in lost]) if lost else rows
+    if not long or limit != context_length:
+        return rows
+    return rows.map(lambda row: {key: ids[part] for key, ids in row.items()}, desc="Cutting")
+
+
+def _limit(max_length: int | None, context_length: int | None) -> tuple[int | None, str]:
+    """The smaller of two limits in tokens, if there is one, and its name."""
+    limit = min((limit for limit in (max_length, context_length) if limit is not None), default=None)
+    return limit, f"the model's context of {limit} tokens" if limit == context_length else f"--max_length {limit}"
 
 
 def _without_empty(rows: Dataset, count: int, name: str) -> Dataset:
@@ -265,7 +289,7 @@ def seq2seq_rows(
     selected = dataset.select_columns(sorted(known))
     rows = _map(selected, name, encode, "Tokenizing conversations", num_proc=args.dataset_num_proc if args else None)
     rows = _without_empty(rows, len(dataset), name)
-    limit = min((n for n in (args and args.max_length, context_length) if n is not None), default=None)
+    limit, _ = _limit(args.max_length if args else None, context_length)
     if limit is None:
         return rows
     long = sum(max(len(a), len(b)) > limit for a, b in zip(rows["input_ids"], rows["labels"], strict=True))
@@ -409,9 +433,8 @@ def _usable_pairs(encoded: Dataset, name: str, max_length: int | None, context_l
     both = zip(encoded["chosen_ids"], encoded["rejected_ids"], strict=True)
     same = {number for number, (chosen, rejected) in enumerate(both) if chosen == rejected}
     longest = longest_of_pairs(encoded)
-    limit = min((limit for limit in (max_length, context_length) if limit is not None), default=None)
+    limit, name_of_limit = _limit(max_length, context_length)
     long = {number for number, length in enumerate(longest) if limit is not None and length > limit}
-    name_of_limit = f"--max_length {limit}" if limit == max_length else f"the model's context of {limit} tokens"
     if len(same) == len(longest):
         raise InputError(
             f"--dataset_name {name}: 'chosen' and 'rejected' are the same in every pair, so there is nothing to learn."
@@ -422,7 +445,7 @@ def _usable_pairs(encoded: Dataset, name: str, max_length: int | None, context_l
     if not kept:
         raise InputError(
             f"--dataset_name {name}: every pair is longer than {name_of_limit}; the shortest has {min(longest)}. "
-            + ("Raise it." if limit == max_length else "Give shorter texts or another model.")
+            + ("Raise it." if limit != context_length else "Give shorter texts or another model.")
         )
     if long:
         print(f"{name}: left out {len(long)} of {len(longest)} pairs, longer than {name_of_limit}.")
