@@ -348,3 +348,15 @@ def test_messages_of_another_form_are_refused_after_the_split(tmp_path):
     train, _ = load_splits(DatasetArguments(str(tmp_path / "rows.jsonl")), "sft")
     with pytest.raises(InputError, match="column 'messages'"):
         check_messages(train, "rows.jsonl", {"messages"})
+
+
+def test_the_format_of_a_saved_dataset_is_left_out(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"], "n": [1, 2], "margin": [0.5, 2.0]})
+    rows.with_format("numpy", columns=["n"]).save_to_disk(tmp_path / "numpy")
+    DatasetDict(train=rows.with_format("torch", columns=["margin"], output_all_columns=True)).save_to_disk(
+        tmp_path / "torch"
+    )
+    for name in ("numpy", "torch"):
+        train, test = load_splits(DatasetArguments(str(tmp_path / name)), "sft")
+        assert sorted([*train, *test], key=lambda row: row["n"]) == rows.to_list()
+        assert all(type(row["margin"]) is float for row in train)

@@ -181,7 +181,8 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             f"(needs the network), a folder saved by datasets, a {'/'.join(DATA_FILES)} file, or 'starter'."
         ) from error
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
-    return {split: _with_parsed_chats(rows, name) for split, rows in splits.items()}
+    # a saved dataset may hide columns, or give tensors
+    return {split: _with_parsed_chats(rows.with_format(None), name) for split, rows in splits.items()}
 
 
 def _from_disk(folder: Path, name: str) -> Dataset | DatasetDict:
