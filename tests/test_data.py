@@ -3,6 +3,8 @@
 import copy
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import assistant, learned, user
 from datasets import Dataset, DatasetDict
@@ -360,3 +362,25 @@ def test_the_format_of_a_saved_dataset_is_left_out(tmp_path):
         train, test = load_splits(DatasetArguments(str(tmp_path / name)), "sft")
         assert sorted([*train, *test], key=lambda row: row["n"]) == rows.to_list()
         assert all(type(row["margin"]) is float for row in train)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [(pa.table({"text": pa.array([], pa.string())}), "has no rows"),
+     (pa.table([["a"], ["b"]], ["text", "text"]), "has the column 'text' twice. Rename one")],
+)  # fmt: skip
+def test_parquet_files_without_rows_or_with_a_column_twice_are_refused(tmp_path, table, message):
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "train-1.parquet")
+    pq.write_table(table, tmp_path / "train-2.parquet")
+    for name in ("train-2.parquet", ""):
+        with pytest.raises(InputError, match=f"train-2.parquet: {message}"):
+            load_splits(DatasetArguments(str(tmp_path / name)), "sft")
+
+
+def test_a_parquet_file_without_row_groups_is_refused_unless_others_have_rows(tmp_path):
+    Dataset.from_dict({"text": ["a"]}).select([]).to_parquet(tmp_path / "train-2.parquet")
+    for name in ("train-2.parquet", ""):
+        with pytest.raises(InputError, match=r"train-2.parquet: has no rows\. Remove"):
+            load_splits(DatasetArguments(str(tmp_path / name)), "sft")
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "train-1.parquet")
+    assert load_splits(DatasetArguments(str(tmp_path)), "sft")[0]["text"][:] == ["a"]

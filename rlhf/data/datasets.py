@@ -34,6 +34,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from pyarrow.parquet import ParquetFile
 from trl import ScriptArguments
 from trl.data_utils import get_dataset_column_names
 
@@ -166,6 +167,8 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
             if path.stat().st_size == 0:
                 raise InputError(f"--dataset_name {name}: the file is empty.")
             own = path.suffix in OWN_FILES
+            if not own:
+                _check_parquet([path], name)
             loaded = read_rows(path, name) if own else load_dataset("parquet", data_files=str(path))
         elif config is None and (files := _files_by_split(path)):
             loaded = DatasetDict({split: _from_files(found, path, name) for split, found in files.items()})
@@ -183,6 +186,21 @@ def _read(name: str, part: str, config: str | None) -> dict[str, Dataset]:
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     # a saved dataset may hide columns, or give tensors
     return {split: _with_parsed_chats(rows.with_format(None), name) for split, rows in splits.items()}
+
+
+def _check_parquet(files: list[Path], name: str) -> None:
+    """Refuse files of one split with a column twice or without rows, on which `datasets` fails."""
+    count = 0
+    for file in files:
+        where = f"--dataset_name {name}" + ("" if str(file) == name else f": {file.name}")
+        with ParquetFile(file) as found:
+            names, facts = found.schema_arrow.names, found.metadata
+        count += facts.num_rows
+        if twice := [column for column in names if names.count(column) > 1]:
+            raise InputError(f"{where}: has the column {twice[0]!r} twice. Rename one.")
+        # `datasets` reads a file without row groups if another has rows
+        if (facts.num_row_groups and not facts.num_rows) or (file == files[-1] and not count):
+            raise InputError(f"{where}: has no rows. Remove it, or fill it.")
 
 
 def _from_disk(folder: Path, name: str) -> Dataset | DatasetDict:
@@ -226,6 +244,8 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     if ".parquet" in kinds and len(kinds) > 1:
         raise InputError(f"--dataset_name {folder}: has {' and '.join(kinds)} files, of which one kind would be read. "
                          "Give one file, or a folder of one kind.")  # fmt: skip
+    for named in files.values() if kinds == [".parquet"] else ():
+        _check_parquet(named, str(folder))
     _say_unread(folder, read)
     return files if ".parquet" not in kinds else {}
 
