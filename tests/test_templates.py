@@ -229,7 +229,8 @@ def test_columns_that_cant_be_used_are_named(tokenizer, make, row, message):
 def test_labels_of_texts_and_ratings_of_completions_are_no_marks(tokenizer):
     assert len(sft_rows(Dataset.from_list([{"text": "a", "label": 1, "functions": "f"}]), "d", tokenizer)) == 1
     rated = [{"prompt": "a", "completion": "b", "label": label} for label in (1, 4)]
-    assert len(sft_rows(Dataset.from_list(rated), "d", tokenizer)) == 2
+    rows = Dataset.from_list(rated).select([1, 0])
+    assert len(sft_rows(rows, "d", tokenizer)) == 2 and len(sft_rows(rows.select([1]), "d", tokenizer)) == 1
 
 
 def test_pairs_that_say_the_same_are_left_out_and_counted(tokenizer, capsys):

@@ -39,7 +39,7 @@ CALLS = {
     "functions": "chat templates read 'tools'. Rename it, with {'type': 'function', 'function': ...} for each.",
     **dict.fromkeys(("function_call", "tool_choice", "parallel_tool_calls"), "no chat template reads it. Remove it."),
 }
-YES_OR_NO = {"true", "false", "1", "0", "1.0", "0.0", "none"}
+YES_OR_NO = {"true", "false", "1", "0", "1.0", "0.0"}
 # of a message, by which others' formats choose what is learned, and the value for yes
 LEARNED = {"weight": 1, "train": True, "training": True, "loss": True, "mask": False, "masked": False}
 REWARD_ARGUMENTS = dict.fromkeys(
@@ -162,10 +162,11 @@ def _refuse_for_sft(dataset: Dataset, name: str, columns: set[str]) -> None:
     refuse_columns(dataset, name, {**MEDIA, **TOKENIZED, **(CALLS if chat else {})})
     if "label" not in dataset.column_names:
         return
-    is_bool = str(getattr(dataset.features["label"], "dtype", "")) == "bool"
-    # of the whole file: a short split of ratings may have but 0 and 1
-    found = {str(label).strip('"').lower() for label in dataset.data["label"].to_pylist()}
-    if is_bool or ("completion" in columns and found <= YES_OR_NO):  # beside `text`, 0 and 1 are classes
+    marks = str(getattr(dataset.features["label"], "dtype", "")) == "bool"
+    if "completion" in columns:  # beside `text`, 0 and 1 are classes
+        # of the whole file: a short split of ratings may have but 0 and 1
+        marks |= {str(label).strip('"').lower() for label in dataset.data["label"].to_pylist()} <= YES_OR_NO
+    if marks:
         reason = "says which completions are good; SFT would learn all. Keep the good ones only, without this column."
         refuse_columns(dataset, name, {"label": reason})
 
