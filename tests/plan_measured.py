@@ -1,9 +1,9 @@
 """Plans against real runs: `make plan` runs recipes on the CPU, measures their memory and fills docs/plan.md.
 
 Each setting is run twice, in processes of its own: with `--plan true`, and for a few steps. Measured is the peak of the
-process's resident memory less what it had after the imports and a first small run, which brings torch's libraries
-into memory. malloc gives every large block back at once (MALLOC_MMAP_THRESHOLD_), so that resident memory follows what
-torch allocates.
+process's resident memory, as Linux counts it, less what it had after the imports and a first small run, which brings
+torch's libraries into memory. malloc gives every large block back at once (MALLOC_MMAP_THRESHOLD_), so that resident
+memory follows what torch allocates.
 """
 
 import argparse
@@ -13,14 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
          "num_key_value_heads": 4, "max_position_embeddings": 1024}  # fmt: skip
 COMMON = ["--dtype", "float32", "--bf16", "false", "--save_strategy", "no", "--per_device_eval_batch_size", "1",
@@ -60,7 +55,7 @@ def make_inputs(folder: Path, **changes: int) -> None:
     tokenizer.save_pretrained(folder / "model")
     for name in ("sft", "reward", "ppo"):
         rows = []
-        for number in range(24):
+        for number in range(40):  # two full steps where batches are accumulated
             prompt = [{"role": "user", "content": f"number {number}: " + "tell me about rain " * 20}]
             replies = [[{"role": "assistant", "content": word * 60}] for word in ("yes indeed ", "no never ")]
             rows.append(
@@ -97,17 +92,11 @@ def measured(name: str, folder: Path) -> float:
     return float(done.stdout.strip().splitlines()[-1].removeprefix("GiB "))
 
 
-class Peak(threading.Thread):
-    """The largest resident memory of this process, looked at every 2 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.process, self.most, self.running = psutil.Process(), 0, True
-
-    def run(self) -> None:
-        while self.running:
-            self.most = max(self.most, self.process.memory_info().rss)
-            time.sleep(0.002)
+def resident(most: bool = False) -> float:
+    """GiB of this process's resident memory as Linux counts it: now, or the most since `clear_refs` was written."""
+    found = re.search(rf"Vm{'HWM' if most else 'RSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 2**20
 
 
 def run_and_measure(name: str, folder: Path) -> None:
@@ -122,13 +111,10 @@ def run_and_measure(name: str, folder: Path) -> None:
         make_inputs(Path(small), num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=2,
                     num_key_value_heads=1)  # fmt: skip
         run(words_of(name, Path(small), "warm"))
-    peak = Peak()
-    before = peak.process.memory_info().rss
-    peak.start()
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run(words_of(name, folder, f"run-{list(SETTINGS).index(name)}"))
-    peak.running = False
-    peak.join()
-    print(f"GiB {(peak.most - before) / GIB:.4f}")
+    print(f"GiB {resident(most=True) - before:.4f}")
 
 
 def write_row(setting: str, plan: float, run: float) -> None:
