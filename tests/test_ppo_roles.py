@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import LORA, count_a, logged, ppo_config, ppo_trainer
-from peft import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
-from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -49,6 +49,73 @@ def test_a_reward_adapter_over_the_policys_base_scores_as_the_separate_model(
     # and as transformers' own classifier computes it
     batch = tokenizer.pad({"input_ids": [alone.encode(chats[0], replies[0])]}, return_tensors="pt")
     assert abs(float(separate(**batch).logits) - ours[0]) < 1e-5
+
+
+def saved_adapter(base, folder, auto_class=AutoModelForCausalLM, task="CAUSAL_LM", **settings):
+    """Save an adapter that changes what its base says; returns its folder."""
+    torch.manual_seed(1)
+    model = auto_class.from_pretrained(base, **({"num_labels": 1} if task == "SEQ_CLS" else {}))
+    model = get_peft_model(model, LoraConfig(task_type=task, r=2, target_modules=["q_proj"], **settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) / 10
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+CHANGE_THE_BASE = (
+    *({"init_lora_weights": start} for start in ("pissa", "olora")),
+    *({"bias": kind} for kind in ("all", "lora_only")),
+    {"layer_replication": [[0, 2], [1, 2]]},
+)
+LEAVE_THE_BASE = (
+    *({"init_lora_weights": start} for start in (False, "gaussian", "eva", "orthogonal", "mica")),
+    {"trainable_token_indices": [5, 6]},
+    {"target_parameters": ["mlp.down_proj.weight"]},
+)
+
+
+@pytest.mark.parametrize("settings", CHANGE_THE_BASE, ids=str)
+def test_an_adapter_that_changes_its_base_shares_it_with_no_other(settings, tiny, sft, tokenizer, prompts, tmp_path):
+    name = next(iter(settings))
+    folder = saved_adapter(tiny, tmp_path / "a", **settings)
+    alone = load_causal_lm(resolve(folder), LORA, tokenizer).eval()
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
+    torch.testing.assert_close(alone(IDS).logits, plain(IDS).logits)
+    for source, start in ((folder, folder), (sft, folder), (folder, sft), (tiny, folder)):
+        with pytest.raises(InputError, match=f"^--model_name_or_path {folder}: its {name} .*the base, which other"):
+            load_policy(resolve(source), LORA, tokenizer, start=resolve(start))
+    with pytest.raises(InputError, match=f"^model: the reference is .* its {name} "):
+        PPOTrainer(ppo_config(tmp_path), tokenizer, alone, train_dataset=prompts, reward_funcs=[count_a])
+    with pytest.raises(InputError, match=f"The adapter 'default' can't share its base with another: its {name} "):
+        alone.load_adapter(sft, REFERENCE)  # as the trainers of TRL do, and chat.py
+
+
+@pytest.mark.parametrize("settings", LEAVE_THE_BASE, ids=str)
+def test_policy_and_reference_are_the_adapter_of_plain_peft(settings, tiny, tokenizer, tmp_path):
+    folder = saved_adapter(tiny, tmp_path, **settings)
+    policy = load_policy(resolve(folder), LORA, tokenizer).eval()
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
+    for name in ("default", REFERENCE):
+        with active_adapter(policy, name):
+            torch.testing.assert_close(policy(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("settings", [*CHANGE_THE_BASE, *LEAVE_THE_BASE], ids=str)
+def test_no_reward_adapter_moves_policy_or_reference(settings, tiny, sft, tokenizer, tmp_path):
+    folder = saved_adapter(tiny, tmp_path, AutoModelForSequenceClassification, "SEQ_CLS", **settings)
+    policy = load_policy(resolve(sft), LORA, tokenizer).eval()
+    before = policy(IDS).logits
+    reward = load_model_reward(folder, policy)
+    chat = [{"role": "user", "content": "Hello"}]
+    score = reward([chat], ["yes"])[0]
+    for name in ("default", REFERENCE):
+        with active_adapter(policy, name):
+            assert torch.equal(policy(IDS).logits, before)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    plain = PeftModel.from_pretrained(base, folder)
+    assert score == pytest.approx(plain(torch.tensor([reward.encode(chat, "yes")])).logits.item(), abs=1e-5)
 
 
 def test_one_base_in_memory_serves_all_roles(sft, reward_adapter, tokenizer, prompts, tmp_path):

@@ -28,6 +28,8 @@ from rlhf.models.sources import Source, saved_rows
 
 # Names of the adapters beside the policy's, over one base in memory.
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
+# what LoRA may begin with and leave its base as it is; PEFT begins anew each time that the adapter is loaded
+HARMLESS_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 def _unless_named_alike(convert: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
@@ -53,6 +55,38 @@ def _unless_named_alike(convert: Callable[..., dict[str, torch.Tensor]]) -> Call
 transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = _unless_named_alike(
     transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
 )
+
+
+def why_alone(config: PeftConfig) -> str | None:
+    """Why no other role can use the base of such an adapter: it changes the base's own weights or layers, or None.
+
+    PiSSA, OLoRA, CorDA and LoftQ take from the base's weights what they begin with, each time that they are loaded.
+    """
+    start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+    advice = "Merge it into a full model (merge_and_unload), or give an adapter that leaves its base as it is."
+    if str(start).lower() not in HARMLESS_STARTS:
+        return f"its init_lora_weights {start!r} changes the weights of the base, which other roles use too. {advice}"
+    if bias != "none":
+        return f"its bias {bias!r} changes the biases of the base, which other roles use too. {advice}"
+    if getattr(config, "layer_replication", None):
+        return "its layer_replication changes the layers of the base, which other roles use too. Give another adapter."
+    return None
+
+
+def _unless_alone(add_adapter: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's `add_adapter`, which refuses what would silently change the base under the adapters that it has."""
+
+    @functools.wraps(add_adapter)
+    def added(model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        for name, config in [*model.peft_config.items(), (adapter_name, peft_config)]:
+            if why := why_alone(config):
+                raise InputError(f"The adapter {name!r} can't share its base with another: {why}")
+        add_adapter(model, adapter_name, peft_config, *args, **kwargs)
+
+    return added
+
+
+PeftModel.add_adapter = _unless_alone(PeftModel.add_adapter)
 
 
 @contextmanager
@@ -144,8 +178,13 @@ def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
     It must be a plain adapter of the policy's kind over the policy's base, and `name` must be free.
     """
     config = source.peft_config
+    alone = ("trainable_token_indices", "target_parameters")  # PEFT wraps those for adapters that all have them
     return (
         config is not None
+        and not any(
+            why_alone(each) or any(getattr(each, setting, None) for setting in alone)
+            for each in (config, *policy.peft_config.values())
+        )
         and name not in policy.peft_config
         and config.peft_type == policy.peft_type
         and source.base == policy.get_base_model().name_or_path

@@ -27,7 +27,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import REFERENCE, new_adapter
+from rlhf.models.adapters import REFERENCE, new_adapter, why_alone
 from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
 from rlhf.models.causality import need_causal
@@ -360,7 +360,13 @@ def load_policy(
 
     Args:
         start: the adapter to copy, if it is not that of `source`.
+
+    Raises:
+        InputError: see `load_causal_lm`; or if an adapter changes the base, which the reference uses too.
     """
+    for one in (source, start or source):
+        if one.peft_config is not None and (why := why_alone(one.peft_config)):
+            raise InputError(f"{one.flag} {one.name}: {why}")
     policy = load_causal_lm(start or source, model_args, tokenizer)
     if source.adapter is not None:
         with loading(source.flag, source.name, "the adapter"):

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError
-from rlhf.models.adapters import REFERENCE, new_adapter, refuse_prompt_learning
+from rlhf.models.adapters import REFERENCE, new_adapter, refuse_prompt_learning, why_alone
 from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
 from rlhf.models.sources import Source, resolve
@@ -96,6 +96,9 @@ def load_roles(
             raise InputError("peft_config: the model is a PeftModel already. Leave it out, or merge_and_unload first.")
         model = new_adapter(model, peft_config)
     refuse_prompt_learning(model, "model")
+    if ref_model is None and isinstance(model, PeftModel):
+        for why in filter(None, map(why_alone, model.peft_config.values())):
+            raise InputError(f"model: the reference is the policy's base, and the policy is an adapter: {why}")
     if ref_model is None and not isinstance(model, PeftModel):
         ref_model = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(ref_model, str):
