@@ -5,10 +5,13 @@ import torch
 from conftest import LORA, count_a, logged, ppo_config, ppo_trainer
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import SFTConfig
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
+from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
+from rlhf.models.losses import fit_loss
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -100,6 +103,8 @@ def test_policy_and_reference_are_the_adapter_of_plain_peft(settings, tiny, toke
     for name in ("default", REFERENCE):
         with active_adapter(policy, name):
             torch.testing.assert_close(policy(IDS).logits, plain(IDS).logits)
+    fit_loss(SFTConfig(tmp_path, use_cpu=True, bf16=False), policy)
+    need_causal(policy.get_base_model(), "policy")
 
 
 @pytest.mark.parametrize("settings", [*CHANGE_THE_BASE, *LEAVE_THE_BASE], ids=str)

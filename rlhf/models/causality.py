@@ -32,11 +32,17 @@ def need_causal(model: PreTrainedModel, what: str) -> None:
         )
 
 
+def embedded(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding. An adapter that trains some of these hides the number (PEFT's wrapper)."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "original_module", embeddings).num_embeddings
+
+
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
     """Whether another last token, or fewer tokens, change the logits before. Tried once; the mode is as before."""
     training = model.training
-    size = model.get_input_embeddings().num_embeddings
+    size = embedded(model)
     # spread over the vocabulary: between its first tokens, special ones, half precision rounds beyond recognition
     ids = (torch.arange(1, TRIED + 1, device=model.device) * (size - 1) // (TRIED + 1)).clamp(min=1).repeat(2, 1)
     ids[1, -1] = ids[0, 0]

@@ -10,6 +10,7 @@ from trl import SFTConfig
 from trl.trainer import utils
 
 from rlhf.errors import InputError
+from rlhf.models.causality import embedded
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
 
 FUSED = hasattr(utils, "add_fused_lm_head")  # TRL 1.15 and later: no other loss than that of its own head
@@ -33,7 +34,7 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         return
     config, training, forward = whole.config.get_text_config(), whole.training, vars(whole).get("forward")
     router = getattr(config, "output_router_logits", None)
-    ids = torch.arange(16, device=whole.device)[None] % (whole.get_input_embeddings().num_embeddings - 1) + 1
+    ids = torch.arange(16, device=whole.device)[None] % (embedded(whole) - 1) + 1
     whole.eval()
     try:
         if router is not None:
