@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 from conftest import LORA, ROOT
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -336,11 +344,47 @@ def test_a_control_token_beyond_the_embeddings_that_nothing_uses_is_no_fault(tin
     assert load(folder).get_input_embeddings().num_embeddings == len(larger) - 1
 
 
-def test_prompt_tuning_is_no_start_for_a_reward_model(tiny, tokenizer, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="is a PROMPT_TUNING adapter"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2), "is a PROMPT_TUNING adapter"),
+        (TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5]), "is a TRAINABLE_TOKENS adapter"),
+        (LoraConfig(r=2, target_modules=["lm_head"]), "changes lm_head only, .* no such layer. Give its base"),
+    ],
+)
+def test_no_start_for_a_reward_model(config, message, tiny, tokenizer, tmp_path):
+    config.task_type = "CAUSAL_LM"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"^--model_name_or_path {tmp_path}: .*{message}"):
         load_reward_model(resolve(str(tmp_path)), LORA, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), True),
+        (LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), True),
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), False),
+        # these keep what their layers share outside of the model
+        (VBLoRAConfig(r=2, vector_length=8, num_vectors=20, topk=2, target_modules=["q_proj"]), False),
+        (UniLoraConfig(r=2, target_modules=["q_proj"]), False),
+    ],
+)
+def test_a_reward_model_begins_with_the_trunk_of_its_sft_adapter(config, left_out, tiny, tokenizer, tmp_path, capsys):
+    config.task_type = "CAUSAL_LM"
+    sft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).eval()
+    for parameter in sft.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) / 10
+    sft.save_pretrained(tmp_path / "sft")
+    model = load_reward_model(resolve(str(tmp_path / "sft")), LORA, tokenizer).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = sft.get_base_model().model(ids).last_hidden_state
+    torch.testing.assert_close(model.get_base_model().model(ids).last_hidden_state, expected)
+    assert ("its lm_head is left out" in capsys.readouterr().out) == left_out
+    model.save_pretrained(tmp_path / "reward")
+    again = load_reward_model(resolve(str(tmp_path / "reward")), LORA, tokenizer, trainable=False)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
 
 def test_a_reward_model_keeps_its_adapters_and_heads(reward_adapter, sft, tiny, tokenizer):

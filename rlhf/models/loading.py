@@ -227,15 +227,15 @@ def load_reward_model(
         InputError: if the model can't be loaded, its body is incomplete or NaN, or it is an adapter without weights in
             the layers (prompt tuning), from which no reward adapter can start.
     """
-    if source.peft_config is not None and source.peft_config.is_prompt_learning:
+    config = source.peft_config
+    if config is not None and (config.is_prompt_learning or not hasattr(config, "modules_to_save")):
         raise InputError(
-            f"{source.flag} {source.name}: is a {source.peft_config.peft_type.value} adapter, which has no weights in "
+            f"{source.flag} {source.name}: is a {config.peft_type.value} adapter, which has no weights in "
             "the layers to start a reward model from. Give its base or a LoRA adapter."
         )
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
-    config = base_config(source)
-    _refuse_without_classifier(source, config, trainable)
+    _refuse_without_classifier(source, base_config(source), trainable)
     fresh = trainable and model_args.use_peft and source.adapter is None
     tried = _lora_config(model_args, TaskType.SEQ_CLS) if fresh else None
     check_architecture(source, AutoModelForSequenceClassification, model_args.attn_implementation, tried)
@@ -322,25 +322,42 @@ def draw_score_head(head: nn.Linear, seed: int) -> None:
 
 
 def _reward_adapter_from(source: Source, classifier: PreTrainedModel, new: set[str]) -> PeftModel:
-    """A new adapter with the LoRA weights of a language model's adapter and the classifier's score head.
+    """A new adapter with the weights of a language model's adapter and the classifier's score head.
 
-    Its task type is SEQ_CLS: under CAUSAL_LM, PEFT would neither train the head nor save it.
+    What the adapter trained of the language model's head is left out. The task type is SEQ_CLS: under CAUSAL_LM, PEFT
+    would neither train the score head nor save it.
 
     Args:
         new: names of the weights that the base's checkpoint lacks.
     """
     assert source.peft_config is not None
+    with loading(source.flag, source.name, "the adapter"):
+        saved = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
+    body, outer = f"base_model.model.{classifier.base_model_prefix}.", "base_model.model."
+    weights, left_out = {}, set()
+    for key, weight in saved.items():
+        part = key.removeprefix(outer).split(".")[0]
+        if key.startswith(body) or not key.startswith(outer):  # what layers share is outside of the model (VB-LoRA)
+            weights[key] = weight
+        elif hasattr(classifier.base_model, part):
+            # the classifiers of T5 and its relatives have the layers one level deeper than the language models
+            weights[key.replace(outer, body, 1)] = weight
+        else:
+            left_out.add(part)
+    if not weights:
+        raise InputError(
+            f"{source.flag} {source.name}: the adapter changes {' and '.join(sorted(left_out))} only, and a reward "
+            f"model has no such layer. Give its base ({source.base}), or an adapter of other layers."
+        )
+    if left_out:
+        print(f"{source.name}: its {' and '.join(sorted(left_out))} is left out; a reward model has no such layer.")
     config = copy.deepcopy(source.peft_config)
     config.task_type, config.inference_mode = TaskType.SEQ_CLS, False
-    config.modules_to_save = _head_modules(classifier, new, config.modules_to_save)
+    kept = [name for name in config.modules_to_save or [] if name not in left_out]
+    config.modules_to_save = _head_modules(classifier, new, kept or None)
     model = new_adapter(classifier, config)
-    with loading(source.flag, source.name, "the adapter"):
-        weights = load_peft_weights(source.adapter, device="cpu", revision=source.revision)
-    body, outer = f"base_model.model.{classifier.base_model_prefix}.", "base_model.model."
-    # the classifiers of T5 and its relatives have the layers one level deeper than the language models
-    weights = {key if key.startswith(body) else key.replace(outer, body, 1): weight for key, weight in weights.items()}
     own = get_peft_model_state_dict(model)
-    weights |= {key: weight for key, weight in own.items() if not key.startswith(body) or ".pooler." in key}
+    weights = {key: own[key] for key in own if not key.startswith(body) or ".pooler." in key} | weights
     with loading(source.flag, source.name, "the adapter"):
         set_peft_model_state_dict(model, weights)
     check_adapter(
