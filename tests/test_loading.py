@@ -114,6 +114,28 @@ BROKEN = {
         lambda m: settings(m, quantization_config={"quant_method": "magic"}),
         "no quantization method 'magic'",
     ),
+    "quantized by a word": (
+        lambda m: settings(m, quantization_config="x"),
+        "config.json: quantization_config must be an object of settings; found 'x'",
+    ),
+    "packed, it says": (
+        lambda m: settings(m, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"calls the weights packed by bitsandbytes, and they are plain \(F32\)",
+    ),
+    "whole numbers": (
+        lambda m: weights(m, lambda w: w.update({key: w[key].to(torch.int8) for key in w if "q_proj" in key})),
+        "its weights are of type I8, as quantized ones are, and config.json has no quantization_config",
+    ),
+    "architecture is a number": (lambda m: settings(m, architectures=[5]), "architectures must be a list, such as"),
+    "an encoder, it says": (lambda m: settings(m, is_encoder_decoder=True), "and llama has no encoder"),
+    "rope without its factor": (
+        lambda m: settings(m, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        r"its config can't be loaded \(Missing required keys .*factor'\}\)",
+    ),
+    "vision": (
+        lambda m: settings(m, model_type="llava", architectures=["LlavaForConditionalGeneration"]),
+        "is a vision-language model",
+    ),
     "no tokenizer": (
         lambda m: [(m / file).unlink() for file in ("tokenizer.json", "tokenizer_config.json")],
         "its tokenizer",
@@ -333,6 +355,17 @@ def test_an_adapter_brings_its_resized_embeddings_along(tiny, tokenizer, tmp_pat
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
     policy = load_causal_lm(resolve(tiny), LORA, tokenizer)
     assert not fits_beside(policy, source, "reward")
+
+
+def test_outputs_that_a_config_names_change_nothing(tiny, tokenizer, tmp_path):
+    """Tuples in place of named outputs, and attention weights, which attention kernels don't return."""
+    shutil.copytree(tiny, tmp_path / "m")
+    settings(tmp_path / "m", return_dict=False, output_attentions=True, output_hidden_states=True)
+    source, ids = resolve(str(tmp_path / "m")), torch.tensor([[5, 6, 7]])
+    output = load_causal_lm(source, LORA, tokenizer)(ids)
+    torch.testing.assert_close(output.logits, load(tiny)(ids).logits)
+    assert output.attentions is None and output.hidden_states is None
+    assert load_reward_model(source, LORA, tokenizer)(ids).logits.shape == (1, 1)
 
 
 def test_a_control_token_beyond_the_embeddings_that_nothing_uses_is_no_fault(tiny, tmp_path):

@@ -69,6 +69,8 @@ def _why(error: Exception, what: str) -> str:
         return f"{what} isn't in this Hub repo ({_first_line(text)})."
     if isinstance(error, HfHubHTTPError) and status in DENIED:
         return "the Hub says no: it doesn't exist, is gated, or needs a token (hf auth login)."
+    if isinstance(error, KeyError) and " " in str(error.args[0]):  # a sentence
+        return f"{what} can't be loaded ({_first_line(str(error.args[0]))})."
     if isinstance(error, KeyError):  # of a table of names: hidden_act "warp"
         return f"{what} can't be loaded (no {text} is known or given). Look for it in the model's files."
     kind = "" if isinstance(error, OSError | ImportError) else f"{type(error).__name__}: "
@@ -118,11 +120,14 @@ def read_settings(file: Path, flag: str, name: str) -> dict[str, object]:
     return content
 
 
-def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> None:
+def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> set[str]:
     """Refuse a local folder whose weights are missing, cut off or in another format. Only headers are read.
 
     Args:
         weights: `WEIGHTS` or `ADAPTER_WEIGHTS`.
+
+    Returns:
+        the dtypes of the matrices, as safetensors calls them: F32, I8, ...
 
     Raises:
         InputError: naming the file and what to do.
@@ -134,16 +139,19 @@ def check_files(folder: Path, flag: str, name: str, weights: str = WEIGHTS) -> N
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise InputError(f"{flag} {name}: {index.name} has no weight_map from weights to files.")
         files = [folder / shard for shard in sorted(set(shards.values()))]
+    dtypes = set()
     for file in files:
         if not file.is_file():
             raise missing_weights(file.name, [path.name for path in folder.iterdir()], flag, name)
         try:
             with safe_open(file, framework="pt") as opened:
-                opened.keys()
+                matrices = [opened.get_slice(key) for key in opened.keys() if key.endswith("weight")]  # noqa: SIM118
+                dtypes |= {matrix.get_dtype() for matrix in matrices if len(matrix.get_shape()) > 1}
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{flag} {name}: {file.name} is damaged or incomplete ({error}). Copy or download it again."
             ) from error
+    return dtypes
 
 
 def check_repo(repo: str, revision: str | None, flag: str, name: str, weights: str = WEIGHTS) -> None:
@@ -168,6 +176,29 @@ def missing_weights(wanted: str, files: list[str], flag: str, name: str) -> Inpu
         found = f"; found {', '.join(others[:3])}"
         advice = "To convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), in Python."
     return InputError(f"{flag} {name}: {wanted} is missing{found}. Weights are read from safetensors only. {advice}")
+
+
+def check_dtypes(config: object, dtypes: set[str], flag: str, name: str) -> None:
+    """Refuse matrices of whole numbers that config.json doesn't call quantized, or plain ones that it calls packed.
+
+    Args:
+        dtypes: see `check_files`.
+
+    Raises:
+        InputError: naming quantization_config.
+    """
+    settings, whole = getattr(config, "quantization_config", None), sorted(dtypes & {"I8", "U8", "I16", "I32", "I64"})
+    if settings is None and whole:
+        raise InputError(
+            f"{flag} {name}: its weights are of type {whole[0]}, as quantized ones are, and config.json has no "
+            "quantization_config, without which they are read as plain numbers. Copy or download config.json again."
+        )
+    named = settings if isinstance(settings, dict | None) else settings.to_dict()
+    if named and not whole and (named.get("load_in_4bit") or named.get("load_in_8bit")):
+        raise InputError(
+            f"{flag} {name}: config.json's quantization_config calls the weights packed by bitsandbytes, and they are "
+            f"plain ({', '.join(sorted(dtypes))}). Remove it, and quantize with --load_in_4bit or --load_in_8bit."
+        )
 
 
 def check_quantization(config: object, flag: str, name: str) -> None:

@@ -22,6 +22,7 @@ from peft import __version__ as peft_version
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -36,6 +37,7 @@ from rlhf.models.checks import (
     DENIED,
     WEIGHTS,
     adapter_shapes,
+    check_dtypes,
     check_files,
     check_quantization,
     check_repo,
@@ -141,6 +143,11 @@ def _check_source(source: Source) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
         raise InputError(f"{source.flag} {source.name}: config.json: num_hidden_layers {layers} makes no model.")
+    if config.is_encoder_decoder and is_decoder(config) and type(config) not in AutoModelForSeq2SeqLM._model_mapping:
+        raise InputError(
+            f"{source.flag} {source.name}: config.json: is_encoder_decoder is true, and {config.model_type} has no "
+            "encoder. Set it to false."
+        )
     generation = Path(source.base) / GENERATION_CONFIG_NAME
     if generation.exists():  # transformers passes over a broken one, and its end tokens are lost
         settings = read_settings(generation, source.flag, source.name)
@@ -154,7 +161,9 @@ def _check_source(source: Source) -> None:
     places = [(source.base, base_revision(source), WEIGHTS), (source.adapter, source.revision, ADAPTER_WEIGHTS)]
     for place, revision, weights in places:
         if place is not None and Path(place).is_dir():
-            check_files(Path(place), source.flag, source.name, weights)
+            dtypes = check_files(Path(place), source.flag, source.name, weights)
+            if weights == WEIGHTS:
+                check_dtypes(config, dtypes, source.flag, source.name)
         elif place is not None:
             check_repo(place, revision, source.flag, source.name, weights)
 
@@ -163,7 +172,7 @@ def base_config(source: Source, **options: object) -> PreTrainedConfig:
     """The config of the base.
 
     An attention or experts implementation that it names has no effect: transformers would fetch a kernel from the Hub
-    and run it. The flag --attn_implementation names one.
+    and run it. The flag --attn_implementation names one. Outputs are named, and only those that are read are returned.
 
     Args:
         options: other values of the config, such as `num_labels`.
@@ -172,13 +181,23 @@ def base_config(source: Source, **options: object) -> PreTrainedConfig:
         InputError: if it can't be loaded.
     """
     folder = Path(source.base)
+    what = f"{source.flag} {source.name}: config.json:"
     if folder.is_dir():
-        read_settings(folder / "config.json", source.flag, source.name)
+        quantization = read_settings(folder / "config.json", source.flag, source.name).get("quantization_config")
+        if not isinstance(quantization, dict | None):
+            raise InputError(f"{what} quantization_config must be an object of settings; found {quantization!r}.")
     with loading(source.flag, source.name, "its config"):
         config = AutoConfig.from_pretrained(
             source.base, revision=base_revision(source), trust_remote_code=source.trust_remote_code, **options
         )
         config._attn_implementation = config._experts_implementation = None
+    names = [config.architectures] if isinstance(config.architectures, str) else config.architectures
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{what} architectures must be a list, such as ['LlamaForCausalLM']; found {names!r}.")
+    config.architectures = names or None
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(part, PreTrainedConfig):
+            part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
 
 
@@ -443,6 +462,11 @@ def language_model_class(source: Source) -> type[AutoModelForCausalLM] | type[Au
     known = [auto for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) if type(config) in auto._model_mapping]
     known += [auto for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) if auto.__name__ in remote]
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
+    if not known and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise InputError(
+            f"{what}: {architecture or kind} is a vision-language model, which transformers doesn't load for text "
+            "alone. Give a language model (Llama, GPT-2, T5, ...)."
+        )
     if not known or architecture.endswith("EncoderModel") or (encoder and not config.is_encoder_decoder):
         raise InputError(
             f"{what}: {architecture or kind} is an encoder or another model that predicts no next token; a language "
