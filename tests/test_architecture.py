@@ -32,6 +32,11 @@ def weightless(tiny, tmp_path):
         ),
         (None, {"target_modules": ["q_proj", "no_such"]}, "--lora_target_modules no_such: .* It has .*q_proj"),
         (None, {"target_modules": ["q_proj"], "modules_to_save": ["gone"]}, "--lora_modules_to_save gone: "),
+        (
+            None,
+            {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight", "nothing.here"]},
+            "--lora_target_parameters nothing.here: .* no such parameter. .* q_proj.weight",
+        ),
         (None, {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "--lora_target_modules: .* adapter"),
     ],
 )

@@ -1,5 +1,6 @@
 """Names, tokenizers, adapters and heads."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -103,6 +104,16 @@ def test_wrong_kinds_of_adapters_are_refused(sft, tokenizer, tmp_path):
         load_causal_lm(resolve(str(tmp_path)), ARGS, tokenizer)
     with pytest.raises(InputError, match="is an adapter for CAUSAL_LM, and a reward model is a sequence classifier"):
         resolve_reward(sft)
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "own"),
+    [(load_causal_lm, "SEQ_CLS", "CAUSAL_LM"), (load_causal_lm, "x", "CAUSAL_LM"), (load_reward_model, "x", "SEQ_CLS")],
+)
+def test_a_task_type_that_would_be_ignored_is_refused(load, given, own, tiny, tokenizer):
+    with pytest.raises(InputError, match=f"^--lora_task_type {given}: .* type {own}. Leave the flag out"):
+        load(resolve(tiny), dataclasses.replace(ARGS, lora_task_type=given), tokenizer)
+    assert load(resolve(tiny), dataclasses.replace(ARGS, lora_task_type=own), tokenizer).peft_type == "LORA"
 
 
 def test_a_model_in_the_cache_works_offline(tiny, tmp_path):

@@ -43,13 +43,18 @@ def check_architecture(source: Source, auto_class: Any, attention: str | None, l
 
 
 def _check_adapter(source: Source, model: PreTrainedModel, lora: LoraConfig) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for flag, wanted in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
+    names, weights = ([name for name, _ in each] for each in (model.named_modules(), model.named_parameters()))
+    ends = sorted({".".join(name.split(".")[-2:]) for name in weights})
+    for flag, wanted, there, advice in (
+        ("target_modules", lora.target_modules, names, f"layer. {_layers(model)}"),
+        ("modules_to_save", lora.modules_to_save, names, f"layer. {_layers(model)}"),
+        ("target_parameters", lora.target_parameters, weights, f"parameter. Those it has end in {', '.join(ends)}."),
+    ):
         listed = [] if wanted is None or isinstance(wanted, str) else wanted
         # PEFT refuses a list of which nothing fits, and passes over single names
-        gone = [word for word in listed if not any(name == word or name.endswith(f".{word}") for name in names)]
+        gone = [word for word in listed if not any(name == word or name.endswith(f".{word}") for name in there)]
         if gone:
-            raise InputError(f"--lora_{flag} {gone[0]}: {source.name} has no such layer. {_layers(model)}")
+            raise InputError(f"--lora_{flag} {gone[0]}: {source.name} has no such {advice}")
     plain = copy.copy(lora)
     plain.task_type = None  # PEFT would save a classifier's head, which who loads the model names
     new_adapter(model, plain)

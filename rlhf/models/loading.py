@@ -121,7 +121,8 @@ def load_causal_lm(
     if trainable:
         _refuse_full_training_of_an_adapter(source, model_args)
     new = trainable and model_args.use_peft and source.adapter is None
-    lora = _lora_config(model_args, TaskType.CAUSAL_LM) if new else None
+    task = TaskType.SEQ_2_SEQ_LM if base_config(source).is_encoder_decoder else TaskType.CAUSAL_LM
+    lora = _lora_config(model_args, task) if new else None
     check_architecture(source, language_model_class(source), model_args.attn_implementation, lora)
     model, _ = _load_base(source, model_args, language_model_class(source))
     if model.config.is_encoder_decoder:
@@ -148,8 +149,7 @@ def load_causal_lm(
     if not trainable:
         return place(model)
     if model_args.use_peft:
-        task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-        return new_adapter(model, _lora_config(model_args, task_type))
+        return new_adapter(model, _lora_config(model_args, task))
     return model
 
 
@@ -202,6 +202,11 @@ def _refuse_full_training_of_an_adapter(source: Source, model_args: ModelConfig)
 
 
 def _lora_config(model_args: ModelConfig, task_type: TaskType) -> LoraConfig:
+    if model_args.lora_task_type not in ("CAUSAL_LM", task_type):  # the first is TRL's default
+        raise InputError(
+            f"--lora_task_type {model_args.lora_task_type}: the adapter that is trained here is of type "
+            f"{task_type.value}. Leave the flag out."
+        )
     config = get_peft_config(model_args)
     config.task_type = task_type
     return config
