@@ -68,6 +68,19 @@ def test_a_name_a_function_and_prompts_are_enough(tiny, tmp_path, monkeypatch):
     assert result.global_step == 1 and ppo.processing_class.pad_token != ppo.processing_class.eos_token
 
 
+def test_data_seed_orders_the_prompts(tiny, tmp_path):
+    seen = {}
+    for data_seed in (None, 42, 1):
+
+        def witness(prompts, completions, **_):
+            seen.setdefault(data_seed, []).append(prompts)
+            return [0.0] * len(completions)
+
+        args = short(tmp_path, data_seed=data_seed)
+        PPOTrainer(args, model=tiny, reward_funcs=witness, train_dataset=TEXTS).train()
+    assert seen[None] == seen[42] != seen[1]
+
+
 @pytest.mark.parametrize("rows", [CHATS, TEXTS])
 def test_raw_prompts_become_the_tokens_that_the_recipe_samples_behind(rows, tiny, tokenizer, tmp_path):
     seen = []

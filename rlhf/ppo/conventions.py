@@ -146,8 +146,9 @@ class TrainerConventions(TRLPPOTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches of prompts, lists of rows, from the episode at which the run stands."""
         args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
         sampler = PromptSampler(
-            self.train_dataset_len, self.own_rows(), args.batch_size, self.state.episode, args.total_episodes, args.seed
+            self.train_dataset_len, self.own_rows(), args.batch_size, self.state.episode, args.total_episodes, seed
         )
         return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 

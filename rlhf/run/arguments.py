@@ -74,6 +74,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     import torch
     from transformers import TrainingArguments, set_seed
 
+    from rlhf.run.refused import check_refused
     from rlhf.run.trial import check_training
 
     # TRL and PEFT still use the old name of activation checkpointing; a user can't change that
@@ -88,6 +89,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
         if ours:  # a configuration of the user's own is taken as it is
             words = [*words, *_float32_without_bfloat16(words, parser.flags, say=args is None)]
     parsed = parser.read(words, file)
+    check_refused(parsed)
     own_data = ours and "dataset_name" in parser.typed() and "dataset_config" not in parser.typed()
     for arguments in parsed:
         _check_packages(arguments)

@@ -76,7 +76,8 @@ class WholeCheckpoints(Trainer):
         if hasattr(sampler, "generator") and not isinstance(sampler, RandomSampler):
             # accelerate draws the order of a RandomSampler from the seed and the epoch's number. TRL's RepeatSampler
             # and transformers' LengthGroupedSampler go on from the epoch before, which a resumed run has not seen.
-            sampler.generator = torch.Generator().manual_seed(self.args.seed + kwargs["epoch"])
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + kwargs["epoch"])
         if self._resumed is not None:  # the Trainer sets these to 0 just before
             self._tr_loss += self._resumed["loss"]
             self._total_loss_scalar -= self._resumed["loss"]  # train_loss is that of this session

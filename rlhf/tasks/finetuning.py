@@ -265,6 +265,8 @@ class FinetuningTrainer(WholeCheckpoints):
 
     def __init__(self, *args: Any, lm_coef: float = 0.0, lm_head: torch.Tensor | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None and "start_positions" in self.train_dataset.column_names:
+            raise InputError("--label_smoothing_factor: has no effect on spans. Leave it out.")
         self.lm_coef, self.lm_head = lm_coef, lm_head
         self._noted: dict[str, list[torch.Tensor | float]] = {}
         # some heads use the number of items and some ignore it; the mean per batch is right for all
