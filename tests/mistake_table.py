@@ -306,6 +306,10 @@ for name, command, wrong, *says in (
     ("no padding and no packing", "recipes/sft", "--padding_free true", "--padding_free true", "--packing true"),
 ):  # fmt: skip
     add("refused late", name, command, wrong, *says)
+for command in ("recipes/sft", "recipes/reward", "recipes/finetune"):
+    add("refused late", "fewer rows than a batch", command, "--dataloader_drop_last true --per_device_train_batch_size "
+        "64", "--dataloader_drop_last true", "per_device_train_batch_size", finish=True,
+        right="--dataloader_drop_last true --per_device_eval_batch_size 64")  # fmt: skip
 
 # -------------------------------------------------------------------------------------- engines, sharding, plans
 

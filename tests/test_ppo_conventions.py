@@ -72,8 +72,8 @@ def test_data_seed_orders_the_prompts(tiny, tmp_path):
     seen = {}
     for data_seed in (None, 42, 1):
 
-        def witness(prompts, completions, **_):
-            seen.setdefault(data_seed, []).append(prompts)
+        def witness(prompts, completions, now=data_seed, **_):
+            seen.setdefault(now, []).append(prompts)
             return [0.0] * len(completions)
 
         args = short(tmp_path, data_seed=data_seed)

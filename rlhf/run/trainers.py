@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
@@ -54,8 +54,15 @@ class WholeCheckpoints(Trainer):
         """As the Trainer's.
 
         Raises:
-            InputError: if the disk has no room for two checkpoints and the model, or a configuration can't be saved.
+            InputError: if the disk has no room for two checkpoints and the model, a configuration can't be saved, or
+                --dataloader_drop_last leaves nothing to train on.
         """
+        if self.args.dataloader_drop_last and not len(self.get_train_dataloader()):
+            batch = self.args.train_batch_size * self.args.world_size
+            raise InputError(
+                f"--dataloader_drop_last true: drops all {len(self.train_dataset)} rows, which fill no batch of "
+                f"{batch}. Leave it off, or lower --per_device_train_batch_size."
+            )
         make_savable(self.model, self.processing_class)
         need_room(self.args, self.model)
         eval_on_start = self.args.eval_on_start
@@ -66,6 +73,15 @@ class WholeCheckpoints(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """As the Trainer's; --dataloader_drop_last drops no row of an evaluation."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         self._sampler = super()._get_train_sampler(*args, **kwargs)
