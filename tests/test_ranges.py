@@ -11,6 +11,7 @@ from rlhf.ppo import PPOConfig
 from rlhf.rloo import RLOOConfig
 from rlhf.run.declarations import argument_types
 from rlhf.run.parser import COMPUTED, Parser
+from rlhf.run.processes import check_environment
 from rlhf.run.ranges import LIBRARY_RANGES, check_ranges, ranges_of
 
 COMMANDS = sorted(
@@ -112,6 +113,17 @@ def test_a_yaml_file_that_cannot_be_right_is_one_line_with_its_name(command, con
     line = refusal(f"recipes/{command}.py", [], file)
     assert said in line
     assert str(file) in line or "exclude each other" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("LOCAL_RANK", "1.5"), ("WORLD_SIZE", ""), ("ACCELERATE_MIXED_PRECISION", "fp17")],
+)
+def test_a_variable_of_a_launcher_that_cannot_be_right_is_named(name, value, monkeypatch):
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"^{name}={value}: "):
+        check_environment()
 
 
 def test_text_that_is_a_number_and_a_list_of_one_are_taken_from_yaml(tmp_path):

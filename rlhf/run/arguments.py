@@ -14,7 +14,7 @@ from rlhf.data.paths import check_paths
 from rlhf.errors import InputError, end_at_signals, report_errors
 from rlhf.run.declarations import argument_types
 from rlhf.run.parser import LibraryError, Parser
-from rlhf.run.processes import cpu_has_bfloat16, end_with_parent, main_process, use_all_cores
+from rlhf.run.processes import check_environment, cpu_has_bfloat16, end_with_parent, main_process, use_all_cores
 from rlhf.starter.model import STARTER
 
 
@@ -35,6 +35,7 @@ def answer_early(command: str, **runs: str) -> None:
     if "torch" in sys.modules:  # forked from a server that has imported everything
         return
     with report_errors():
+        check_environment()
         try:
             parsed = read_command_line(command, sys.argv[1:])
         except LibraryError:  # of a dataclass that was read without its checks
@@ -80,6 +81,7 @@ def parse(recipe: str, *types: type, args: list[str] | None = None) -> tuple[Any
     # TRL and PEFT still use the old name of activation checkpointing; a user can't change that
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     use_all_cores()
+    check_environment()
     given = list(sys.argv[1:] if args is None else args)
     words, file, ours = _words_and_file(recipe, given)
     parser = Parser(*types)

@@ -116,6 +116,10 @@ class Parser(TrlParser):
             raise
         except Exception as error:  # of a library's dataclass, which checks its values in its own way
             where = f"{file} and the flags" if file else "the flags"
+            if "process group" in str(error):  # torch has none, and names no flag
+                raise LibraryError(
+                    "--ddp_backend: this is one process, which has nobody to talk to. Leave it out, or launch several."
+                ) from error
             raise LibraryError(f"{where}: {error or type(error).__name__}") from error
 
     def typed(self) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ import psutil
 
 from rlhf.errors import PARENT_PIPE, InputError
 
+PRECISIONS = ("no", "fp16", "bf16", "fp8")  # accelerate's
 PATIENCE = 20  # seconds that an interrupted process has to end by itself
 
 
@@ -72,6 +73,22 @@ def use_all_cores() -> None:
         if hasattr(os, "sched_getaffinity"):  # taskset, Slurm and containers give a process some of them
             cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def check_environment() -> None:
+    """Refuse variables of `accelerate launch` and torchrun that can't be right. Those libraries would name none.
+
+    Raises:
+        InputError: naming the variable.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        found = os.environ.get(name, "0")
+        if not found.strip().removeprefix("-").isdecimal():
+            os.environ.pop(name)  # else the error itself can't be said: `main_process` reads it
+            raise InputError(f"{name}={found}: this variable needs a whole number. Unset it; a launcher sets it.")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision.lower() not in PRECISIONS:
+        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: give one of {', '.join(PRECISIONS)}, or unset it.")
 
 
 def need_one_process(recipe: str) -> None:

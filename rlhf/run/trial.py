@@ -65,4 +65,20 @@ def check_training(args: TrainingArguments) -> None:
     best, measured = args.metric_for_best_model, MEASURED.get(type(args).__name__, ())
     if best is not None and measured and best.removeprefix("eval_") not in measured:
         raise InputError(f"--metric_for_best_model {best}: isn't measured. Give one of {', '.join(measured)}.")
+    if args.torch_compile:
+        _try_compiler(args)
     try_optimizer(args)
+
+
+def _try_compiler(args: TrainingArguments) -> None:
+    """Refuse a backend or mode that torch.compile doesn't know.
+
+    Raises:
+        InputError: naming the flags, with torch's reason.
+    """
+    try:
+        torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    except Exception as error:  # each backend has its own
+        given = f"--torch_compile_backend {args.torch_compile_backend}"
+        given += f" with --torch_compile_mode {args.torch_compile_mode}" if args.torch_compile_mode else ""
+        raise InputError(f"{given}: {' '.join(str(error).split())}") from error
