@@ -303,6 +303,16 @@ for name, command, wrong, *says in (
     ("beams", "recipes/rloo", "--generation_kwargs '{\"num_beams\": 3}'", "--generation_kwargs", "num_beams"),
     ("a reference that isn't there", "recipes/rloo", "--sync_ref_model true", "--sync_ref_model true", "--use_peft"),
     ("a reference that isn't there", "recipes/rloo", "--sync_ref_model true --use_peft false --beta 0", "--beta 0"),
+    ("a package that isn't installed", "recipes/sft", "--use_liger_kernel true", "--use_liger_kernel", "liger-kernel"),
+    ("a package that isn't installed", "recipes/pretrain", "--use_liger_kernel true", "--use_liger_kernel", "install"),
+    ("a package that isn't installed", "recipes/rloo", "--use_vllm true", "--use_vllm", "vllm"),
+    ("nobody logged in", "recipes/sft", "--report_to wandb", "--report_to wandb", "wandb login", "WANDB_MODE=offline"),
+    ("nobody logged in", "recipes/ppo", "--report_to wandb", "--report_to wandb", "wandb login"),
+    ("processes to talk to", "recipes/sft", "--ddp_backend gloo", "--ddp_backend", "one process"),
+    ("a mode of no compiler", "recipes/sft", "--torch_compile true --torch_compile_mode warp",
+     "--torch_compile_mode warp"),
+    ("a compiler that isn't there", "recipes/reward", "--torch_compile true --torch_compile_backend warp",
+     "--torch_compile_backend warp"),
     ("no padding and no packing", "recipes/sft", "--padding_free true", "--padding_free true", "--packing true"),
 ):  # fmt: skip
     add("refused late", name, command, wrong, *says)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mistakes.md"
 ENVIRONMENT = {
     **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NETRC": os.devnull, "WANDB_API_KEY": "",
 }  # fmt: skip
 SECONDS = 2.0  # of a processor, where no file has to be read
 

@@ -134,7 +134,7 @@ def _check_packages(arguments: Any) -> None:
         InputError: naming the flag and the package.
     """
     from transformers.integrations import get_available_reporting_integrations
-    from transformers.utils import is_bitsandbytes_available
+    from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
     available = get_available_reporting_integrations()
     for name in getattr(arguments, "report_to", None) or []:
@@ -143,9 +143,43 @@ def _check_packages(arguments: Any) -> None:
                 f"--report_to {name}: that package isn't installed or isn't known; here are: "
                 f"{', '.join(sorted(available)) or 'none'}. Install it with pip, or give --report_to none."
             )
-    for flag in ("load_in_4bit", "load_in_8bit"):
-        if getattr(arguments, flag, False) and not is_bitsandbytes_available():
-            raise InputError(f"--{flag}: needs the package bitsandbytes. Install it (pip install bitsandbytes).")
+        if name == "wandb":
+            _need_wandb_account()
+    needed = {
+        "load_in_4bit": ("bitsandbytes", is_bitsandbytes_available),
+        "load_in_8bit": ("bitsandbytes", is_bitsandbytes_available),
+        "use_liger_kernel": ("liger-kernel", is_liger_kernel_available),
+    }
+    if type(arguments).__name__ == "RLOOConfig":  # the other recipes say so themselves
+        from trl.import_utils import is_vllm_available
+
+        needed["use_vllm"] = ("vllm", is_vllm_available)
+    for flag, (package, is_available) in needed.items():
+        if getattr(arguments, flag, False) and not is_available():
+            raise InputError(f"--{flag}: needs the package {package}. Install it (pip install {package}).")
+
+
+def _need_wandb_account() -> None:
+    """Refuse Weights & Biases where nobody is logged in and nobody can be asked.
+
+    Raises:
+        InputError: saying how to log in, or to do without.
+    """
+    import wandb
+
+    if not main_process() or wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or sys.stdin.isatty():
+        return  # at a terminal it asks
+    try:
+        known = wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:  # a key that is none
+        raise InputError(f"--report_to wandb: {error}") from error
+    except TypeError:  # an earlier version can't be asked without a prompt
+        return
+    if not known:
+        raise InputError(
+            "--report_to wandb: nobody is logged in. Run 'wandb login' or set WANDB_API_KEY; WANDB_MODE=offline logs "
+            "to the disk alone."
+        )
 
 
 def _float32_without_bfloat16(given: list[str], known: set[str], say: bool) -> list[str]:
