@@ -315,6 +315,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_whole_is_one_line(tmp_path
         (lambda: (new / "trainer_state.json").write_text(""), "trainer_state.json is damaged"),
         (lambda: (new / "digests.json").unlink(), "digests.json is missing"),
         (lambda: (new / "digests.json").write_text("{"), "digests.json is unreadable"),
+        (lambda: (new / "digests.json").write_text("{}"), "digests.json lacks adapter_model.safetensors"),
+        (lambda: (new / "more.pt").write_text(""), "digests.json lacks more.pt"),
     ):
         change()
         assert last_checkpoint(arguments(tmp_path)) == str(old)

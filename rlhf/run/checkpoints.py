@@ -94,8 +94,13 @@ def _need_same_processes(folder: Path) -> None:
 
 def write_digests(folder: Path) -> None:
     """Write the SHA-256 of every file in `folder` beside them, for `damage`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json(folder / DIGEST_FILE, {path.relative_to(folder).as_posix(): digest(str(path)) for path in files})
+    write_json(folder / DIGEST_FILE, {name: digest(str(folder / name)) for name in _files(folder)})
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of a checkpoint's files, without that of the digests and hidden ones, which file systems make."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return [path.relative_to(folder).as_posix() for path in paths if path != folder / DIGEST_FILE]
 
 
 def damage(folder: Path, foreign: bool = False) -> str | None:
@@ -115,6 +120,9 @@ def damage(folder: Path, foreign: bool = False) -> str | None:
             return f"{name} is missing"
         if digest(str(folder / name)) != expected:
             return f"{name} is damaged"
+    unknown = [name for name in _files(folder) if digests is not None and name not in digests]
+    if unknown:  # it may have been exchanged together with its entry
+        return f"{DIGEST_FILE} lacks {unknown[0]}"
     for patterns, what in ((OPTIMIZERS, "state of the optimizer"), (RANDOM_STATES, "random state")):
         if not any(found for pattern in patterns for found in folder.glob(pattern)):
             return f"it has no {what}"
