@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import sys
 import threading
 from decimal import Decimal
@@ -149,6 +150,21 @@ def test_nothing_a_function_does_to_its_inputs_reaches_another():
     state = TrainerState()
     call_rewards([vandal, witness], *list(given.values())[:3], answer=given["answer"], trainer_state=state)
     assert repr(seen[0]) == before == repr(given) and state.global_step == 0 and not state.log_history
+
+
+def test_a_function_that_goes_to_another_folder_goes_alone(tmp_path):
+    here, seen = os.getcwd(), []
+
+    def wander(completions):
+        seen.append(os.getcwd())
+        os.chdir(tmp_path)
+        return [0.0] * len(completions)
+
+    async def wander_later(completions):
+        return wander(completions)
+
+    call_rewards([wander, wander, wander_later], ["a"], ["b"], [[1]])
+    assert seen[:2] == [here, here] and os.getcwd() == here
 
 
 def test_a_function_without_keywords_gets_what_it_names_and_reserved_columns_stay_out():

@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,7 +124,9 @@ def call_rewards(
         if isinstance(answer, BaseException):
             break
     if not any(isinstance(answer, BaseException) for answer in answers.values()):
+        here = os.getcwd()
         answers |= zip(waiting, run_together(list(waiting.values())), strict=True)
+        os.chdir(here)
     for answer in waiting.values():
         if inspect.iscoroutine(answer):
             answer.close()  # does nothing to one that has run
@@ -137,7 +140,11 @@ def call_rewards(
 
 
 def _call(function: RewardFunction, given: Mapping[str, Any]) -> object:
-    """The answer, or the exception that the function raised. A generator is drawn from here, since it may raise too."""
+    """The answer, or the exception that the function raised. A generator is drawn from here, since it may raise too.
+
+    The function may go to another folder; this process stays in its own, where the run's files are.
+    """
+    here = os.getcwd()
     try:
         answer = function(**_inputs(function, given))
         return list(islice(answer, len(given["completions"]) + 1)) if isinstance(answer, Iterator) else answer
@@ -145,6 +152,8 @@ def _call(function: RewardFunction, given: Mapping[str, Any]) -> object:
         raise
     except BaseException as error:  # exit() too
         return error
+    finally:
+        os.chdir(here)
 
 
 def _inputs(function: RewardFunction, given: Mapping[str, Any]) -> dict[str, object]:
