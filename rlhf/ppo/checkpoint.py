@@ -95,8 +95,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """
     saved = load_file(folder / "trainable.safetensors")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if set(saved) != set(trainable):
-        differ = sorted(set(saved) ^ set(trainable))
+    shapes = {(name, *getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trainable.items()}
+    differ = sorted(name for name, *_ in shapes ^ {(name, *tensor.shape) for name, tensor in saved.items()})
+    if differ:
         raise InputError(f"--resume_from_checkpoint {folder}: trains other tensors than this run, like {differ[0]}.")
     for name, parameter in trainable.items():
         put(parameter, saved[name])

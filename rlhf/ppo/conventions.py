@@ -101,6 +101,9 @@ class TrainerConventions(TRLPPOTrainer):
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:
             self._resume(folder)
+            if state.global_step >= args.num_total_batches and self.is_world_process_zero():
+                print(f"{folder} is at step {state.global_step}, and this run ends at step {args.num_total_batches}: "
+                      "nothing is left to train.")  # fmt: skip
         self.is_in_train, self.has_begun, self.first_step = True, True, state.global_step
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler

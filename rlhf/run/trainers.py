@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf.errors import InputError
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints
 from rlhf.run.files import read_json, write_json
+from rlhf.run.processes import main_process
 from rlhf.run.saving import make_savable, need_room
 
 STATE_FILE = "trainer_state.json"
@@ -108,7 +109,37 @@ class WholeCheckpoints(Trainer):
         if self.state.global_step == self._initial_global_step:
             # resumed without a step left; the Trainer reads the random state only before a step
             self._load_rng_state(self._resumed_from)
+            if main_process():
+                print(f"{self._resumed_from} is at step {self.state.global_step}, and this run ends at step "
+                      f"{self.state.max_steps}: nothing is left to train.")  # fmt: skip
         return super()._finalize_training(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._fitting():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._fitting():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Refuse a checkpoint of another model. The run's own fits, or this is a bug.
+
+        Raises:
+            InputError: naming it.
+        """
+        asked = self.args.resume_from_checkpoint
+        try:
+            yield
+        except (KeyError, RuntimeError, ValueError) as error:
+            if not isinstance(asked, str) or not Path(asked).expanduser().is_dir():
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--resume_from_checkpoint {asked}: was made with another model or other flags, and doesn't fit "
+                f"({reason}). Give a checkpoint of this run, or leave the flag out."
+            ) from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, state = self.args, self.state
