@@ -633,6 +633,26 @@ for name, command, wrong, files, *says in (
         right="--output_dir made/tok" if command == "eval/report" else "",
     )
 
+for name, command, wrong, *says in (
+    ("a checkpoint of another recipe", "recipes/reward", "--resume_from_checkpoint made/finetune/checkpoint-1", "fit"),
+    ("a checkpoint of another rank", "recipes/finetune", "--resume_from_checkpoint made/finetune/checkpoint-1 "
+     "--lora_r 8", "doesn't fit", "size mismatch"),
+    ("a checkpoint of another rank", "recipes/ppo", "--resume_from_checkpoint made/ppo/checkpoint-1 --lora_r 8 "
+     "--model_name_or_path made/lm", "trains other tensors"),
+):  # fmt: skip
+    add("folders", name, command, wrong, "--resume_from_checkpoint", *says, finish=True)
+for content in ("", lambda path: path.symlink_to("nowhere")):
+    add("folders", "a checkpoint that is no folder", "recipes/sft", "--output_dir o", "--output_dir o", "checkpoint-3",
+        files={"o": copy("finetune"), "o/checkpoint-3": content})  # fmt: skip
+for name, command, run, file in (
+    ("a finished run without its adapter", "recipes/finetune", "finetune", "adapter_weights"),
+    ("a finished run without its adapter", "recipes/ppo", "ppo", "adapter_weights"),
+    ("a finished run without its tokenizer", "recipes/tokenizer", "tok", "tokenizer"),
+):
+    files = {"o": copy(run, **{file: None}), "made_rewards.py": FUNCTION}
+    base = "--reward_funcs made_rewards.length" if command == "recipes/ppo" else ""
+    add("folders", name, command, "--output_dir o", "--output_dir o", "is missing", files=files, base=base, finish=True)
+
 # ---------------------------------------------------------------------------------------------- reward functions
 
 for name, source, *says in (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from rlhf.data.paths import RUN_FILE, behind_name, need_checkpoint, need_output_dir
 from rlhf.errors import InputError, at_failure, full_disk
-from rlhf.run.checkpoints import WRITING
+from rlhf.run.checkpoints import WRITING, checkpoints
 from rlhf.run.files import digest, read_json, write_json
 from rlhf.run.locks import LOCK_FILE, hold_folder
 from rlhf.run.processes import main_process
@@ -43,6 +43,15 @@ CONTENT_FLAGS = (
     "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config", "collect_config",
     "reward_config", "ppo_config", "compare_config",
 )  # fmt: skip
+# what a finished run must still have, with and without LoRA; a large model's weights are several files
+MODEL = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "model": ("config.json", "model*.safetensors"),
+}
+RESULTS: dict[str, dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("sft", "reward", "ppo", "rloo", "finetune", "pretrain"), MODEL),
+    "tokenizer": {"model": ("tokenizer.json",)},
+}
 
 
 Settings = dict[str, Any]  # text, numbers, bools and lists of them, by flag
@@ -134,8 +143,8 @@ def start_run(
         False if the folder holds this run, finished: there is nothing left to do.
 
     Raises:
-        InputError: if the folder holds another run or foreign files, is used by another process or can't be written, or
-            if --resume_from_checkpoint names no checkpoint of this recipe.
+        InputError: if the folder holds another run or foreign files, is used by another process or can't be written, if
+            the run is finished and its model gone, or if --resume_from_checkpoint names no checkpoint of this recipe.
     """
     settings = settings_of(*arguments) | _contents(arguments)
     run: Run = {"recipe": Path(recipe).stem, "command": command(recipe), "settings": settings, "finished": False}
@@ -149,6 +158,7 @@ def start_run(
         differ = _differences(old, run)
         if old["recipe"] == run["recipe"] and not differ:
             if old["finished"] and not more:
+                _need_results(folder, run["recipe"])
                 print(f"{output_dir}: already finished, nothing to do. Give another --output_dir to run again.")
             return more or not old["finished"]
         may_change = old["recipe"] == run["recipe"] and (more or not old["finished"])
@@ -174,7 +184,7 @@ def _enter(folder: Path) -> Run | None:
     """Make the folder and lock it; the run that is in it.
 
     Raises:
-        InputError: if it can't be written, holds foreign files or is in use.
+        InputError: if it can't be written, holds foreign files or a checkpoint that is no folder, or is in use.
     """
     need_output_dir(str(folder))
     with _refused_if_not_written(folder):
@@ -182,9 +192,28 @@ def _enter(folder: Path) -> Run | None:
         # a disk that was full from the start leaves a part of run.json
         if names - {LOCK_FILE, f"{RUN_FILE}.partial"} and RUN_FILE not in names:
             raise InputError(f"--output_dir {folder}: not empty, and not a run of this project. Give a new folder.")
+        for path in checkpoints(str(folder)):
+            if not path.is_dir():
+                raise InputError(f"--output_dir {folder}: {path.name} in it is not a folder. Remove it.")
         folder.mkdir(parents=True, exist_ok=True)
         hold_folder(folder)
     return read_run(folder)
+
+
+def _need_results(folder: Path, recipe: str) -> None:
+    """Refuse a finished run whose model is gone.
+
+    Raises:
+        InputError: naming the file.
+    """
+    kind = "adapter" if any(folder.glob("adapter_*")) else "model"
+    needed = RESULTS.get(recipe, {}).get(kind, ())
+    for name in needed:
+        if not any(folder.glob(name)):
+            raise InputError(
+                f"--output_dir {folder}: this run is finished, but its {name.replace('*', '')} is missing. Restore the "
+                "file, or give another --output_dir to run again."
+            )
 
 
 @contextmanager
