@@ -641,17 +641,27 @@ for name, command, wrong, *says in (
      "--model_name_or_path made/lm", "trains other tensors"),
 ):  # fmt: skip
     add("folders", name, command, wrong, "--resume_from_checkpoint", *says, finish=True)
-for content in ("", lambda path: path.symlink_to("nowhere")):
+for instead in ("", lambda path: path.symlink_to("nowhere")):
     add("folders", "a checkpoint that is no folder", "recipes/sft", "--output_dir o", "--output_dir o", "checkpoint-3",
-        files={"o": copy("finetune"), "o/checkpoint-3": content})  # fmt: skip
+        files={"o": copy("finetune"), "o/checkpoint-3": instead})  # fmt: skip
 for name, command, run, file in (
     ("a finished run without its adapter", "recipes/finetune", "finetune", "adapter_weights"),
     ("a finished run without its adapter", "recipes/ppo", "ppo", "adapter_weights"),
     ("a finished run without its tokenizer", "recipes/tokenizer", "tok", "tokenizer"),
 ):
-    files = {"o": copy(run, **{file: None}), "made_rewards.py": FUNCTION}
+    damaged = {"o": copy(run, **{file: None}), "made_rewards.py": FUNCTION}
     base = "--reward_funcs made_rewards.length" if command == "recipes/ppo" else ""
-    add("folders", name, command, "--output_dir o", "--output_dir o", "is missing", files=files, base=base, finish=True)
+    add(
+        "folders",
+        name,
+        command,
+        "--output_dir o",
+        "--output_dir o",
+        "is missing",
+        files=damaged,
+        base=base,
+        finish=True,
+    )
 
 # ---------------------------------------------------------------------------------------------- reward functions
 

@@ -69,7 +69,7 @@ def test_a_name_a_function_and_prompts_are_enough(tiny, tmp_path, monkeypatch):
 
 
 def test_data_seed_orders_the_prompts(tiny, tmp_path):
-    seen = {}
+    seen: dict[int | None, list] = {}
     for data_seed in (None, 42, 1):
 
         def witness(prompts, completions, now=data_seed, **_):

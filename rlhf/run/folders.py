@@ -44,7 +44,7 @@ CONTENT_FLAGS = (
     "reward_config", "ppo_config", "compare_config",
 )  # fmt: skip
 # what a finished run must still have, with and without LoRA; a large model's weights are several files
-MODEL = {
+MODEL: dict[str, tuple[str, ...]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "model": ("config.json", "model*.safetensors"),
 }
