@@ -29,7 +29,7 @@ from rlhf.data.datasets import Row
 from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt, options_of_rows
 from rlhf.data.rendering import TemplateOptions
 from rlhf.errors import InputError
-from rlhf.models.adapters import disable_dropout
+from rlhf.models.adapters import disable_dropout, why_alone
 from rlhf.models.causality import need_causal
 from rlhf.models.generation import generate, left_pad
 from rlhf.models.logprobs import token_logprobs
@@ -145,6 +145,8 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             raise InputError(
                 f"args: give an rlhf.rloo.RLOOConfig; found {type(args).__module__}.{type(args).__name__}."
             )
+        for why in filter(None, map(why_alone, model.peft_config.values() if isinstance(model, PeftModel) else ())):
+            raise InputError(f"model: the reference uses the policy's base, and the policy is an adapter: {why}")
         functions = reward_functions(
             reward_funcs, "reward_funcs", ModelConfig(dtype="float32"), tokenizers=reward_processing_classes,
             policy=None if isinstance(model, str) else model, columns=getattr(train_dataset, "column_names", None),

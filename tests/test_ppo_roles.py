@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import SFTConfig
 
 from rlhf.errors import InputError
+from rlhf.feedback.speakers import load_speakers
 from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
 from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
@@ -17,6 +18,7 @@ from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOTrainer
 from rlhf.rewards import RewardModel, load_reward, resolve_reward
+from rlhf.rloo import RLOOConfig, RLOOTrainer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 ROWS = Rows(IDS, torch.ones_like(IDS), torch.tensor([3]))
@@ -91,8 +93,12 @@ def test_an_adapter_that_changes_its_base_shares_it_with_no_other(settings, tiny
             load_policy(resolve(source), LORA, tokenizer, start=resolve(start))
     with pytest.raises(InputError, match=f"^model: the reference is .* its {name} "):
         PPOTrainer(ppo_config(tmp_path), tokenizer, alone, train_dataset=prompts, reward_funcs=[count_a])
-    with pytest.raises(InputError, match=f"The adapter 'default' can't share its base with another: its {name} "):
-        alone.load_adapter(sft, REFERENCE)  # as the trainers of TRL do, and chat.py
+    with pytest.raises(InputError, match=f"^model: the reference uses .* its {name} "):
+        RLOOTrainer(alone, count_a, RLOOConfig(str(tmp_path), use_cpu=True, bf16=False))
+    both = {"a": resolve(folder), "b": resolve(sft)}
+    one, other = load_speakers(both, dict.fromkeys(both, tokenizer), LORA, max_new_tokens=8, temperature=1.0)
+    assert one.model is not other.model
+    torch.testing.assert_close(one.model(IDS).logits, plain(IDS).logits)
 
 
 @pytest.mark.parametrize("settings", LEAVE_THE_BASE, ids=str)

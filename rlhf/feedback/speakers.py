@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import ModelConfig
 
 from rlhf.errors import InputError
+from rlhf.models.adapters import why_alone
 from rlhf.models.checks import check_adapter, loading
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.seq2seq import decoder_prefix
@@ -69,9 +70,13 @@ def load_speakers(
 
 def _share_a_base(one: Source, other: Source) -> bool:
     same = (one.base, base_revision(one)) == (other.base, base_revision(other))
-    # an adapter that brings embeddings along would put them into the base
-    apart = [s for s in (one, other) if saved_rows(s) or (s.peft_config and s.peft_config.is_prompt_learning)]
-    return same and not apart
+    return same and not (_needs_its_own(one) or _needs_its_own(other))
+
+
+def _needs_its_own(source: Source) -> bool:
+    """Whether an adapter changes its base; embeddings that it brings along would go into the base."""
+    config = source.peft_config
+    return bool(saved_rows(source) or (config and (config.is_prompt_learning or why_alone(config))))
 
 
 def _join(host: PeftModel, source: Source) -> str:

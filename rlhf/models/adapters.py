@@ -73,22 +73,6 @@ def why_alone(config: PeftConfig) -> str | None:
     return None
 
 
-def _unless_alone(add_adapter: Callable[..., None]) -> Callable[..., None]:
-    """PEFT's `add_adapter`, which refuses what would silently change the base under the adapters that it has."""
-
-    @functools.wraps(add_adapter)
-    def added(model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        for name, config in [*model.peft_config.items(), (adapter_name, peft_config)]:
-            if why := why_alone(config):
-                raise InputError(f"The adapter {name!r} can't share its base with another: {why}")
-        add_adapter(model, adapter_name, peft_config, *args, **kwargs)
-
-    return added
-
-
-PeftModel.add_adapter = _unless_alone(PeftModel.add_adapter)
-
-
 @contextmanager
 def active_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
     """Inside the block the model runs with adapter `name`, or with none.
