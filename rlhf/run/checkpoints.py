@@ -120,7 +120,8 @@ def damage(folder: Path, foreign: bool = False) -> str | None:
             return f"{name} is missing"
         if digest(str(folder / name)) != expected:
             return f"{name} is damaged"
-    unknown = [name for name in _files(folder) if digests is not None and name not in digests]
+    weights = [name for name in _files(folder) if name.endswith((".safetensors", ".pt", ".pth", ".bin"))]
+    unknown = [name for name in weights if digests is not None and name not in digests]
     if unknown:  # it may have been exchanged together with its entry
         return f"{DIGEST_FILE} lacks {unknown[0]}"
     for patterns, what in ((OPTIMIZERS, "state of the optimizer"), (RANDOM_STATES, "random state")):
