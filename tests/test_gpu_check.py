@@ -17,6 +17,8 @@ import recipe
 from agreement import config
 from piece import save_random
 
+from rlhf.ppo.upstream import HAS_TRL_PPO
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
@@ -71,7 +73,7 @@ def test_three_ways_sample_as_many_tokens():
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("which", ["ours", "trl"])
+@pytest.mark.parametrize("which", ["ours", *(["trl"] if HAS_TRL_PPO else [])])
 def test_ppo_beside_trl(tmp_path, capsys, which, mode):
     folder = save_random(beside_trl.config(True), tmp_path / "model", torch.bfloat16)
     beside_trl.run(which, mode, folder, tiny=True)

@@ -12,7 +12,7 @@ from rlhf.feedback.speakers import load_speakers
 from rlhf.models.adapters import REFERENCE, REWARD, VALUE, active_adapter
 from rlhf.models.causality import need_causal
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
-from rlhf.models.losses import fit_loss
+from rlhf.models.losses import FUSED, fit_loss
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -109,7 +109,8 @@ def test_policy_and_reference_are_the_adapter_of_plain_peft(settings, tiny, toke
     for name in ("default", REFERENCE):
         with active_adapter(policy, name):
             torch.testing.assert_close(policy(IDS).logits, plain(IDS).logits)
-    fit_loss(SFTConfig(tmp_path, use_cpu=True, bf16=False), policy)
+    if not (FUSED and "trainable_token_indices" in settings):  # which that loss passes over, so that it is refused
+        fit_loss(SFTConfig(tmp_path, use_cpu=True, bf16=False), policy)
     need_causal(policy.get_base_model(), "policy")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 
 @dataclass
@@ -65,3 +65,12 @@ class StandaloneState(TrainerState):
     """A Trainer's state that also counts completions."""
 
     episode: int = 0
+
+
+class StandalonePPOTrainer(Trainer):
+    """transformers' Trainer with the tag that TRL's PPOTrainer gave its model cards."""
+
+    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """As the Trainer's, with the tag `ppo`."""
+        given = [tags] if isinstance(tags, str) else tags or []
+        super().create_model_card(*args, tags=[*given, "ppo"], **kwargs)

@@ -8,7 +8,6 @@ import warnings
 from importlib.metadata import version
 
 from packaging.version import Version
-from transformers import Trainer
 
 from rlhf.errors import InputError
 
@@ -22,9 +21,8 @@ if HAS_TRL_PPO:
         from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 else:
     from rlhf.ppo.standalone import StandalonePPOConfig as TRLPPOConfig
+    from rlhf.ppo.standalone import StandalonePPOTrainer as TRLPPOTrainer
     from rlhf.ppo.standalone import StandaloneState as OnlineTrainerState
-
-    TRLPPOTrainer = Trainer
 
 __all__ = ["HAS_TRL_PPO", "OnlineTrainerState", "TRLPPOConfig", "TRLPPOTrainer", "need_trl_ppo"]
 
