@@ -71,7 +71,6 @@ class Sampler:
 
     def _engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, longest: int) -> Engine:
         server = self.server
-        need_decoder(model.config, self.args.sampler_flag)
         if server is None:
             options = self.args.transformers_continuous_batching_config
             assert not isinstance(options, str)

@@ -69,7 +69,8 @@ class ColocatedVLLM:
                 from vllm import LLM
 
                 self.llm = LLM(
-                    model=self.files.base, skip_tokenizer_init=True, dtype=policy.dtype, seed=0,
+                    model=self.files.base, revision=getattr(policy.get_base_model().config, "_commit_hash", None),
+                    skip_tokenizer_init=True, dtype=policy.dtype, seed=0,
                     enable_lora=True, max_lora_rank=max(8, self.files.rank), max_num_seqs=batch_size,
                     max_model_len=context, generation_config="vllm",
                     gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep_mode=self.sleeps,

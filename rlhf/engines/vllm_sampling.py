@@ -75,7 +75,7 @@ class AdapterFiles:
         self.name = ""
 
     def renew(self) -> str:
-        """The next name. All processes agree on it."""
+        """The next name."""
         self.number += 1
         self.name = f"ppo-{self.run}-{self.number}"
         return self.name
