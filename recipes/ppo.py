@@ -27,7 +27,7 @@ from rlhf.errors import report_errors
 from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.adapters import REFERENCE
 from rlhf.models.loading import load_policy
-from rlhf.models.sources import context_length, resolve, resolve_start
+from rlhf.models.sources import base_config, context_length, resolve, resolve_start
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.ppo_plan import plan_ppo
@@ -67,7 +67,7 @@ def main() -> None:
         return print_plan(
             plan_ppo(plan, training_args, model_args, (source, start), (reward_sources, eval_sources), train)
         )
-    need_engine(training_args, model_args.use_peft or start.adapter is not None)
+    need_engine(training_args, base_config(source), model_args.use_peft or start.adapter is not None)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)

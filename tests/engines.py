@@ -9,6 +9,8 @@
 4. collect.py and compare.py with a server of the starter, for the model itself and for an adapter; another model is
    refused.
 5. vLLM in PPO's process: the same run twice, and on two processes the same samples; the starter as in 3.
+6. Full fine-tuning: all weights travel, to a server and to vLLM in PPO's process.
+7. FSDP2 and ZeRO-3 on two processes, with LoRA and full fine-tuning.
 
 Exit code 1 if one of these isn't so. The server runs in float32 on 127.0.0.1, and ends with this script.
 """
@@ -35,9 +37,15 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec", "transformers")
 SERVER = "vllm.entrypoints.openai.api_server"
 COLOCATED: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
 SEEDS, UPDATES, LENGTH = (0, 1, 2), 20, 6
+RATE = 3e-3  # of full fine-tuning
 SMALL = ("--max-model-len", "32", "--max-lora-rank", "8")  # a server of the tiny model
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "",
                "HF_HUB_OFFLINE": "1"}  # fmt: skip
+LOADING: dict[str | None, tuple[list[str], dict[str, str]]] = {
+    "adapters": (["--enable-lora"], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}),
+    "weights": ([], {"VLLM_SERVER_DEV_MODE": "1"}),
+    None: ([], {}),
+}  # what a server takes: its flags, its environment
 QUIET: dict[str, Any] = {
     "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
     "disable_tqdm": True, "num_sample_generations": 0,
@@ -61,16 +69,16 @@ def environment(folder: Path) -> Path:
 
 
 @contextmanager
-def serve(python: Path, model: str, *flags: str, adapters: bool = True) -> Iterator[str]:
-    """The address of a vLLM server of a model."""
+def serve(python: Path, model: str, *flags: str, takes: str | None = "adapters") -> Iterator[str]:
+    """The address of a vLLM server of a model, which takes adapters, all weights, or nothing."""
     from rlhf.engines.vllm_server import Server
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     words = ["--model", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager",
-             "--logprobs-mode", "processed_logprobs", *(["--enable-lora"] if adapters else []), *flags]  # fmt: skip
-    own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(adapters), **ENVIRONMENT}
+             "--logprobs-mode", "processed_logprobs", *LOADING[takes][0], *flags]  # fmt: skip
+    own = {**ENVIRONMENT, **LOADING[takes][1]}
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "server.log", "a") as log:
         process = subprocess.Popen([str(word) for word in (python, "-m", SERVER, *words)], stdout=log, stderr=log,
@@ -90,7 +98,7 @@ def share_of_a(prompts: list[Any], completions: list[str], **_: Any) -> list[flo
 
 
 def tiny_trainer(folder: Path, model: str, tokenizer: Any, rank: int = 8, **flags: Any) -> Any:
-    """PPO of a LoRA policy that learns to write one token."""
+    """PPO of a policy that learns to write one token, with LoRA, or as a whole at rank 0."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -104,7 +112,7 @@ def tiny_trainer(folder: Path, model: str, tokenizer: Any, rank: int = 8, **flag
     return PPOTrainer(
         PPOConfig(output_dir=str(folder / f"run-{settings.get('seed', 0)}"), **settings), tokenizer, model,
         train_dataset=Dataset.from_dict({"prompt": ["go"], "input_ids": [[3]]}), reward_funcs=share_of_a,
-        peft_config=LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"),
+        peft_config=LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear") if rank else None,
     )  # fmt: skip
 
 
@@ -120,11 +128,16 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def tiny() -> tuple[str, Any]:
+def tiny(name: str = "tiny", **changes: Any) -> tuple[str, Any]:
     """A tiny model and its tokenizer: 2 heads of width 32 (vLLM's least), and weights large enough for LoRA."""
     from optimum_ppo import make_model
 
-    return make_model(FOLDER / "tiny", 0, hidden_size=64, initializer_range=0.2)
+    return make_model(FOLDER / name, 0, hidden_size=64, initializer_range=0.2, **changes)
+
+
+def untied() -> tuple[str, Any]:
+    """A tiny model to be trained as a whole: on a CPU, vLLM doesn't renew a head that is tied to the embeddings."""
+    return tiny("untied", tie_word_embeddings=False)
 
 
 def same_curves(python: Path) -> dict[str, Any]:
@@ -162,13 +175,20 @@ def inside(python: Path, what: str, *words: object, processes: int = 1) -> Any:
     return json.loads(out.read_text())
 
 
-def learning(seed: str, rows: str = "32", updates: str = str(UPDATES)) -> dict[str, Any]:
+def learning(seed: str, rows: str = "32", updates: str = str(UPDATES), rank: str = "8") -> dict[str, Any]:
     """Rewards of the tiny model with vLLM in this process, and how far its log-probabilities were."""
-    model, tokenizer = tiny()
+    model, tokenizer = tiny() if int(rank) else untied()
     flags = {**COLOCATED, "seed": int(seed), "per_device_train_batch_size": int(rows), "max_steps": int(updates)}
-    trainer = tiny_trainer(FOLDER / "colocated", model, tokenizer, **flags)
-    rewards, name = learn(trainer), "sampling/sampling_logp_difference/max"
-    return {"rewards": rewards, "differences": [entry[name] for entry in trainer.state.log_history if name in entry]}
+    rate = {} if int(rank) else {"learning_rate": RATE}
+    trainer = tiny_trainer(FOLDER / "colocated", model, tokenizer, int(rank), **flags, **rate)
+    return {"rewards": learn(trainer), **apart(trainer.state.log_history)}
+
+
+def apart(log: list[dict[str, float]]) -> dict[str, list[float]]:
+    """How far vLLM's log-probabilities were from the policy's, and the policy from the reference, at each update."""
+    entries = [entry for entry in log if "objective/kl" in entry]
+    names = {"differences": "sampling/sampling_logp_difference/max", "kl": "objective/kl"}
+    return {name: [entry[metric] for entry in entries] for name, metric in names.items()}
 
 
 def starting() -> dict[str, Any]:
@@ -257,13 +277,17 @@ def refusals(python: Path) -> dict[str, str]:
             "high rank": failure(high.train),
             "long": failure(lambda: tiny_trainer(FOLDER / "long", model, tokenizer, response_length=40, **flags)),
         }
-    with serve(python, model, *SMALL[:2], adapters=False) as url:
+    with serve(python, model, *SMALL[:2], takes=None) as url:
         flags = {"use_vllm": True, "vllm_server_base_url": url}
         lines["no adapters"] = failure(tiny_trainer(FOLDER / "none", model, tokenizer, **flags).train)
+        lines["tied"] = failure(lambda: tiny_trainer(FOLDER / "none", model, tokenizer, 0, **flags))
+        whole_model, _ = untied()
+        lines["no weights"] = failure(tiny_trainer(FOLDER / "none", whole_model, tokenizer, 0, **flags).train)
     print(json.dumps(lines, indent=1), flush=True)
     assert "never arrived in the engine" in lines["lost adapter"] and lost.state.global_step == 1
     assert "rank" in lines["high rank"] and "--max-lora-rank 16" in lines["high rank"]
     assert "--max-model-len" in lines["long"] and "--enable-lora" in lines["no adapters"]
+    assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in lines["no weights"] and "tied to the" in lines["tied"]
     return lines
 
 
@@ -336,8 +360,55 @@ def recipe(name: str, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def whole(python: Path) -> dict[str, Any]:
+    """Full fine-tuning: all weights travel after each update."""
+    model, tokenizer = untied()
+    with serve(python, model, *SMALL[:2], takes="weights") as url:
+        flags: dict[str, Any] = {
+            "use_vllm": True, "vllm_server_base_url": url, "learning_rate": RATE, "max_steps": 8,
+        }  # fmt: skip
+        trainer = tiny_trainer(FOLDER / "whole", model, tokenizer, 0, **flags)
+        runs = {"server": {"rewards": learn(trainer), **apart(trainer.state.log_history)}}
+        assert not list(Path(trainer.args.output_dir).glob("vllm_adapters/*"))
+        lost = tiny_trainer(FOLDER / "lost", model, tokenizer, 0, **flags)
+        lost.engine.sync()
+        lost.engine.sync = lambda: None  # the server keeps the first weights
+        said = failure(lost.train)
+    runs["colocated"] = inside(python, "learning", 0, 32, 8, 0)
+    runs["two processes"] = inside(python, "learning", 0, 16, 8, 0, processes=2)
+    print(json.dumps(runs, indent=1), said, flush=True)
+    assert "never arrived in the engine" in said
+    for run in runs.values():
+        assert max(run["differences"]) < 1e-4 and run["kl"][-1] > 0.5 and run["rewards"][-1] > run["rewards"][0] + 0.1
+    return runs
+
+
+def sharded(python: Path) -> dict[str, Any]:
+    """Two updates under FSDP2, where no layer is gathered to sample, and under ZeRO-3."""
+    from conftest import write_rows
+    from strategies import make_models
+    from test_fsdp import metrics
+    from test_zero import ppo
+
+    folder, found = FOLDER / "sharded", {}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_rows(folder)
+    ways = make_models(folder, hidden_size=64, intermediate_size=64, tie_word_embeddings=False)
+    for way, takes in (("LoRA, float32", "adapters"), ("whole, float32", "weights")):
+        with serve(python, str(folder / "tiny"), "--max-model-len", "128", takes=takes) as url:
+            for kind, gathers in (("fsdp", "false"), ("zero3", "true")):
+                ppo(kind, folder, folder / f"{way} {kind}", *ways[way], "--ds3_gather_for_generation", gathers,
+                    "--use_vllm", "true", "--vllm_server_base_url", url)  # fmt: skip
+                found[f"{way} {kind}"] = apart(metrics(folder / f"{way} {kind}"))
+    print(json.dumps(found, indent=1), flush=True)
+    for run in found.values():
+        assert max(run["differences"]) < 1e-4 and run["kl"][0] == 0 and abs(run["kl"][1]) > 0.001
+    return found
+
+
 PARTS = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands,
-         "colocated": colocated}  # fmt: skip
+         "colocated": colocated, "whole": whole, "sharded": sharded}  # fmt: skip
 
 
 def main() -> None:

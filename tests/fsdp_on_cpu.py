@@ -77,7 +77,8 @@ def say_gathered() -> None:
 
         generation.draw_tokens = drawn  # type: ignore[assignment]
         rollout = sample(trainer, *args)
-        trainer.accelerator.print(f"FSDP2 layers whole: {max(counts)} of {len(layers)}")
+        if counts:  # else another engine drew them
+            trainer.accelerator.print(f"FSDP2 layers whole: {max(counts)} of {len(layers)}")
         return rollout
 
     PPOTrainer._sample = sampled  # type: ignore[assignment, method-assign]

@@ -38,10 +38,14 @@ def farthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
 
 
-def make_models(folder: Path) -> dict[str, list[object]]:
-    """The flags of each way to train: with four adapters over one base, or the whole model."""
+def make_models(folder: Path, **changes: int) -> dict[str, list[object]]:
+    """The flags of each way to train: with four adapters over one base, or the whole model.
+
+    Args:
+        changes: of the base's configuration.
+    """
     tokenizer = AutoTokenizer.from_pretrained(starter_model())
-    tiny = save_tiny(folder / "tiny", tokenizer)
+    tiny = save_tiny(folder / "tiny", tokenizer, **changes)
     sft = make_adapter(tiny, tokenizer, folder / "sft")
     lora = dataclasses.replace(LORA, lora_r=3)
     reward = load_reward_model(resolve(resolve(sft).base), lora, tokenizer, seed=3)

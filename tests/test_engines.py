@@ -3,6 +3,7 @@
 Nothing here stands in for a vLLM server: `make engines` starts a real one.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from accelerate import Accelerator
 from conftest import LORA, VOCABULARY, count_a, logged, ppo_config, ppo_trainer, run
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -26,6 +30,7 @@ from rlhf.engines.completions import check_weights, make_sampler
 from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.own_loop import OwnLoop
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
+from rlhf.engines.vllm_sampling import PolicyFiles
 from rlhf.engines.vllm_server import read_choice, request_body
 from rlhf.errors import InputError
 from rlhf.models.generation import Sampling, sample_completions
@@ -34,7 +39,7 @@ from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.engine import make_engine, need_engine
 from rlhf.ppo.mismatch import check_engine, importance_weights, mismatch_metrics
-from rlhf.ppo.model import TokenOutputs
+from rlhf.ppo.model import PolicyAndValue, TokenOutputs
 from rlhf.ppo.update import UpdateSettings, ppo_loss
 from rlhf.starter.model import starter_model
 
@@ -338,7 +343,7 @@ def test_a_typed_config_of_continuous_batching_is_read(tmp_path):
     assert args.transformers_continuous_batching_config == {"page_size": 32}
 
 
-def test_full_fine_tuning_and_absent_servers_are_refused_before_a_model_is_loaded(tiny, files, tmp_path):
+def test_absent_servers_are_refused_before_a_model_is_loaded(tiny, files, tmp_path):
     def refused(*flags):
         result = run(
             "recipes/ppo.py", "--model_name_or_path", tiny, "--dataset_name", files / "prompts.jsonl",
@@ -347,25 +352,46 @@ def test_full_fine_tuning_and_absent_servers_are_refused_before_a_model_is_loade
         assert result.returncode == 2, result.stderr
         return result.stderr.strip().splitlines()[-1]
 
-    said = refused("--use_peft", "false")
-    assert said.startswith("error: --use_vllm true: only LoRA adapters are sent to vLLM")
     said = refused("--vllm_mode", "colocate")
     assert said.startswith("error: --vllm_mode colocate: needs vLLM in this environment")
     said = refused("--vllm_server_port", "1", "--vllm_server_timeout", "0.1")
     assert said.startswith("error: --use_vllm true: the server http://127.0.0.1:1 does not answer")
 
 
-def test_vllm_takes_lora_policies_of_decoders_only(tiny, sft, tokenizer, tmp_path):
+def test_vllm_takes_decoders_only_and_no_tied_head_on_a_cpu(tiny, tokenizer, tmp_path):
     args = ppo_config(tmp_path, use_vllm=True, vllm_server_port=1, vllm_server_timeout=0.01)
     rows = Dataset.from_list([{"prompt": "go", "input_ids": [3]}])
     full = AutoModelForCausalLM.from_pretrained(tiny)
-    with pytest.raises(InputError, match="only LoRA adapters"):
+    with pytest.raises(InputError, match="does not renew a head that is tied"):
         PPOTrainer(args, tokenizer, full, train_dataset=rows, reward_funcs=[count_a])
     with pytest.raises(InputError, match="does not answer"):
-        need_engine(args)
-    assert need_engine(ppo_config(tmp_path)) is None
+        need_engine(args, full.config, use_peft=True)
+    assert need_engine(ppo_config(tmp_path), full.config, use_peft=True) is None
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
-    seq2seq = T5ForConditionalGeneration(T5Config(**sizes))
+    model = PolicyAndValue(T5ForConditionalGeneration(T5Config(**sizes)))
     for flags in (CONTINUOUS, {"use_vllm": True}):
         with pytest.raises(InputError, match="decoders only, and t5 is an encoder-decoder"):
-            make_engine(ppo_config(tmp_path, **flags), seq2seq, "default", tokenizer, Accelerator(cpu=True), 4)
+            make_engine(ppo_config(tmp_path, **flags), model, "default", tokenizer, Accelerator(cpu=True), 4)
+
+
+def test_the_policys_files_hold_the_weights_that_it_has_now(sft, tiny, tokenizer, tmp_path):
+    """An adapter and a whole model, of its own weights and of those that processes have gathered."""
+    adapted = load_policy(resolve(sft), LORA, tokenizer)
+    untied = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                          num_attention_heads=2))  # fmt: skip
+    state = Accelerator(cpu=True)
+    for policy, adapter, name in ((adapted, "default", "adapter_model"), (untied, "default", "model")):
+        own = {key: tensor for key, tensor in policy.named_parameters() if tensor.requires_grad}
+        whole = {key: torch.full_like(tensor, 2.0) for key, tensor in own.items()}
+        for given in (None, whole):
+            files = PolicyFiles(
+                policy, adapter, tmp_path / "files", state, functools.partial(dict, given) if given else lambda: None
+            )
+            places = [files.renew(writes=True) for _ in range(2)]
+            assert places[0] != places[1]  # never a name twice
+            saved = load_file(places[1] / f"{name}.safetensors")
+            expected = {key.replace(".default", ""): tensor for key, tensor in (given or own).items()}
+            assert set(saved) == set(expected)
+            assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+            assert files.remove() and not places[1].exists() and not files.remove()
+    assert not files.renew(writes=False).exists()

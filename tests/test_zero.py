@@ -113,6 +113,16 @@ def test_zero_3_resumes_exactly(folders, roles, files, tmp_path):
     assert_same_optimizer(saved_optimizer(tmp_path / "again", 2), saved_optimizer(folders["zero3"], 2), 0)
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_continuous_batching_samples_with_weights_that_are_spread(roles, files, tmp_path, kind):
+    words = ["--use_transformers_continuous_batching", "true", "--transformers_continuous_batching_config",
+             '{"page_size": 16}']  # fmt: skip
+    ppo(kind, files, tmp_path / "run", *roles, *words)
+    for entry in metrics(tmp_path / "run"):
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-4
+    assert abs(entry["objective/kl"]) > 1e-3  # the policy has moved since the start
+
+
 def test_a_run_goes_on_under_another_strategy(folders, roles, files, tmp_path):
     again("fsdp", files, folders["zero3"], tmp_path / "again", *roles)
     assert_same_run(folders[None], tmp_path / "again")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.engines.arguments import SamplerArguments
 from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.seam import TOLERANCE, Completions, Decoding, Engine, need_decoder
+from rlhf.engines.vllm_sampling import FILES, PolicyFiles
 from rlhf.engines.vllm_server import ServedModel, Server, VLLMServer
 from rlhf.errors import InputError
 from rlhf.models.generation import Sampling
@@ -80,7 +81,8 @@ class Sampler:
             own = model.config._name_or_path
             return ServedModel(server, server.need_model(own), own, tokenizer)
         state = PartialState(cpu=not torch.accelerator.is_available())
-        return VLLMServer(server, model, model.active_adapter, tokenizer, self.folder / "vllm_adapters", state)
+        files = PolicyFiles(model, model.active_adapter, self.folder / FILES, state)
+        return VLLMServer(server, files, tokenizer, state)
 
 
 def make_sampler(

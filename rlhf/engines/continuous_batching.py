@@ -36,7 +36,7 @@ class ContinuousBatching:
         InputError: if transformers can't do it for this model.
     """
 
-    exact, advice = False, f"Leave {CONTINUOUS_BATCHING} out."
+    exact, own_weights, advice = False, False, f"Leave {CONTINUOUS_BATCHING} out."
 
     def __init__(
         self,

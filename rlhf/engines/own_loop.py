@@ -21,7 +21,7 @@ class OwnLoop:
         accelerator: whose mixed precision the passes have; None: the model's own.
     """
 
-    exact, advice = True, ""
+    exact, own_weights, advice = True, False, ""
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Engine(Protocol):
     """Samples completions of the policy."""
 
     exact: bool  # True: it samples with the model that trains, so there is nothing to correct or to refuse
+    own_weights: bool  # True: it has a copy of the weights, so the policy's need not be gathered for it
     advice: str  # what to look at if its log-probabilities are not the policy's
 
     def sync(self) -> None:

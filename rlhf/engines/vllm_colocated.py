@@ -1,6 +1,6 @@
-"""vLLM in the process that trains, on its device: the policy as an adapter over vLLM's own copy of the base.
+"""vLLM in the process that trains, on its device, with a copy of the base of its own.
 
-Each process samples for itself, so under DDP each GPU holds one vLLM. https://docs.vllm.ai/en/latest/features/lora.html
+Each process samples for itself, so each GPU holds one vLLM. https://docs.vllm.ai/en/latest/features/lora.html
 """
 
 import atexit
@@ -8,17 +8,16 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.engines.arguments import EngineArguments
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
-from rlhf.engines.vllm_sampling import AdapterFiles, ended_at, sampling_settings, seeds_of
+from rlhf.engines.vllm_sampling import PolicyFiles, ended_at, sampling_settings, seeds_of
 from rlhf.errors import InputError
 
 
@@ -26,9 +25,7 @@ class ColocatedVLLM:
     """Sampling by vLLM in the same process.
 
     Args:
-        policy: a LoRA model.
-        adapter: the name of the policy's adapter.
-        folder: where the adapters are written for vLLM.
+        files: the policy.
         longest: tokens of the longest prompt and its completion.
         batch_size: rows at once.
 
@@ -36,16 +33,14 @@ class ColocatedVLLM:
         InputError: if vLLM can't sample this model.
     """
 
-    exact = False
+    exact, own_weights = False, True
     advice = "vLLM has other weights than the policy's base. Give --vllm_mode server, or leave --use_vllm out."
 
     def __init__(
         self,
         args: EngineArguments,
-        policy: PeftModel,
-        adapter: str,
+        files: PolicyFiles,
         tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
         state: Accelerator,
         longest: int,
         batch_size: int,
@@ -58,10 +53,10 @@ class ColocatedVLLM:
             )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
-        self.files = AdapterFiles(policy, adapter, folder, state)
-        self.files.run += f"-{state.process_index}"  # each process writes for its own vLLM
-        self.tokenizer, self.sleeps = tokenizer, args.vllm_enable_sleep_mode
-        options = {}
+        self.files, self.state, self.tokenizer = files, state, tokenizer
+        files.run += f"-{state.process_index - state.local_process_index}"  # one process of each machine writes
+        self.sleeps, self.asleep, self.request = args.vllm_enable_sleep_mode, False, None
+        options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": max(8, files.rank)} if files.is_adapter else {}
         if state.num_processes > 1:  # as TRL has it: vLLM joins the processes that accelerate started
             options["distributed_executor_backend"] = "external_launcher"
         try:
@@ -69,9 +64,8 @@ class ColocatedVLLM:
                 from vllm import LLM
 
                 self.llm = LLM(
-                    model=self.files.base, revision=getattr(policy.get_base_model().config, "_commit_hash", None),
-                    skip_tokenizer_init=True, dtype=policy.dtype, seed=0,
-                    enable_lora=True, max_lora_rank=max(8, self.files.rank), max_num_seqs=batch_size,
+                    model=files.base, revision=getattr(files.policy.config, "_commit_hash", None),
+                    skip_tokenizer_init=True, dtype=files.policy.dtype, seed=0, max_num_seqs=batch_size,
                     max_model_len=context, generation_config="vllm",
                     gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep_mode=self.sleeps,
                     logprobs_mode="processed_logprobs", trust_remote_code=False, **options,
@@ -79,20 +73,35 @@ class ColocatedVLLM:
         except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"--vllm_mode colocate: vLLM can't take {self.files.base} ({reason}). Give --vllm_mode server, or "
+                f"--vllm_mode colocate: vLLM can't take {files.base} ({reason}). Give --vllm_mode server, or "
                 "leave --use_vllm out."
             ) from error
-
-        atexit.register(self.files.remove)
+        if state.is_local_main_process:
+            atexit.register(files.remove)
 
     def sync(self) -> None:
         """See `Engine`."""
-        from vllm.lora.request import LoRARequest
+        files, writes = self.files, self.state.is_local_main_process
+        self._wake()
+        if files.is_adapter and files.number:
+            self.llm.llm_engine.remove_lora(files.number)
+        if writes:
+            files.remove()
+        place = files.renew(writes)
+        self.state.wait_for_everyone()
+        if files.is_adapter:
+            from vllm.lora.request import LoRARequest
 
-        if self.files.remove():
-            self.llm.llm_engine.remove_lora(self.files.number)
-        self.files.renew()
-        self.request = LoRARequest(self.files.name, self.files.number, str(self.files.write()))
+            self.request = LoRARequest(files.name, files.number, str(place))
+            return
+        with _same_randomness():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(place)})
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def sample(self, prompts: list[list[int]], decoding: Decoding, uniforms: torch.Tensor) -> Completions:
         """See `Engine`. Each row has a seed of its own."""
@@ -101,15 +110,15 @@ class ColocatedVLLM:
 
         fixed = sampling_settings(decoding) | {"stop": [], "detokenize": False}  # texts are read here, afterwards
         settings = [SamplingParams(seed=seed, **fixed) for seed in seeds_of(uniforms)]
-        if self.sleeps:
-            self.llm.wake_up()
+        self._wake()
         with _same_randomness():
             outputs = self.llm.generate(
                 [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], settings, use_tqdm=False,
                 lora_request=self.request,
             )  # fmt: skip
         if self.sleeps:
-            self.llm.sleep(level=1)  # the base goes to the CPU's memory
+            self.llm.sleep(level=1)  # its weights go to the CPU's memory
+            self.asleep = True
         rule, found = Stops(decoding, self.tokenizer), []
         for prompt, output in zip(prompts, outputs, strict=True):
             (completion,) = output.outputs

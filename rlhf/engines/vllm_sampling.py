@@ -1,8 +1,8 @@
-"""What vLLM as a server and vLLM in this process share: settings, where completions end, the policy's adapter."""
+"""What vLLM as a server and vLLM in this process share: settings, where completions end, the policy as files."""
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.engines.seam import Decoding, Stops
 from rlhf.errors import InputError
+
+FILES = "vllm_adapters"  # the folder in the output folder
 
 
 def sampling_settings(decoding: Decoding) -> dict[str, Any]:
@@ -52,39 +55,73 @@ def ended_at(
     return list(tokens[:stop]), given[:stop], True
 
 
-class AdapterFiles:
-    """The policy's adapter as files for vLLM, under names that were never used before.
-
-    Args:
-        policy: a LoRA model.
-        adapter: the name of the policy's adapter.
-        folder: where the files go.
-        state: of the processes that sample together.
+def need_renewal(config: PreTrainedConfig, device: torch.device) -> None:
+    """Refuse a whole model that vLLM would renew in part only.
 
     Raises:
-        InputError: if the adapter is no LoRA adapter.
+        InputError: on a CPU, for a head that is tied to the embeddings: vLLM 0.32 packs the head once there, and would
+            take new embeddings and the old head.
+    """
+    if config.get_text_config().tie_word_embeddings and device.type == "cpu":
+        raise InputError(
+            "--use_vllm true --use_peft false: on a CPU, vLLM does not renew a head that is tied to the embeddings, as "
+            f"that of {config._name_or_path}. Give --use_peft true, or leave --use_vllm out."
+        )
+
+
+class PolicyFiles:
+    """The policy as files for vLLM, under names that were never used before: its adapter, or the whole model.
+
+    Args:
+        policy: a LoRA model, or one that is trained as a whole.
+        adapter: the name of the policy's adapter, if it has any.
+        folder: where the files go.
+        state: of the processes that sample together.
+        weights: gives the trained tensors by name where each process holds a share of them, else None. All processes
+            call it together.
+
+    Raises:
+        InputError: for an adapter other than LoRA, and a whole model that vLLM would not renew as a whole.
     """
 
-    def __init__(self, policy: PeftModel, adapter: str, folder: Path, state: Accelerator | PartialState) -> None:
-        config = policy.peft_config[adapter]
-        if config.peft_type != PeftType.LORA:
-            raise InputError(f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}.")
-        self.policy, self.adapter, self.folder = policy, adapter, folder
-        self.base, self.rank = str(config.base_model_name_or_path), int(config.r)
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        adapter: str,
+        folder: Path,
+        state: Accelerator | PartialState,
+        weights: Callable[[], dict[str, torch.Tensor] | None] = lambda: None,
+    ) -> None:
+        self.policy, self.adapter, self.folder, self.weights = policy, adapter, folder, weights
+        self.is_adapter = isinstance(policy, PeftModel)
+        self.base, self.rank = policy.config._name_or_path, 0
+        if isinstance(policy, PeftModel):
+            config = policy.peft_config[adapter]
+            if config.peft_type != PeftType.LORA:
+                raise InputError(
+                    f"--use_vllm true: vLLM takes LoRA adapters, and this one is {config.peft_type.value}."
+                )
+            self.base, self.rank = str(config.base_model_name_or_path), int(config.r)
+        else:
+            need_renewal(policy.config, policy.device)
         self.run, self.number = broadcast_object_list([secrets.token_hex(4)])[0], 0  # several runs may share a server
         self.name = ""
 
-    def renew(self) -> str:
-        """The next name."""
+    def renew(self, writes: bool) -> Path:
+        """Write the policy as it is now under the next name, and give the folder. All processes call it together.
+
+        Args:
+            writes: whether this process writes.
+        """
         self.number += 1
         self.name = f"ppo-{self.run}-{self.number}"
-        return self.name
-
-    def write(self) -> Path:
-        """Write the adapter as it is now, and give its folder."""
-        place = self.folder / self.name
-        self.policy.save_pretrained(str(place), selected_adapters=[self.adapter])
-        return (place if self.adapter == "default" else place / self.adapter).resolve()
+        settings = {"selected_adapters": [self.adapter]} if self.is_adapter else {}
+        place, state_dict = self.folder / self.name, self.weights()
+        if writes:
+            self.policy.save_pretrained(str(place), **settings, state_dict=state_dict)
+        if not self.is_adapter or self.adapter == "default":
+            return place.resolve()
+        return (place / self.adapter).resolve()
 
     def remove(self) -> bool:
         """Remove the files of the last name, if there are any."""

@@ -1,8 +1,9 @@
 """A vLLM server: `vllm serve`, a process of its own, perhaps on other GPUs, asked over its OpenAI-compatible HTTP API.
 
-What travels is the policy's LoRA adapter, a few MB: `sync` writes it to a folder that the server can read too, and has
-it loaded under a name that was never used before, so that no answer can come from older weights. Prompts go and
-completions come as token ids.
+With LoRA the policy's adapter travels, a few MB: `sync` writes it to a folder that the server can read too, and has it
+loaded under a name that was never used before, so that no answer can come from older weights. A policy that is trained
+as a whole travels whole, and replaces the server's weights. Prompts go and completions come as token ids.
+https://docs.vllm.ai/en/latest/features/lora.html
 """
 
 import atexit
@@ -19,11 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
-from rlhf.engines.vllm_sampling import AdapterFiles, ended_at, sampling_settings, seeds_of
+from rlhf.engines.vllm_sampling import PolicyFiles, ended_at, sampling_settings, seeds_of
 from rlhf.errors import InputError
 from rlhf.run.processes import main_process
 
@@ -166,7 +166,7 @@ class ServedModel:
         flags: of its command, beside the model.
     """
 
-    exact = False
+    exact, own_weights = False, True
 
     def __init__(
         self, server: Server, name: str, base: str, tokenizer: PreTrainedTokenizerBase, flags: str = ""
@@ -195,51 +195,69 @@ class ServedModel:
 
 
 class VLLMServer(ServedModel):
-    """Sampling by a vLLM server, with the policy as an adapter over the server's model.
+    """Sampling by a vLLM server with the policy's weights: an adapter over the server's model, or all of them.
 
     Args:
-        policy: a LoRA model whose base the server serves.
-        adapter: the name of the policy's adapter.
-        folder: where the adapters are written for the server.
+        server: one that serves the policy's base, or for a whole model any of the same architecture.
+        files: the policy.
         state: of the processes that sample together.
     """
 
     def __init__(
         self,
         server: Server,
-        policy: PeftModel,
-        adapter: str,
+        files: PolicyFiles,
         tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
         state: Accelerator | PartialState,
     ) -> None:
-        self.files, self.state = AdapterFiles(policy, adapter, folder, state), state
-        base, flags = self.files.base, f"--enable-lora --max-lora-rank {self.files.rank} "
-        super().__init__(server, "", base, tokenizer, flags)
-        self.command = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {self.command}"
+        self.files, self.state = files, state
+        flags = f"--enable-lora --max-lora-rank {files.rank} " if files.is_adapter else ""
+        super().__init__(server, "", files.base, tokenizer, flags)
+        variable = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if files.is_adapter else "VLLM_SERVER_DEV_MODE=1"
+        self.command = f"{variable} {self.command}"
         self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
         if state.is_main_process:
-            atexit.register(self._unload)
+            atexit.register(self._unload if files.is_adapter else self._restore)
 
     def sync(self) -> None:
         """See `Engine`."""
         if self.state.is_main_process:
             self._unload()
-        self.name = self.files.renew()
+        place = self.files.renew(self.state.is_main_process)
+        self.name = self.files.name if self.files.is_adapter else self.server.served()[0]
         if self.state.is_main_process:
-            place = self.files.write()
+            what = "adapter" if self.files.is_adapter else "weights"
             try:
-                self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place)})
+                self._load(place)
             except _Refusal as refusal:
                 raise InputError(
-                    f"--use_vllm true: the server {self.server.url} did not load the policy's adapter ({refusal}). "
+                    f"--use_vllm true: the server {self.server.url} did not load the policy's {what} ({refusal}). "
                     f"It must read {place} and be started as: {self.command}"
                 ) from refusal
         self.state.wait_for_everyone()
 
+    def _load(self, place: Path) -> None:
+        if self.files.is_adapter:
+            self.server.ask("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": str(place)})
+            return
+        try:
+            self._reload(str(place))
+        finally:
+            self.files.remove()  # the server has read them
+
+    def _reload(self, path: str) -> None:
+        self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+        self.server.ask("/reset_prefix_cache", {})  # keys and values of the old weights
+
+    def _restore(self) -> None:
+        """Give the server back the weights of the model that it says to serve."""
+        if self.files.number:
+            with suppress(_Refusal, InputError):  # it may have ended before
+                self._reload(self.server.served()[1])
+
     def _unload(self) -> None:
         """Have the server forget the adapter of the last `sync`, and remove its folder."""
-        if self.files.remove():
+        if self.files.remove() and self.files.is_adapter:
             with suppress(_Refusal, InputError):  # a server that was started anew never had it
                 self.server.ask("/v1/unload_lora_adapter", {"lora_name": self.name})
 

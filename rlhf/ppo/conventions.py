@@ -36,7 +36,7 @@ from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
 from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
-from rlhf.ppo.sharding import gather, is_sharded, optimizer_state
+from rlhf.ppo.sharding import gather, is_sharded, optimizer_state, policy_part
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.rewards import with_own
@@ -376,10 +376,7 @@ class TrainerConventions(TRLPPOTrainer):
             return
         settings: dict[str, Any] = {"selected_adapters": [self.model_adapter_name]} if self.is_peft_model else {}
         if is_sharded(self.model):
-            own = "policy."
-            settings["state_dict"] = {
-                name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)
-            }
+            settings["state_dict"] = policy_part(weights)
         self.model.policy.save_pretrained(folder, **settings)
         self.processing_class.save_pretrained(folder)
 

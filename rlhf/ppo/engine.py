@@ -1,33 +1,41 @@
 """The engine that the flags choose for a policy."""
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.engines.own_loop import OwnLoop
 from rlhf.engines.seam import Engine, need_decoder
+from rlhf.engines.vllm_sampling import FILES, PolicyFiles, need_renewal
 from rlhf.engines.vllm_server import Server, VLLMServer
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.inputs import Model
+from rlhf.ppo.model import PolicyAndValue
+from rlhf.ppo.sharding import policy_weights, whole
 
 
-def need_engine(args: PPOConfig, use_peft: bool = True) -> Server | None:
+def need_engine(args: PPOConfig, config: PreTrainedConfig, use_peft: bool) -> Server | None:
     """Wait until the vLLM server is up, if one samples. This takes no model, so it comes before they are loaded.
 
+    Args:
+        config: of the policy.
+        use_peft: whether the policy is an adapter.
+
     Raises:
-        InputError: if it isn't up in time, the policy is no adapter, or there is no vLLM to sample in this process.
+        InputError: if the engine can't sample such a policy, the server isn't up in time, or there is no vLLM to sample
+            in this process.
     """
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        need_decoder(config, args.sampler_flag)
     if not args.use_vllm:
         return None
     if not use_peft:
-        raise InputError(
-            "--use_vllm true: only LoRA adapters are sent to vLLM, not whole models. Give --use_peft true."
-        )
+        need_renewal(config, args.device)
     if args.colocated and find_spec("vllm") is None:
         raise InputError(
             "--vllm_mode colocate: needs vLLM in this environment. Install rlhf-recipes[vllm], or start a server with "
@@ -42,7 +50,7 @@ def need_engine(args: PPOConfig, use_peft: bool = True) -> Server | None:
 
 def make_engine(
     args: PPOConfig,
-    policy: Model,
+    model: PolicyAndValue,
     adapter: str,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
@@ -57,23 +65,23 @@ def make_engine(
     Raises:
         InputError: if the engine can't sample this policy.
     """
-    batch_size, folder = args.local_rollout_forward_batch_size, Path(args.output_dir) / "vllm_adapters"
+    policy, batch_size = model.policy, args.local_rollout_forward_batch_size
     if not (args.use_vllm or args.use_transformers_continuous_batching):
         return OwnLoop(policy, tokenizer, batch_size, accelerator)
-    flag = args.sampler_flag
-    if any(getattr(accelerator.state, f"{name}_plugin", None) is not None for name in ("fsdp", "deepspeed")):
-        raise InputError(f"{flag}: was never tried under FSDP2 or DeepSpeed. Leave it out, or launch with DDP.")
-    need_decoder(policy.config, flag)
+    server = need_engine(args, policy.config, isinstance(policy, PeftModel))
     if not args.use_vllm:
         options = args.transformers_continuous_batching_config
         assert not isinstance(options, str)
-        return ContinuousBatching(policy, tokenizer, batch_size, options)
-    server = need_engine(args, isinstance(policy, PeftModel))
-    assert isinstance(policy, PeftModel)
+        if model.layer_by_layer:
+            raise InputError(f"{args.sampler_flag}: samples with whole weights. Leave it out, or leave "
+                             "--ds3_gather_for_generation at true.")  # fmt: skip
+        return whole(lambda: ContinuousBatching(policy, tokenizer, batch_size, options), model)
+    weights = functools.partial(policy_weights, model)
+    files = PolicyFiles(policy, adapter, Path(args.output_dir) / FILES, accelerator, weights)
     if server is None:
         from rlhf.engines.vllm_colocated import ColocatedVLLM
 
         room = longest + args.response_length
-        return ColocatedVLLM(args, policy, adapter, tokenizer, folder, accelerator, room, batch_size)
+        return ColocatedVLLM(args, files, tokenizer, accelerator, room, batch_size)
     server.need_room(longest, args.response_length, "--response_length")
-    return VLLMServer(server, policy, adapter, tokenizer, folder, accelerator)
+    return VLLMServer(server, files, tokenizer, accelerator)

@@ -192,6 +192,24 @@ def gather(model: Shardable) -> dict[str, torch.Tensor]:
     return {name: _full(p).cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def policy_weights(model: PolicyAndValue) -> dict[str, torch.Tensor] | None:
+    """What training changes of the policy, whole and by its own names; None if each process has all of it anyway.
+
+    All processes call it together.
+    """
+    return policy_part(gather(model)) if is_sharded(model) else None
+
+
+def policy_part(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the policy among the tensors of `gather`, by its own names.
+
+    >>> policy_part({"policy.lm_head.weight": torch.ones(1), "value_head.bias": torch.ones(1)})
+    {'lm_head.weight': tensor([1.])}
+    """
+    own = "policy."
+    return {name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)}
+
+
 def _full(parameter: torch.Tensor) -> torch.Tensor:
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -189,7 +189,7 @@ class PPOTrainer(TrainerConventions):
         )
         self.processes = processes(self.accelerator, self.model, self.model_wrapped)
         longest = max(len(ids) for ids in self.train_dataset["input_ids"])
-        self.engine = make_engine(args, policy, self.model_adapter_name, roles.tokenizer, self.accelerator, longest)
+        self.engine = make_engine(args, self.model, self.model_adapter_name, roles.tokenizer, self.accelerator, longest)
         self.mixed_precision = self.accelerator.mixed_precision
         self.seconds: dict[str, float] = {}  # of each phase since the last update
         self.reward_scale: RewardScale | None = None  # measured on the first batch
@@ -390,7 +390,7 @@ class PPOTrainer(TrainerConventions):
         decoding = Decoding(args.response_length, args.temperature, self.stop_token_ids, args.stop_strings or [])
         self.engine.sync()  # it samples with the policy as it is now
         sample = functools.partial(rollout_of, self.engine, policy, self.processing_class, rows, decoding, uniforms)
-        return whole(sample, self.model)
+        return sample() if self.engine.own_weights else whole(sample, self.model)
 
     def _logprobs_and_values(
         self, rollout: Rollout, batch_size: int
