@@ -40,6 +40,7 @@ def use_fsdp() -> None:
 
 def say_units() -> None:
     """Have the main process print what accelerate shards."""
+    from accelerate import accelerator as of_trainers
     from torch.distributed.fsdp import FSDPModule
 
     from rlhf.ppo import sharding
@@ -54,7 +55,7 @@ def say_units() -> None:
             print(f"FSDP2 units: {' '.join(units)}; {own} of {sum(p.numel() for p in model.parameters())}", flush=True)
         return model
 
-    sharding.fsdp2_prepare_model = prepared
+    sharding.fsdp2_prepare_model = of_trainers.fsdp2_prepare_model = prepared
 
 
 def say_gathered() -> None:

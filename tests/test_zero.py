@@ -23,7 +23,7 @@ from rlhf.ppo.model import Shardable
 from rlhf.ppo.sharding import shard
 
 SHARES = re.compile(r"ZeRO-(\d): (\d+) of (\d+) weights, (\d+) of (\d+) trained")
-SEAMS = {"ddp": [], "fsdp": ["tests/fsdp_on_cpu.py"], "zero2": ["tests/zero_on_cpu.py"],
+SEAMS: dict[str | None, list[str]] = {"ddp": [], "fsdp": ["tests/fsdp_on_cpu.py"], "zero2": ["tests/zero_on_cpu.py"],
          "zero3": ["tests/zero_on_cpu.py"]}  # fmt: skip
 
 

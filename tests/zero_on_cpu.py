@@ -40,10 +40,11 @@ def say_shares() -> None:
     initialize = deepspeed.initialize
 
     def initialized(*args: Any, **settings: Any) -> Any:
-        settings["config_params"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config = settings.get("config_params") or settings["config"]
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         engine, optimizer, *rest = initialize(*args, **settings)
         stage = engine.zero_optimization_stage()
-        if engine.global_rank == 0:
+        if engine.global_rank == 0 and "optimizer" in settings:  # not for a frozen reference
             parameters = list(engine.module.parameters())
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
             weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

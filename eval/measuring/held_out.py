@@ -33,7 +33,8 @@ def evaluate_reward_model(trainer: RewardTrainer, rows: Dataset) -> JsonObject:
     Returns:
         all results of the metric reward_accuracy; lengths are in tokens.
     """
-    model, size = trainer.model_wrapped.eval(), trainer.args.per_device_eval_batch_size
+    model, size = trainer.model_wrapped, trainer.args.per_device_eval_batch_size
+    model.eval()  # DeepSpeed's engine returns nothing
     scores: dict[str, list[float]] = {"chosen_ids": [], "rejected_ids": []}
     for start in range(0, len(rows), size):
         batch = trainer.data_collator(rows.select(range(start, min(start + size, len(rows)))).to_list())

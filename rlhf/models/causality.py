@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
+from rlhf.models.checks import has_weights
 from rlhf.models.prefix import same
 
 TRIED = 16  # tokens
@@ -25,7 +26,7 @@ def need_causal(model: PreTrainedModel, what: str) -> None:
             f"{what}: the LSH attention of {kind} draws random hashes over what comes later too, so no log-probability "
             "comes out twice. Give another model."
         )
-    if looks_ahead(model):
+    if has_weights() and looks_ahead(model):
         raise InputError(
             f"{what}: this {kind} model sees the tokens that it should predict: what follows a token changes what it "
             "says before it. Give a causal language model (of the BERT kind: one with is_decoder in its config)."

@@ -2,18 +2,23 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.integrations import is_fsdp_enabled
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_config, unset_hf_deepspeed_config
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 
 from rlhf.errors import InputError
@@ -22,6 +27,8 @@ WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 # weights that this library does not read: pickles run code when they are loaded, the others are for other programs
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 DENIED = (401, 403, 404)
+_deepspeed: dict[str, HfDeepSpeedConfig] = {}  # what transformers takes from DeepSpeed's configuration
+A = TypeVar("A")
 LAYER = re.compile(r"^(.*?)\.\d+\.")  # the beginning of a weight's name up to the number of its layer
 
 
@@ -47,6 +54,29 @@ def loading(flag: str, name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{flag} {name}: {_why(error, what)}") from error
+
+
+@contextmanager
+def made_whole() -> Iterator[None]:
+    """Under ZeRO-3, make models whole on each process: they are checked before DeepSpeed spreads them."""
+    config = deepspeed_config()
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:  # transformers itself holds a weak reference only
+            _deepspeed["config"] = HfDeepSpeedConfig(config)
+
+
+def has_weights() -> bool:
+    """Whether models that are loaded now have weights: under FSDP, accelerate's `cpu_ram_efficient_loading` leaves them
+    empty on all processes of a machine but one, until they are spread."""
+    return not is_fsdp_enabled() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def agreed(answer: A) -> A:
+    """What trying a model has shown, from the first process where others have no weights. All processes call it."""
+    return broadcast_object_list([answer])[0] if is_fsdp_enabled() else answer
 
 
 def _why(error: Exception, what: str) -> str:
@@ -283,6 +313,8 @@ def check_finite(model: torch.nn.Module, flag: str, name: str) -> None:
     Raises:
         InputError: naming a weight.
     """
+    if not has_weights():
+        return
     # one pass without a temporary tensor, and one wait for the accelerator; float8 has no minimum
     weights = {
         key: weight.detach()

@@ -31,7 +31,7 @@ from rlhf.models.adapters import REFERENCE, new_adapter, why_alone
 from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
 from rlhf.models.causality import need_causal
-from rlhf.models.checks import check_adapter, check_loaded, loading
+from rlhf.models.checks import check_adapter, check_loaded, loading, made_whole
 from rlhf.models.generation import seeded
 from rlhf.models.padding import Layout, pad_neutrally, reads_the_last_token
 from rlhf.models.seq2seq import decoder_prefix
@@ -104,6 +104,7 @@ def _with_adapter(source: Source, model: PreTrainedModel, trainable: bool) -> Pe
     return adapted
 
 
+@made_whole()
 def load_causal_lm(
     source: Source, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = True
 ) -> PreTrainedModel | PeftModel:
@@ -212,6 +213,7 @@ def _lora_config(model_args: ModelConfig, task_type: TaskType) -> LoraConfig:
     return config
 
 
+@made_whole()
 def load_reward_model(
     source: Source,
     model_args: ModelConfig,
@@ -371,6 +373,7 @@ def _reward_adapter_from(source: Source, classifier: PreTrainedModel, new: set[s
     return model
 
 
+@made_whole()
 def load_policy(
     source: Source,
     model_args: ModelConfig,

@@ -11,6 +11,7 @@ from trl.trainer import utils
 
 from rlhf.errors import InputError
 from rlhf.models.causality import embedded
+from rlhf.models.checks import agreed
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
 
 FUSED = hasattr(utils, "add_fused_lm_head")  # TRL 1.15 and later: no other loss than that of its own head
@@ -58,6 +59,7 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         whole.train(training)
     rounding = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4
     same = chunked is not None and bool(torch.isclose(chunked.float(), expected, rtol=rounding))
+    same, has_loss, args.router_aux_loss_coef = agreed((same, own is not None, args.router_aux_loss_coef))
     if FUSED and not same:
         raise InputError(
             f"--model_name_or_path: from 1.15 on, TRL takes another loss than that of {type(whole).__name__}. Install "
@@ -65,7 +67,7 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         )
     if args.loss_type == "chunked_nll" and not same:
         args.loss_type = "nll"
-    if args.loss_type == "nll" and own is None and not FUSED:
+    if args.loss_type == "nll" and not has_loss and not FUSED:
         raise InputError(f"--loss_type nll: {type(whole).__name__} has no loss for text alone. Give another model.")
 
 

@@ -15,10 +15,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from rlhf.models.checks import agreed
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory, same
 
 TRIED = (1, 2, 3, 5, 8, 13, 21)  # tokens of the rows that are tried
@@ -39,7 +41,8 @@ _LAYOUTS: WeakKeyDictionary[PreTrainedModel, Layout] = WeakKeyDictionary()
 
 def reads_the_last_token(model: PreTrainedModel) -> bool:
     """Whether a classifier reads its score at the last token, as decoders do. An encoder pools in its own way."""
-    return isinstance(getattr(model, "score", None), nn.Linear)
+    score = getattr(model, "score", None)
+    return isinstance(getattr(score, "original_module", score), nn.Linear)  # PEFT's wrapper has one
 
 
 def pad_neutrally(model: PreTrainedModel) -> Layout:
@@ -50,7 +53,7 @@ def pad_neutrally(model: PreTrainedModel) -> Layout:
         for layout in Layout:
             if layout is not Layout.RIGHT:
                 model.forward = functools.wraps(forward)(functools.partial(_read, model, forward, layout))
-            if _is_neutral(model):
+            if agreed(_is_neutral(model)):
                 break
         else:
             model.forward, layout = forward, Layout.RIGHT
@@ -87,6 +90,11 @@ def _fill(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "pad_token_id", None) or 0
 
 
+def _is_spread(model: PreTrainedModel) -> bool:
+    """Whether no process has all weights: under FSDP2 or ZeRO-3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def _read(
     model: PreTrainedModel,
     forward: Callable[..., Any],
@@ -109,8 +117,12 @@ def _read(
         return forward(**{name: rows.gather(1, source) for name, rows in columns.items()}, **settings)
     fill = {"input_ids": _fill(model)}
     logits: dict[int, torch.Tensor] = {}
-    for length in lengths.unique().tolist():
-        group = (lengths == length).nonzero().squeeze(1)
+    if _is_spread(model):  # processes have to make the same passes: one for each row
+        groups = list(torch.arange(len(lengths), device=lengths.device).split(1))
+    else:
+        groups = [(lengths == length).nonzero().squeeze(1) for length in lengths.unique()]
+    for group in groups:
+        length = int(lengths[group[0]])
         own = {name: rows[group, :length] for name, rows in columns.items()}
         if layout is Layout.AT_LEAST and length < SHORTEST:
             own = {name: pad(rows, (0, SHORTEST - length), value=fill.get(name, 0)) for name, rows in own.items()}

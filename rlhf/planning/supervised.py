@@ -7,7 +7,6 @@ from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import ModelConfig, RewardConfig, SFTConfig
 
-from rlhf.models.losses import FUSED
 from rlhf.models.sources import Source
 from rlhf.planning.arguments import PlanConfig
 from rlhf.planning.launch import Launch, launch_of
@@ -33,8 +32,6 @@ def plan_sft(plan: PlanConfig, args: SFTConfig, model_args: ModelConfig, source:
     launch = launch_of(args, plan)
     build = functools.partial(language_model, source, model_args, launch.on_cpu)
     said = [words_for(lengths, "rows"), f"{share:.0%} of the tokens are learned"]
-    if FUSED:
-        said.append("with the loss of TRL 1.12: later ones need other memory for the logits")
     return _planned("sft", build, args, plan, launch, lengths, share, said)
 
 

@@ -8,6 +8,8 @@ from trl import RewardConfig, SFTConfig
 from trl.trainer.utils import entropy_from_logits
 
 from rlhf.models.adapters import trunk
+from rlhf.models.losses import FUSED
+from rlhf.planning.fused_head import fused_loss
 from rlhf.planning.models import Model
 from rlhf.planning.stage import Stage
 
@@ -30,13 +32,15 @@ def checkpoint_layers(model: Model, args: SFTConfig | RewardConfig) -> None:
         base.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
 
 
-def sft_loss(model: Model, rows: int, tokens: int, learned: int, loss_type: str) -> torch.Tensor:
+def sft_loss(model: Model, rows: int, tokens: int, learned: int, loss_type: str, on_cpu: bool) -> torch.Tensor:
     """The loss of a batch as TRL computes it.
 
     Args:
         learned: tokens of the batch that have a label.
     """
     inputs = rows_of_ones(rows, tokens)
+    if FUSED:
+        return fused_loss(model, inputs, learned, on_cpu)
     if loss_type != "chunked_nll":
         output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
         with torch.no_grad():
@@ -78,7 +82,7 @@ class Training:
         self.model.train()
         with self.stage.autocast():
             loss = (
-                sft_loss(self.model, rows, tokens, learned, self.args.loss_type)
+                sft_loss(self.model, rows, tokens, learned, self.args.loss_type, self.stage.launch.on_cpu)
                 if isinstance(self.args, SFTConfig)
                 else reward_loss(self.model, rows, tokens)
             )

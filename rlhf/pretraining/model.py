@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rlhf.errors import InputError
+from rlhf.models.checks import made_whole
 from rlhf.models.sources import first_position
 from rlhf.pretraining.config import NewModelConfig, PretrainingConfig, check_objective
 from rlhf.pretraining.electra import ReplacedTokenModel
@@ -84,6 +85,7 @@ def new_config(
     return config
 
 
+@made_whole()
 def new_model(config: PreTrainedConfig, args: PretrainingConfig) -> PreTrainedModel:
     """A model with random float32 weights and the head of the objective.
 

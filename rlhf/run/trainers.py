@@ -195,10 +195,16 @@ class WholeCheckpoints(Trainer):
             tokenizer.no_padding()
         super().save_model(*args, **kwargs)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with no token in training_args.bin."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's, with no token in training_args.bin, and with tied weights once.
+
+        transformers knows them by their memory, of which those that FSDP has gathered share none.
+        """
+        if state_dict is not None:
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
         token, self.args.hub_token = self.args.hub_token, None
-        super()._save(*args, **kwargs)
+        super()._save(output_dir, state_dict)
         self.args.hub_token = token
 
     def _init_training_state(self, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import new_adapter
 from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
-from rlhf.models.checks import check_finite, check_layers, loading
+from rlhf.models.checks import check_finite, check_layers, loading, made_whole
 from rlhf.models.sources import Source, base_config, base_revision, is_decoder, usable_context
 from rlhf.run.ranges import NonNegativeFloat, PositiveInt, Range, check_ranges
 from rlhf.run.trainers import WholeCheckpoints
@@ -121,6 +121,7 @@ def check_arguments(
 # ---------------------------------------------------------------------------------------------- model
 
 
+@made_whole()
 def load_finetuning_model(
     source: Source,
     config: PretrainedConfig,
@@ -217,6 +218,7 @@ def in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     return model
 
 
+@made_whole()
 def language_model_head(source: Source, config: PretrainedConfig, model: torch.nn.Module) -> torch.Tensor:
     """The matrix (vocabulary, hidden size) that predicts the next token from a hidden state.
 
