@@ -22,6 +22,7 @@ from trl import ModelConfig
 from eval.report import write_report
 from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.rows import prompt_rows
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import report_errors
 from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
 from rlhf.models.loading import load_causal_lm
@@ -56,6 +57,7 @@ def main() -> None:
     train = prompt_rows(train, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
     test = prompt_rows(test, script_args.dataset_name, tokenizer, *sizes).remove_columns("input_ids")
     need_prompts(train, script_args.dataset_name, training_args)
+    make_sampler(training_args, training_args.output_dir, [source], trains=True)  # waits for a server
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)
     prepare_repo(push)

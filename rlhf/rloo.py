@@ -28,10 +28,12 @@ from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import Row
 from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt, options_of_rows
 from rlhf.data.rendering import TemplateOptions
+from rlhf.engines.arguments import SamplerArguments
+from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError
 from rlhf.models.adapters import disable_dropout, why_alone
 from rlhf.models.causality import need_causal
-from rlhf.models.generation import generate, left_pad
+from rlhf.models.generation import Sampling, generate, left_pad
 from rlhf.models.logprobs import token_logprobs
 from rlhf.models.precision import mixed_precision
 from rlhf.models.prefix import logits_at, without_gaps
@@ -52,8 +54,8 @@ from rlhf.run.trainers import WholeCheckpoints
 
 
 @dataclass
-class RLOOConfig(TRLRLOOConfig):
-    """TRL's RLOOConfig with the rewards of PPOConfig.
+class RLOOConfig(SamplerArguments, TRLRLOOConfig):
+    """TRL's RLOOConfig with the rewards of PPOConfig, and with the engines of the commands that only sample.
 
     Args:
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
@@ -77,6 +79,7 @@ class RLOOConfig(TRLRLOOConfig):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()
+        self._check_engine()
         accumulated = self.gradient_accumulation_steps
         apart = math.lcm(self.passes_per_batch, accumulated) // accumulated
         if self.save_strategy == "steps" and self.save_steps % apart:
@@ -85,6 +88,20 @@ class RLOOConfig(TRLRLOOConfig):
                 "updates apart (steps_per_generation × num_iterations / gradient_accumulation_steps). Give a multiple "
                 f"of {apart}."
             )
+
+    def _check_engine(self) -> None:
+        """Refuse what the engines don't do.
+
+        Raises:
+            InputError: for other settings of sampling than the temperature.
+        """
+        if not (self.use_vllm or self.use_transformers_continuous_batching):
+            return
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+        for name, default in plain.items():
+            if getattr(self, name) not in (default, {}):
+                raise InputError(f"--{name}: has no effect with {self.sampler_flag}, which samples from the whole "
+                                 "distribution. Leave one of them out.")  # fmt: skip
 
     @property
     def passes_per_batch(self) -> int:
@@ -156,10 +173,14 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             # TRL then loads the reference from the policy's name: in the same precision and revision
             commit = getattr(model.config, "_commit_hash", None)  # of a model from the Hub
             args.model_init_kwargs = {"dtype": model.dtype, **({"revision": commit} if commit else {})}
+        # TRL would make its own engine, which sends merged weights over NCCL
+        chosen = (args.use_vllm, args.use_transformers_continuous_batching)
+        args.use_vllm = args.use_transformers_continuous_batching = False
         super().__init__(
             model=model, reward_funcs=functions, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processing_class, **arguments,
         )  # fmt: skip
+        args.use_vllm, args.use_transformers_continuous_batching = chosen
         self.reward_func_names = reward_names(functions)
         self._noted: dict[str, list[float]] = {}  # what reward functions log in training
         self._noted_in_evaluation: dict[str, list[float]] = {}
@@ -167,6 +188,7 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
         need_causal(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model, "model")
         # TRL's own has the tokenizer's eos alone
         self.generation_config.eos_token_id = self.ends = end_ids(self.model, self.processing_class)
+        self.sampler = self._make_sampler()
         if args.mask_truncated_completions and len(self.ends) > 1:
             raise InputError(
                 f"--mask_truncated_completions true: TRL takes a completion for truncated unless it ends with token "
@@ -178,6 +200,19 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
                 if module is not None:
                     disable_dropout(module)
 
+    def _make_sampler(self) -> Callable[..., list[list[list[int]]]] | None:
+        """The engine that the flags choose, if it isn't the project's own loop.
+
+        Raises:
+            InputError: if it can't be used.
+        """
+        args = self.args
+        chosen = args.use_vllm or args.use_transformers_continuous_batching
+        if chosen and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise InputError(f"{args.sampler_flag}: RLOO has not been run with it under FSDP2 or DeepSpeed. Leave it "
+                             "out, or launch with DDP.")  # fmt: skip
+        return make_sampler(args, args.output_dir, [], trains=True)
+
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, object]]:
         """As in the other recipes: a control token inside a message stays text, and a row may have its own tools."""
         pairs = zip(prompts, self._options or [TemplateOptions()] * len(prompts), strict=True)
@@ -186,13 +221,18 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: object, multimodal_fields: object
     ) -> list[list[int]]:
-        """Sample with the loop of rlhf/models/generation.py, without dropout; TRL samples where that loop can't."""
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
-        if elsewhere or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        """Sample with the engine of PPO, without dropout; TRL samples where weights are spread."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        policy, training = self.accelerator.unwrap_model(self.model), self.model.training
-        batch = left_pad(self.processing_class, prompt_ids).to(self.accelerator.device)
+        policy, training, args = self.accelerator.unwrap_model(self.model), self.model.training, self.args
         self.model.eval()
+        if self.sampler:
+            size, seed = args.per_device_train_batch_size, int(torch.randint(2**31, ()))
+            sampling = Sampling(args.max_completion_length, args.temperature, size, seed)
+            drawn = self.sampler(policy, self.processing_class, prompt_ids, sampling, True, 1)
+            self.model.train(training)
+            return [row for (row,) in drawn]
+        batch = left_pad(self.processing_class, prompt_ids).to(self.accelerator.device)
         with torch.no_grad(), mixed_precision(self.accelerator, policy):
             samples = generate(policy, batch, self.generation_config)
         self.model.train(training)

@@ -113,9 +113,9 @@ def tiny(tmp_path_factory, tokenizer):
     return save_tiny(tmp_path_factory.mktemp("tiny"), tokenizer)
 
 
-def save_guesser(folder, tokenizer):
+def save_guesser(folder, tokenizer, **changes):
     """A tiny model that says of every box, at random, `The answer is 1.` or `The answer is 2.`"""
-    model = LlamaForCausalLM.from_pretrained(save_tiny(folder, tokenizer))
+    model = LlamaForCausalLM.from_pretrained(save_tiny(folder, tokenizer, **changes))
     rows = [
         encode_conversation(tokenizer, [*user("What is in the red box?"), *assistant(f"The answer is {n}.")])
         for n in (1, 2)

@@ -7,7 +7,7 @@
    adapters.
 3. The starter: where completions end, and log-probabilities after each sync.
 4. collect.py and compare.py with a server of the starter, for the model itself and for an adapter; another model is
-   refused.
+   refused. star.py, overoptimization.py and rloo.py with a server of a tiny model.
 5. vLLM in PPO's process: the same run twice, and on two processes the same samples; the starter as in 3.
 6. Full fine-tuning: all weights travel, to a server and to vLLM in PPO's process.
 7. FSDP2 and ZeRO-3 on two processes, with LoRA and full fine-tuning.
@@ -337,6 +337,47 @@ def commands(python: Path) -> dict[str, Any]:
     return {name: cells["perplexity"]["mean"] for name, cells in found.items()}
 
 
+def solving(python: Path) -> dict[str, Any]:
+    """star.py, rloo.py, and overoptimization.py on a run of ppo.py, with a server that samples for them."""
+    from conftest import make_adapter, save_guesser
+    from kill_runs import PPO, make_cases
+    from transformers import AutoTokenizer
+
+    from rlhf.starter.model import starter_model
+
+    folder = FOLDER / "solving"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(starter_model())
+    guesser = save_guesser(folder / "guesser", tokenizer, hidden_size=64, tie_word_embeddings=False)
+    sft = make_adapter(guesser, tokenizer, folder / "sft")
+    cases = make_cases(folder, guesser, sft, guesser, "")
+    recipe("ppo", "--model_name_or_path", sft, "--dataset_name", str(folder / "prompts.jsonl"), *PPO,
+           "--output_dir", str(folder / "ppo"))  # fmt: skip
+    with serve(python, guesser, "--max-model-len", "256", "--max-lora-rank", "8") as url:
+        words = ["--use_vllm", "true", "--vllm_server_base_url", url]
+        recipe("star", *cases["star"].words, *words, "--output_dir", str(folder / "star"))
+        recipe("overoptimization", "--model_name_or_path", str(folder / "ppo"), "--dtype", "float32", "--max_prompts",
+               "4", "--best_of_n", "2", *words, "--eval_reward_funcs", "starter", "--output_dir",
+               str(folder / "over"))  # fmt: skip
+        recipe("rloo", *cases["rloo"].words, *words, "--output_dir", str(folder / "rloo"))
+    with serve(python, guesser, "--max-model-len", "256", takes="weights") as url:
+        words = ["--model_name_or_path", guesser, "--use_peft", "false", "--use_vllm", "true",
+                 "--vllm_server_base_url", url]  # fmt: skip
+        recipe("rloo", *cases["rloo"].words, *words, "--output_dir", str(folder / "rloo-whole"))
+    rounds = json.loads((folder / "star" / "rounds.json").read_text())["rounds"]
+    points = json.loads((folder / "over" / "overoptimization.json").read_text())["ppo"]
+    moved = {}
+    for name in ("rloo", "rloo-whole"):
+        log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+        moved[name] = [entry["objective/kl"] for entry in log if "objective/kl" in entry]
+    found = {"solutions": [each.get("solutions") for each in rounds], "points": len(points), "kl": moved}
+    print(json.dumps(found), flush=True)
+    assert len(rounds) == 3 and rounds[2]["solutions"] and len(points) == 4
+    assert all(max(map(abs, kl)) > 1e-3 for kl in moved.values())
+    return found
+
+
 def save_adapter(model: str, folder: Path) -> None:
     """A LoRA adapter of a model, with random weights that change its replies."""
     import torch
@@ -354,7 +395,7 @@ def save_adapter(model: str, folder: Path) -> None:
 
 def recipe(name: str, *words: str, code: int = 0) -> str:
     """What a command says, which has to end with this exit code."""
-    script = ROOT / ("eval" if name == "compare" else "recipes") / f"{name}.py"
+    script = ROOT / ("eval" if name in ("compare", "overoptimization") else "recipes") / f"{name}.py"
     done = subprocess.run([sys.executable, script, *words], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -407,7 +448,7 @@ def sharded(python: Path) -> dict[str, Any]:
     return found
 
 
-PARTS = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands,
+PARTS = {"curves": same_curves, "refusals": refusals, "starter": starter, "commands": commands, "solving": solving,
          "colocated": colocated, "whole": whole, "sharded": sharded}  # fmt: skip
 
 

@@ -305,7 +305,7 @@ for name, command, wrong, *says in (
     ("a reference that isn't there", "recipes/rloo", "--sync_ref_model true --use_peft false --beta 0", "--beta 0"),
     ("a package that isn't installed", "recipes/sft", "--use_liger_kernel true", "--use_liger_kernel", "liger-kernel"),
     ("a package that isn't installed", "recipes/pretrain", "--use_liger_kernel true", "--use_liger_kernel", "install"),
-    ("a package that isn't installed", "recipes/rloo", "--use_vllm true", "--use_vllm", "vllm"),
+    ("a setting of TRL's own engine", "recipes/rloo", "--vllm_tensor_parallel_size 2", "--vllm_tensor_parallel_size 2"),
     ("nobody logged in", "recipes/sft", "--report_to wandb", "--report_to wandb", "wandb login", "WANDB_MODE=offline"),
     ("nobody logged in", "recipes/ppo", "--report_to wandb", "--report_to wandb", "wandb login"),
     ("processes to talk to", "recipes/sft", "--ddp_backend gloo", "--ddp_backend", "one process"),
@@ -327,6 +327,9 @@ BATCHED = "--use_transformers_continuous_batching true"
 for name, command, wrong, *says in (
     ("vLLM in the same process", "recipes/ppo", "--use_vllm true --vllm_mode colocate", "--vllm_mode colocate"),
     ("vLLM in the same process", "recipes/collect", "--use_vllm true --vllm_mode colocate", "--vllm_mode colocate"),
+    ("vLLM in the same process", "recipes/rloo", "--use_vllm true --vllm_mode colocate", "--vllm_mode colocate"),
+    ("no server", "recipes/rloo", "--use_vllm true --vllm_server_port 1 --vllm_server_timeout 0.1", "does not answer"),
+    ("a part of the distribution", "recipes/rloo", f"{BATCHED} --top_p 0.9", "--top_p: has no effect with"),
     ("an unknown mode", "recipes/ppo", "--use_vllm true --vllm_mode here", "invalid choice: 'here'"),
     ("two engines", "recipes/ppo", f"--use_vllm true {BATCHED}", "--use_vllm and"),
     ("two engines", "eval/compare", f"--use_vllm true {BATCHED}", "--use_vllm and"),

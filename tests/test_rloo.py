@@ -17,6 +17,7 @@ from trl import RLOOTrainer as TRLRLOOTrainer
 from eval.curves import read_curves
 from eval.drawing.figures import ORANGE, curves_figure, training_figure
 from rlhf.data.encoding import encode_prompt
+from rlhf.engines.continuous_batching import ContinuousBatching
 from rlhf.errors import InputError
 from rlhf.models.adapters import REWARD
 from rlhf.models.loading import load_causal_lm
@@ -81,6 +82,31 @@ def test_the_reference_is_the_frozen_sft_adapter(trained):
         assert parameter.requires_grad == moved == (".default." in name), name
         if ".ref." in name:
             assert torch.equal(parameter, before[name.replace(".ref.", ".default.")]), name
+
+
+def test_an_engine_samples_from_the_policy_as_it_is_now(sft, tmp_path):
+    """check_weights compares log-probabilities at each rollout; the engine is made once."""
+    engine = {"use_transformers_continuous_batching": True,
+              "transformers_continuous_batching_config": {"page_size": 16}}  # fmt: skip
+    rloo = trainer(sft, tmp_path / "run", **engine)
+    made, new_engine = [], rloo.sampler._new_engine
+
+    def noted(*words):
+        made.append(new_engine(*words))
+        return made[-1]
+
+    rloo.sampler._new_engine = noted
+    rloo.train()
+    assert [type(engine) for engine in made] == [ContinuousBatching] and rloo.args.use_transformers_continuous_batching
+    assert abs(logged(rloo)[1]["objective/kl"]) > 1e-3 and logged(rloo)[1]["episode"] == 16
+    other = load_causal_lm(resolve(sft), LORA, rloo.processing_class).get_base_model()
+    other.get_output_embeddings().weight.data.mul_(50)
+    made[0].model = other
+    with pytest.raises(InputError, match="samples from other weights"):
+        rloo.evaluate()
+    for flags, said in (({"top_p": 0.9}, "--top_p: has no effect"), ({"generation_kwargs": {"top_k": 4}}, "--gener")):
+        with pytest.raises(InputError, match=said):
+            config(tmp_path / "other", **engine, **flags)
 
 
 def test_the_kl_is_a_sum_over_tokens_and_episodes_are_counted(trained):

@@ -28,13 +28,15 @@ class Sampler:
 
     Args:
         folder: where adapters are written for a server.
+        trains: the models change between calls, so a server has to take whole models as well.
 
     Raises:
         InputError: if a server isn't up in time.
     """
 
-    def __init__(self, args: SamplerArguments, folder: str) -> None:
-        self.args, self.folder = args, Path(folder)
+    def __init__(self, args: SamplerArguments, folder: str, trains: bool = False) -> None:
+        self.args, self.folder, self.trains = args, Path(folder), trains
+        self.newest: tuple[Model, Engine] | None = None  # a loop asks one model again and again
         self.server = Server(args.vllm_url) if args.use_vllm else None
         if self.server:
             self.server.wait(args.vllm_server_timeout)
@@ -71,27 +73,40 @@ class Sampler:
         return [rows[start : start + num_return_sequences] for start in range(0, len(rows), num_return_sequences)]
 
     def _engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, longest: int) -> Engine:
+        if self.server:
+            self.server.need_room(longest, sampling.max_new_tokens, "--max_new_tokens")
+        known, engine = self.newest or (None, None)
+        sends = not isinstance(engine, VLLMServer) or engine.files.sends(model)
+        if engine is None or known is not model or not sends:
+            if isinstance(engine, VLLMServer):
+                engine.close()
+            engine = self._new_engine(model, tokenizer, sampling.batch_size)
+            self.newest = model, engine
+        return engine
+
+    def _new_engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Engine:
         server = self.server
+        need_decoder(model.config, self.args.sampler_flag)
         if server is None:
             options = self.args.transformers_continuous_batching_config
             assert not isinstance(options, str)
-            return ContinuousBatching(model, tokenizer, sampling.batch_size, options)
-        server.need_room(longest, sampling.max_new_tokens, "--max_new_tokens")
-        if not isinstance(model, PeftModel):
+            return ContinuousBatching(model, tokenizer, batch_size, options)
+        adapter = model.active_adapter if isinstance(model, PeftModel) else ""
+        if not adapter and not self.trains:
             own = model.config._name_or_path
             return ServedModel(server, server.need_model(own), own, tokenizer)
         state = PartialState(cpu=not torch.accelerator.is_available())
-        files = PolicyFiles(model, model.active_adapter, self.folder / FILES, state)
-        return VLLMServer(server, files, tokenizer, state)
+        return VLLMServer(server, PolicyFiles(model, adapter, self.folder / FILES, state), tokenizer, state)
 
 
 def make_sampler(
-    args: SamplerArguments, folder: str, sources: Sequence[Source]
+    args: SamplerArguments, folder: str, sources: Sequence[Source], trains: bool = False
 ) -> Callable[..., list[list[list[int]]]] | None:
     """What samples in place of the project's own loop, if the flags ask for anything; see `Sampler`.
 
     Args:
         sources: of the models that will sample, none of them loaded yet.
+        trains: see `Sampler`.
 
     Raises:
         InputError: if the engine can't sample one of them, or a server isn't up in time.
@@ -100,9 +115,9 @@ def make_sampler(
         return None
     for source in sources:
         need_decoder(base_config(source), args.sampler_flag)
-    sampler = Sampler(args, folder)
+    sampler = Sampler(args, folder, trains)
     for source in sources:
-        if sampler.server and source.adapter is None:
+        if sampler.server and source.adapter is None and not trains:
             sampler.server.need_model(source.base)
     return sampler
 

@@ -107,6 +107,10 @@ class PolicyFiles:
         self.run, self.number = broadcast_object_list([secrets.token_hex(4)])[0], 0  # several runs may share a server
         self.name = ""
 
+    def sends(self, model: PreTrainedModel | PeftModel) -> bool:
+        """Whether these are the files of a model as it is used now, with the adapter that is active."""
+        return model is self.policy and (not self.is_adapter or model.active_adapter == self.adapter)
+
     def renew(self, writes: bool) -> Path:
         """Write the policy as it is now under the next name, and give the folder. All processes call it together.
 

@@ -217,7 +217,17 @@ class VLLMServer(ServedModel):
         self.command = f"{variable} {self.command}"
         self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
         if state.is_main_process:
-            atexit.register(self._unload if files.is_adapter else self._restore)
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """Have the server forget the policy, or give it back the weights of the model that it says to serve."""
+        atexit.unregister(self.close)
+        if not self.state.is_main_process:
+            return
+        self._unload()
+        if self.files.number and not self.files.is_adapter:
+            with suppress(_Refusal, InputError):  # it may have ended before
+                self._reload(self.server.served()[1])
 
     def sync(self) -> None:
         """See `Engine`."""
@@ -248,12 +258,6 @@ class VLLMServer(ServedModel):
     def _reload(self, path: str) -> None:
         self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
         self.server.ask("/reset_prefix_cache", {})  # keys and values of the old weights
-
-    def _restore(self) -> None:
-        """Give the server back the weights of the model that it says to serve."""
-        if self.files.number:
-            with suppress(_Refusal, InputError):  # it may have ended before
-                self._reload(self.server.served()[1])
 
     def _unload(self) -> None:
         """Have the server forget the adapter of the last `sync`, and remove its folder."""

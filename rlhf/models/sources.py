@@ -42,6 +42,7 @@ from rlhf.models.checks import (
     check_quantization,
     check_repo,
     loading,
+    made_whole,
     read_settings,
 )
 from rlhf.models.lstm import LSTMConfig  # noqa: F401 (importing it makes saved LSTMs loadable)
@@ -80,6 +81,11 @@ class Source(NamedTuple):
         return self.peft_config is not None and self.peft_config.task_type == TaskType.SEQ_CLS
 
 
+@made_whole()
+def _starter() -> str:
+    return starter_model()
+
+
 def resolve(
     name: str | None,
     flag: str = "--model_name_or_path",
@@ -107,7 +113,7 @@ def resolve(
             "off, or give the Hub id."
         )
     if name == STARTER:
-        return Source(STARTER, starter_model(), None, None, None, flag)
+        return Source(STARTER, _starter(), None, None, None, flag)
     source = _resolve_folder(name, path, flag) if path.is_dir() else _resolve_repo(name, flag, revision)
     source = source._replace(trust_remote_code=trust_remote_code)
     if weights:
@@ -245,7 +251,7 @@ def _resolve_adapter(name: str, adapter: str, flag: str, revision: str | None) -
     if not base:
         raise InputError(f"{flag} {name}: adapter_config.json names no base model (base_model_name_or_path). Add it.")
     if Path(base).name.startswith("starter-") and not Path(base).exists():
-        base = starter_model()  # the cache was cleared or moved: make the starter again
+        base = _starter()  # the cache was cleared or moved: make the starter again
     folder = Path(base).expanduser()
     try:
         if folder.is_dir():

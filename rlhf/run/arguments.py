@@ -150,10 +150,6 @@ def _check_packages(arguments: Any) -> None:
         "load_in_8bit": ("bitsandbytes", is_bitsandbytes_available),
         "use_liger_kernel": ("liger-kernel", is_liger_kernel_available),
     }
-    if type(arguments).__name__ == "RLOOConfig":  # the other recipes say so themselves
-        from trl.import_utils import is_vllm_available
-
-        needed["use_vllm"] = ("vllm", is_vllm_available)
     for flag, (package, is_available) in needed.items():
         if getattr(arguments, flag, False) and not is_available():
             raise InputError(f"--{flag}: needs the package {package}. Install it (pip install {package}).")

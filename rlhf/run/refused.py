@@ -25,6 +25,9 @@ REFUSED: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
      ("PretrainingConfig", "TrainingArguments"), "the evaluation needs all predictions together"),
     (("model_init_kwargs",), WITH_MODEL, f"{NO_EFFECT}: --dtype, --model_revision and others load the model"),
     (("train_sampling_strategy",), ("RLOOConfig", "PPOConfig"), f"{NO_EFFECT}: prompts are shuffled"),
+    (("vllm_model_impl", "vllm_structured_outputs_regex", "vllm_group_port", "vllm_gpu_memory_utilization",
+      "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"), ("RLOOConfig",),
+     f"{NO_EFFECT}: a vLLM server has them"),
     (("debug", "skip_memory_metrics", "save_only_model", "ignore_data_skip", "torch_empty_cache_steps"),
      ("PPOConfig",), NO_EFFECT),
 )  # fmt: skip

@@ -78,21 +78,15 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from rlhf.models.checks import made_whole
-
     print("Converting the starter model to safetensors (once, about 20 s) ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE, trust_remote_code=False)
     tokenizer.pad_token = PAD_TOKEN
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"
-    with made_whole():
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=GGUF_FILE,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )  # fmt: skip
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
