@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plan_published import LLAMA_8B, LLAMA_70B
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from rlhf.starter.model import starter_model
@@ -27,9 +28,12 @@ LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192
 MODELS = {"1B": LLAMA_1B, "8B": LLAMA_8B, "70B": LLAMA_70B}
 ROWS = ["--per_device_train_batch_size", "2", "--local_rollout_forward_batch_size", "2",
         "--activation_checkpointing", "true", "--response_length", "512"]  # fmt: skip
-HALF = ["--dtype", "bfloat16", "--bf16", "true"]
-WHOLE = ["--use_peft", "false", "--dtype", "float32", "--bf16", "true"]
-LAYERS, SERVER = ["--ds3_gather_for_generation", "false"], ["--use_vllm", "true"]
+METHODS = {
+    "LoRA": ["--dtype", "bfloat16", "--bf16", "true"],
+    "full": ["--use_peft", "false", "--dtype", "float32", "--bf16", "true", "--accelerator_config",
+             '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'],
+}  # fmt: skip
+SERVER = ["--ds3_gather_for_generation", "false", "--use_vllm", "true"]
 
 
 class Row(NamedTuple):
@@ -39,20 +43,20 @@ class Row(NamedTuple):
     gpus: int
     method: str
     file: str  # of recipes/accelerate
-    flags: list[str]
+    more: list[str]  # flags beside those of the method
 
 
 TABLE = [
-    Row("1B", 1, "LoRA", "ddp", HALF),
-    Row("1B", 8, "full", "fsdp", WHOLE),
-    Row("8B", 1, "LoRA", "ddp", HALF),
-    Row("8B", 8, "LoRA", "ddp", HALF),
-    Row("8B", 8, "full", "fsdp", WHOLE),
-    Row("8B", 8, "full", "fsdp", [*WHOLE, *LAYERS, *SERVER]),
-    Row("8B", 64, "full", "fsdp", WHOLE),
-    Row("70B", 8, "LoRA", "fsdp", [*HALF, *LAYERS, *SERVER]),
-    Row("70B", 64, "LoRA", "fsdp", [*HALF, *LAYERS, *SERVER]),
-    Row("70B", 64, "full", "fsdp", [*WHOLE, *LAYERS, *SERVER]),
+    Row("1B", 1, "LoRA", "ddp", []),
+    Row("1B", 8, "full", "fsdp", []),
+    Row("8B", 1, "LoRA", "ddp", []),
+    Row("8B", 8, "LoRA", "ddp", []),
+    Row("8B", 8, "full", "fsdp", []),
+    Row("8B", 8, "full", "fsdp", SERVER),
+    Row("8B", 64, "full", "fsdp", []),
+    Row("70B", 8, "LoRA", "fsdp", SERVER),
+    Row("70B", 64, "LoRA", "fsdp", SERVER),
+    Row("70B", 64, "full", "fsdp", SERVER),
 ]
 
 
@@ -64,6 +68,7 @@ def prepare(folder: Path) -> None:
                              pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
         config.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        save_file({}, folder / name / "model.safetensors")  # has to be there, and is not read
     rows = [json.dumps({"prompt": [{"role": "user", "content": f"{' tea' * 490} {number}"}]}) for number in range(8)]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "any_reward.py").write_text(
@@ -76,7 +81,7 @@ def planned(row: Row, folder: Path) -> tuple[str, str]:
     command = [
         "accelerate", "launch", "--config_file", f"recipes/accelerate/{row.file}.yaml", "--num_processes", "1",
         "recipes/ppo.py", "--model_name_or_path", str(folder / row.model), "--dataset_name",
-        str(folder / "prompts.jsonl"), "--reward_funcs", "any_reward.zero", *ROWS, *row.flags,
+        str(folder / "prompts.jsonl"), "--reward_funcs", "any_reward.zero", *ROWS, *METHODS[row.method], *row.more,
         "--plan", "true", "--plan_processes", str(row.gpus), "--output_dir", str(folder / "out"),
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -89,13 +94,13 @@ def planned(row: Row, folder: Path) -> tuple[str, str]:
 
 def main() -> None:
     """Make the plans and write the table."""
-    lines = ["| model | GPUs | method | launch file | flags beside `--response_length 512` | GiB on each GPU | in |",
+    lines = ["| model | GPUs | method | launch file | more flags | GiB on each GPU | at the peak |",
              "| - | - | - | - | - | - | - |"]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         for row in TABLE:
             gib, phase = planned(row, Path(name))
-            flags = f"`{' '.join(row.flags)}`"
+            flags = f"`{' '.join(row.more)}`" if row.more else ""
             lines.append(f"| {row.model} | {row.gpus} | {row.method} | `{row.file}.yaml` | {flags} | {gib} | {phase} |")
             print(lines[-1], flush=True)
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

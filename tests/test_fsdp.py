@@ -99,6 +99,9 @@ def test_a_whole_model_with_accumulation_and_checkpointed_activations(tiny, file
     halves = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     ppo(files, tmp_path / "two", *words, *halves)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    each = ["--accelerator_config", '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}']
+    ppo(files, tmp_path / "each", *words, *halves, *each)
+    assert_same_run(tmp_path / "two", tmp_path / "each")
 
 
 def test_fsdp_1_is_refused(tiny, files, tmp_path):

@@ -1,9 +1,12 @@
 """What steers a run: KL controllers, warm-up, PPO-ptx, entropy, stop strings, evaluation, the best checkpoint."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from conftest import count_a, logged, ppo_config, ppo_trainer
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -11,6 +14,7 @@ from transformers import TrainerCallback
 from rlhf.errors import InputError
 from rlhf.ppo.control import adapted_kl_coef
 from rlhf.ppo.model import TokenOutputs
+from rlhf.ppo.processes import Processes
 from rlhf.ppo.update import UpdateSettings, ppo_loss, ptx_batches
 from rlhf.rewards import completion_text
 
@@ -230,3 +234,21 @@ def test_what_counts_as_one_reward_function_is_logged_once(sft, tokenizer, promp
     ppo.train()
     assert {"rewards/count_a_1/mean", "rewards/count_a_2/mean"} <= set(logged(ppo)[0])
     assert ppo_config(tmp_path).stop_token == "eos"
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_processes_average_after_each_microbatch_if_asked_to(each):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(sync_each_batch=each))
+    model = torch.nn.Linear(1, 1)
+    waits = []
+
+    def no_sync(model):
+        waits.append(model)
+        return nullcontext()
+
+    accelerator.no_sync = no_sync
+    processes = Processes.of(accelerator, model)
+    for last in (False, True):
+        with processes.synchronized(last):
+            pass
+    assert waits == ([] if each else [model])

@@ -19,6 +19,7 @@ class Launch(NamedTuple):
     sharded: bool  # FSDP2; else each GPU has a copy of the model
     reshards: bool  # whether FSDP2 gives a layer up after its forward pass
     mixed: torch.dtype | None  # of --bf16 and --fp16
+    accumulates: bool  # whether gradients stay whole until an update's last microbatch
     on_cpu: bool  # this machine's CPU, with its attention; else GPUs
 
     @property
@@ -55,5 +56,6 @@ def launch_of(args: TrainingArguments, plan: PlanConfig) -> Launch:
         sharded=sharded,
         reshards=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true",
         mixed=DTYPES[args.mixed_precision],
+        accumulates=not (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False),
         on_cpu=plan.plan_processes is None and (args.use_cpu or not torch.accelerator.is_available()),
     )

@@ -109,7 +109,7 @@ class Stage:
             run(trace)
         if self.launch.sharded:
             passing = trace.peak(leave_out=(WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER))
-            spread = self._spread(trains, gathers_all, accumulates)
+            spread = self._spread(trains, gathers_all, accumulates and self.launch.accumulates)
             return Need(passing | spread, trace.operations)
         memory = trace.peak()
         if self.launch.processes > 1:  # DDP keeps a second copy of the gradients, by buckets

@@ -30,13 +30,17 @@ class Processes:
 
     @classmethod
     def of(cls, accelerator: Accelerator, model: nn.Module) -> "Processes":
-        """The processes of an Accelerator, which has prepared `model`."""
+        """The processes of an Accelerator, which has prepared `model`.
+
+        With `sync_each_batch` of --accelerator_config they average after each microbatch.
+        """
+        always = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return cls(
             number=accelerator.num_processes,
             sum=lambda values: accelerator.reduce(values, "sum"),
             max=lambda value: accelerator.gather(value[None]).max(),
             backward=accelerator.backward,
-            synchronized=lambda last: nullcontext() if last else accelerator.no_sync(model),
+            synchronized=lambda last: nullcontext() if last or always else accelerator.no_sync(model),
         )
 
 
