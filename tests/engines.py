@@ -436,7 +436,7 @@ def sharded(python: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     write_rows(folder)
     ways = make_models(folder, hidden_size=64, intermediate_size=64, tie_word_embeddings=False)
-    for way, takes in (("LoRA, float32", "adapters"), ("whole, float32", "weights")):
+    for way, takes in (("LoRA, float32", "adapters"), ("full, float32", "weights")):
         with serve(python, str(folder / "tiny"), "--max-model-len", "128", takes=takes) as url:
             for kind, gathers in (("fsdp", "false"), ("zero3", "true")):
                 ppo(kind, folder, folder / f"{way} {kind}", *ways[way], "--ds3_gather_for_generation", gathers,

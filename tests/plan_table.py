@@ -94,7 +94,7 @@ def planned(row: Row, folder: Path) -> tuple[str, str]:
 
 def main() -> None:
     """Make the plans and write the table."""
-    lines = ["| model | GPUs | method | launch file | more flags | GiB on each GPU | at the peak |",
+    lines = ["| model | GPUs that train | method | launch file | more flags | GiB on each GPU | at the peak |",
              "| - | - | - | - | - | - | - |"]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))

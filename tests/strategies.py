@@ -56,14 +56,14 @@ def make_models(folder: Path, **changes: int) -> dict[str, list[object]]:
     return {
         "LoRA, float32": [*roles, "--response_length", 24],
         "LoRA, bfloat16": [*roles, "--response_length", 12, "--dtype", "bfloat16", "--bf16", "true"],
-        "whole, float32": whole,
-        "whole, bfloat16": [*whole, "--bf16", "true"],
+        "full, float32": whole,
+        "full, bfloat16": [*whole, "--bf16", "true"],
     }
 
 
 def main(only: str) -> None:
     """Run each strategy and print a line of the table for it."""
-    print("| | | metrics, update 1 | update 2 | weights |\n| - | - | - | - | - |")
+    print("| method, `--bf16` or not | launched with | update 1 | update 2 | weights |\n| - | - | - | - | - |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)

@@ -13,14 +13,16 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ENVIRONMENT, ROOT, TINY_PPO, run
+from conftest import ENVIRONMENT, ROOT, TINY_PPO, ppo_config, run
 from safetensors.torch import load_file
 from test_fsdp import SHARDED, assert_same_run, metrics, trained, without_repeats
+from trl import ModelConfig
 
 from rlhf.errors import InputError
 from rlhf.ppo import zero
 from rlhf.ppo.model import Shardable
 from rlhf.ppo.sharding import shard
+from rlhf.run.refused import check_refused
 
 SHARES = re.compile(r"ZeRO-(\d): (\d+) of (\d+) weights, (\d+) of (\d+) trained")
 SEAMS: dict[str | None, list[str]] = {"ddp": [], "fsdp": ["tests/fsdp_on_cpu.py"], "zero2": ["tests/zero_on_cpu.py"],
@@ -204,3 +206,12 @@ def test_slurm_starts_a_launcher_on_each_machine(tmp_path):
             assert found == ("2", machine, "8", "node7:20009")
             assert arguments.training_script_args == ["--output_dir", "out"]
         assert len(said.splitlines()) == 2
+
+
+def test_whole_models_in_bfloat16_are_refused_before_they_are_loaded(tmp_path, monkeypatch):
+    args = ppo_config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_refused([args, ModelConfig(use_peft=False, dtype="float32")])
+    check_refused([args, ModelConfig(use_peft=True, dtype="bfloat16")])
+    with pytest.raises(InputError, match="--dtype bfloat16: under DeepSpeed PPO trains whole models in float32"):
+        check_refused([args, ModelConfig(use_peft=False, dtype="bfloat16")])

@@ -4,6 +4,7 @@ A recipe has all flags of its trainer's config. `REFUSED` names those that no re
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,13 @@ def check_refused(parsed: Sequence[Any]) -> None:
     if values.get("sync_ref_model") and (values.get("use_peft") or not values.get("beta")):
         other = "--use_peft true" if values.get("use_peft") else "--beta 0"
         raise InputError(f"--sync_ref_model true: there is no reference model of its own with {other}. Leave it off.")
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    ppo = any(type(arguments).__name__ == "PPOConfig" for arguments in parsed)
+    if zero and ppo and not values.get("use_peft") and values.get("dtype") != "float32" and not values.get("plan"):
+        raise InputError(
+            f"--dtype {values.get('dtype')}: under DeepSpeed PPO trains whole models in float32. Give --dtype float32 "
+            "--bf16 true."
+        )
     if values.get("padding_free") and not values.get("packing") and values.get("max_length") is not None:
         raise InputError("--padding_free true: TRL needs --packing true with it, or 'max_length: null' in --config.")
     if values.get("lm_coef") and values.get("label_smoothing_factor"):
