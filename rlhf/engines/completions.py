@@ -74,7 +74,8 @@ class Sampler:
 
     def _engine(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, longest: int) -> Engine:
         if self.server:
-            self.server.need_room(longest, sampling.max_new_tokens, "--max_new_tokens")
+            flag = "--max_completion_length" if self.trains else "--max_new_tokens"  # of rloo.py and of the others
+            self.server.need_room(longest, sampling.max_new_tokens, flag)
         known, engine = self.newest or (None, None)
         sends = not isinstance(engine, VLLMServer) or engine.files.sends(model)
         if engine is None or known is not model or not sends:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlhf.engines.seam import Completions, Decoding, Stops, completions_of
 from rlhf.engines.vllm_sampling import PolicyFiles, ended_at, sampling_settings, seeds_of
@@ -28,6 +28,8 @@ from rlhf.errors import InputError
 from rlhf.run.processes import main_process
 
 REQUESTS = 64  # that are under way at once, of each process; the server batches what is there
+SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
 PATIENCE = 3600  # seconds for one answer
 
 
@@ -216,8 +218,29 @@ class VLLMServer(ServedModel):
         variable = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if files.is_adapter else "VLLM_SERVER_DEV_MODE=1"
         self.command = f"{variable} {self.command}"
         self.advice = f"The server must serve the policy's base model. Start it as: {self.command}"
+        if not files.is_adapter:
+            self._need_same_sizes()
         if state.is_main_process:
             atexit.register(self.close)
+
+    def _need_same_sizes(self) -> None:
+        """Refuse a server of a model of another size, whose weights vLLM would replace in part.
+
+        Raises:
+            InputError: naming a size.
+        """
+        path, own = self.server.served()[1], self.files.policy.config.get_text_config().to_dict()
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except Exception:  # the server's folder may be one that only it can read
+            return
+        served = config.get_text_config().to_dict()
+        for name in SIZES:
+            if served.get(name) != own.get(name):
+                raise InputError(
+                    f"--use_vllm true: the server {self.server.url} serves {path} with {name} {served.get(name)}; "
+                    f"the policy has {own.get(name)}. Start it as: {self.command}"
+                )
 
     def close(self) -> None:
         """Have the server forget the policy, or give it back the weights of the model that it says to serve."""

@@ -1,5 +1,7 @@
 """TRL's SFT losses, where they are not the model's own."""
 
+import os
+
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy, linear
@@ -60,6 +62,14 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     rounding = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-4
     same = chunked is not None and bool(torch.isclose(chunked.float(), expected, rtol=rounding))
     same, has_loss, args.router_aux_loss_coef = agreed((same, own is not None, args.router_aux_loss_coef))
+    if _gathers_a_trained_head(model):
+        if FUSED or config.tie_word_embeddings:
+            raise InputError(
+                "--lora_modules_to_save: under FSDP2, gradients of embeddings that are tied to the head go wrong beside an "
+                "adapter, and with TRL 1.15 and later those of a head too. Leave it out, or launch with "
+                "recipes/accelerate/ddp.yaml or zero3.yaml."
+            )
+        args.loss_type = "nll"
     if FUSED and not same:
         raise InputError(
             f"--model_name_or_path: from 1.15 on, TRL takes another loss than that of {type(whole).__name__}. Install "
@@ -69,6 +79,18 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
         args.loss_type = "nll"
     if args.loss_type == "nll" and not has_loss and not FUSED:
         raise InputError(f"--loss_type nll: {type(whole).__name__} has no loss for text alone. Give another model.")
+
+
+def _gathers_a_trained_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether TRL's own loss would gather weights that FSDP2 has spread, and drop the other processes' gradients.
+
+    It takes `full_tensor()` of the head, which it still finds spread beside an adapter.
+    """
+    if not isinstance(model, PeftModel) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    whole = model.get_base_model()
+    ends = [whole.get_input_embeddings(), whole.get_output_embeddings()]  # perhaps tied
+    return any(weight.requires_grad for part in ends if part is not None for weight in part.parameters())
 
 
 def _in_pieces(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:

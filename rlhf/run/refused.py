@@ -54,18 +54,39 @@ def check_refused(parsed: Sequence[Any]) -> None:
     if values.get("sync_ref_model") and (values.get("use_peft") or not values.get("beta")):
         other = "--use_peft true" if values.get("use_peft") else "--beta 0"
         raise InputError(f"--sync_ref_model true: there is no reference model of its own with {other}. Leave it off.")
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if "optim" in values:
+        _check_training(parsed, values)
+    if values.get("padding_free") and not values.get("packing") and values.get("max_length") is not None:
+        raise InputError("--padding_free true: TRL needs --packing true with it, or 'max_length: null' in --config.")
+    if values.get("lm_coef") and values.get("label_smoothing_factor"):
+        raise InputError("--label_smoothing_factor: has no effect with --lm_coef. Leave one of them out.")
+    _check_sampling(values)
+
+
+def _check_training(parsed: Sequence[Any], values: dict[str, Any]) -> None:
+    """Refuse weights and optimizers that can't be trained as they are launched.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    kwargs = getattr(values.get("accelerator_config"), "gradient_accumulation_kwargs", None)
+    if not isinstance(kwargs or {}, dict):
+        raise InputError(f"--accelerator_config: 'gradient_accumulation_kwargs' must be an object, found {kwargs!r}.")
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if values.get(flag) and not (values.get("use_peft") or values.get("freeze_body")):
+            raise InputError(
+                f"--{flag} true: quantized weights can't be trained. Give --use_peft true, or leave it out."
+            )
+    fsdp, zero = (os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+    optim = str(getattr(values["optim"], "value", values["optim"]))
+    if fsdp and ("bnb" in optim or "8bit" in optim):
+        raise InputError(f"--optim {optim}: bitsandbytes does not know FSDP2's weights. Give --optim adamw_torch.")
     ppo = any(type(arguments).__name__ == "PPOConfig" for arguments in parsed)
     if zero and ppo and not values.get("use_peft") and values.get("dtype") != "float32" and not values.get("plan"):
         raise InputError(
             f"--dtype {values.get('dtype')}: under DeepSpeed PPO trains whole models in float32. Give --dtype float32 "
             "--bf16 true."
         )
-    if values.get("padding_free") and not values.get("packing") and values.get("max_length") is not None:
-        raise InputError("--padding_free true: TRL needs --packing true with it, or 'max_length: null' in --config.")
-    if values.get("lm_coef") and values.get("label_smoothing_factor"):
-        raise InputError("--label_smoothing_factor: has no effect with --lm_coef. Leave one of them out.")
-    _check_sampling(values)
 
 
 def _typed(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import Trainer
@@ -71,6 +72,30 @@ class WholeCheckpoints(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.args.eval_on_start = eval_on_start
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; under FSDP2 embeddings are a unit of their own, which a class of layers must not hold.
+
+        Raises:
+            InputError: if FSDP2 can't spread such a model.
+        """
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        embeddings = base.get_input_embeddings()
+        around = {type(part).__name__ for part in base.modules() if embeddings in part.children()}
+        base._no_split_modules = [name for name in base._no_split_modules or [] if name not in around]
+        sharing = [part for part in base.modules() if getattr(part, "weight", None) is embeddings.weight]
+        try:
+            if len(sharing) > 2:  # more than embeddings and head: torch would refuse it at the first step
+                raise ValueError("its stacks share their embeddings")
+            return super()._prepare_for_training(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise InputError(
+                f"FSDP2 can't spread a model of type {base.config.model_type} ({reason}). Launch with "
+                "recipes/accelerate/ddp.yaml or zero3.yaml."
+            ) from error
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
