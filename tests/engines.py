@@ -282,12 +282,15 @@ def refusals(python: Path) -> dict[str, str]:
         lines["no adapters"] = failure(tiny_trainer(FOLDER / "none", model, tokenizer, **flags).train)
         lines["tied"] = failure(lambda: tiny_trainer(FOLDER / "none", model, tokenizer, 0, **flags))
         whole_model, _ = untied()
+        wide, _ = tiny("wide", tie_word_embeddings=False, intermediate_size=96)
+        lines["another size"] = failure(lambda: tiny_trainer(FOLDER / "none", wide, tokenizer, 0, **flags))
         lines["no weights"] = failure(tiny_trainer(FOLDER / "none", whole_model, tokenizer, 0, **flags).train)
     print(json.dumps(lines, indent=1), flush=True)
     assert "never arrived in the engine" in lines["lost adapter"] and lost.state.global_step == 1
     assert "rank" in lines["high rank"] and "--max-lora-rank 16" in lines["high rank"]
     assert "--max-model-len" in lines["long"] and "--enable-lora" in lines["no adapters"]
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in lines["no weights"] and "tied to the" in lines["tied"]
+    assert "with intermediate_size 32; the policy has 96" in lines["another size"]
     return lines
 
 
