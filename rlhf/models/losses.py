@@ -65,8 +65,8 @@ def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     if _gathers_a_trained_head(model):
         if FUSED or config.tie_word_embeddings:
             raise InputError(
-                "--lora_modules_to_save: under FSDP2, gradients of embeddings that are tied to the head go wrong beside "
-                "an adapter, and with TRL 1.15 and later those of a head too. Leave it out, or launch with "
+                "--lora_modules_to_save: under FSDP2, gradients of embeddings that are tied to the head go wrong "
+                "beside an adapter, and with TRL 1.15 and later those of a head too. Leave it out, or launch with "
                 "recipes/accelerate/ddp.yaml or zero3.yaml."
             )
         args.loss_type = "nll"
