@@ -13,12 +13,13 @@ from trl.trainer import utils
 
 from rlhf.errors import InputError
 from rlhf.models.causality import embedded
-from rlhf.models.checks import agreed
+from rlhf.models.checks import agreed, made_whole
 from rlhf.models.prefix import CANNOT, reraise_out_of_memory
 
 FUSED = hasattr(utils, "add_fused_lm_head")  # TRL 1.15 and later: no other loss than that of its own head
 
 
+@made_whole()
 @torch.no_grad()
 def fit_loss(args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
     """Change `loss_type` and `router_aux_loss_coef` where SFTTrainer would compute another loss than the model's own.
