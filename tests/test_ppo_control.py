@@ -236,6 +236,22 @@ def test_what_counts_as_one_reward_function_is_logged_once(sft, tokenizer, promp
     assert ppo_config(tmp_path).stop_token == "eos"
 
 
+@pytest.mark.parametrize("value_function", ["head", "adapter"])
+def test_the_value_function_has_a_learning_rate_of_its_own(value_function, sft, tokenizer, prompts, tmp_path):
+    """Adam's first step is as long as the rate."""
+    rates = {"learning_rate": 1e-4, "value_learning_rate": 1e-2, "num_ppo_epochs": 1, "num_mini_batches": 1,
+             "adam_epsilon": 1e-12}  # fmt: skip
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, value_function=value_function, max_steps=1, **rates)
+    before = {name: p.detach().clone() for name, p in ppo.model.named_parameters() if p.requires_grad}
+    own = ppo.model.value_parameters()
+    ppo.train()
+    moved = {name: float((p - before[name]).abs().max()) for name, p in ppo.model.named_parameters() if name in before}
+    assert {name for name in moved if moved[name] > 1.1e-4} <= own
+    assert moved["value_head.bias"] == pytest.approx(1e-2, rel=0.01)
+    assert max(size for name, size in moved.items() if name not in own) == pytest.approx(1e-4, rel=0.1)
+    assert logged(ppo)[0]["lr"] == 1e-4
+
+
 @pytest.mark.parametrize("each", [False, True])
 def test_processes_average_after_each_microbatch_if_asked_to(each):
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(sync_each_batch=each))

@@ -55,6 +55,7 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
             ratios / 2, in nats per token).
         value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
             `value_model` passed to PPOTrainer takes precedence.
+        value_learning_rate: of the value function's own parameters; None: `learning_rate`.
         value_warmup_steps: number of initial updates that train only the value function.
         entropy_coef: weight of an entropy bonus in the loss.
         ptx_coef, ptx_dataset_name: PPO-ptx: adds the language model loss on this dataset with this weight (InstructGPT,
@@ -122,6 +123,9 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
     )
     value_function: Literal["head", "adapter"] = field(
         default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
+    )
+    value_learning_rate: PositiveFloat | None = field(
+        default=None, metadata={"help": "Learning rate of the value function. Default: learning_rate."}
     )
     value_warmup_steps: NonNegativeInt = field(
         default=0, metadata={"help": "Number of initial updates that train only the value function."}

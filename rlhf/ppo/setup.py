@@ -16,6 +16,7 @@ from rlhf.models.tokenizers import end_ids
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import Model
 from rlhf.ppo.model import PolicyAndValue
+from rlhf.ppo.zero import VALUE_GROUP, split_value_groups
 from rlhf.rewards import RewardFunction
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
@@ -105,6 +106,29 @@ def check_optimizers(optimizers: tuple[Optimizer | None, LRScheduler | None], mo
     missing = [parameter for name, parameter in trained.items() if name in own and id(parameter) not in held]
     if missing:
         optimizer.add_param_group({"params": missing})
+
+
+def set_value_learning_rate(
+    model: PolicyAndValue, optimizer: Optimizer, value_learning_rate: float | None, own_optimizer: bool
+) -> None:
+    """Give the value function groups of its own in the optimizer, with their rate, before there is a scheduler.
+
+    Args:
+        own_optimizer: the user made it.
+
+    Raises:
+        InputError: if the user made it: it has its rates.
+    """
+    if value_learning_rate is None:
+        return
+    if own_optimizer:
+        raise InputError("--value_learning_rate: has no effect on an optimizer of your own. Give the value function a "
+                         "group in it, or leave one of them out.")  # fmt: skip
+    own = model.value_parameters()
+    split_value_groups(optimizer, {parameter for name, parameter in model.named_parameters() if name in own})
+    for group in optimizer.param_groups:
+        if group.pop(VALUE_GROUP):
+            group["lr"] = value_learning_rate
 
 
 def policy_and_value(model: Model, value_model: Model | None, adapter_name: str, args: PPOConfig) -> PolicyAndValue:

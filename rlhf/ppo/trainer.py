@@ -51,6 +51,7 @@ from rlhf.ppo.setup import (
     policy_and_value,
     reward_weights,
     set_sizes,
+    set_value_learning_rate,
     stop_ids,
 )
 from rlhf.ppo.sharding import group_value_function, prepare, processes, say_gathered, shard, whole
@@ -180,7 +181,9 @@ class PPOTrainer(TrainerConventions):
             self.reference = Reference(self.ref_model)
             shard(self.accelerator, self.reference, args.ds3_gather_for_generation, args.ddp_timeout)
         say_gathered(self.accelerator, self.model, self.reference)
+        own_optimizer = self.optimizer is not None
         self.create_optimizer()
+        set_value_learning_rate(self.model, self.optimizer, args.value_learning_rate, own_optimizer)
         group_value_function(self.accelerator, self.model, self.optimizer, self.lr_scheduler, args.value_warmup_steps)
         self.create_scheduler(args.num_total_batches)
         self.has_begun = False
