@@ -24,6 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf.errors import InputError
 from rlhf.models.checks import check_finite, loading
+from rlhf.models.fused_lora import fuse
 from rlhf.models.sources import Source, saved_rows
 
 # Names of the adapters beside the policy's, over one base in memory.
@@ -129,7 +130,7 @@ def new_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         if passed_by:
             config.exclude_modules = sorted({*(config.exclude_modules or []), *passed_by})
     try:
-        return get_peft_model(model, config)
+        return fuse(get_peft_model(model, config))
     except (ValueError, TypeError) as error:  # TypeError: a module to save that gets an adapter too
         raise InputError(
             f"--lora_target_modules: PEFT can't give {model.config.model_type} such an adapter "
@@ -216,6 +217,7 @@ def add_value_adapter(policy: PeftModel, active: str) -> None:
 def _add_adapter(policy: PeftModel, name: str, config: PeftConfig, weights: dict[str, torch.Tensor]) -> None:
     trainable = {parameter_name for parameter_name, p in policy.named_parameters() if p.requires_grad}
     policy.add_adapter(name, config)
+    fuse(policy)  # layers that no adapter had before
     if not any(weight.is_meta for weight in weights.values()):  # those of a plan (rlhf/planning) hold nothing
         found = set_peft_model_state_dict(policy, weights, adapter_name=name)
         if found.unexpected_keys:

@@ -32,6 +32,7 @@ from rlhf.models.architecture import check_architecture
 from rlhf.models.attention import group_attention
 from rlhf.models.causality import need_causal
 from rlhf.models.checks import check_adapter, check_loaded, loading, made_whole
+from rlhf.models.fused_lora import fuse
 from rlhf.models.generation import seeded
 from rlhf.models.padding import Layout, pad_neutrally, reads_the_last_token
 from rlhf.models.seq2seq import decoder_prefix
@@ -101,7 +102,7 @@ def _with_adapter(source: Source, model: PreTrainedModel, trainable: bool) -> Pe
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # check_adapter refuses them
         adapted = PeftModel.from_pretrained(model, source.adapter, revision=source.revision, is_trainable=trainable)
     check_adapter(adapted, "default", saved_shapes(source), source.flag, source.name)
-    return adapted
+    return fuse(adapted)
 
 
 @made_whole()

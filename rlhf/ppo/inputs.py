@@ -14,6 +14,7 @@ from rlhf.data.rows import prompt_rows
 from rlhf.errors import InputError
 from rlhf.models.adapters import REFERENCE, new_adapter, refuse_prompt_learning, why_alone
 from rlhf.models.causality import need_causal
+from rlhf.models.fused_lora import fuse
 from rlhf.models.loading import load_causal_lm, load_policy, load_reward_model
 from rlhf.models.sources import Source, resolve
 from rlhf.models.tokenizers import load_tokenizer
@@ -96,6 +97,7 @@ def load_roles(
             raise InputError("peft_config: the model is a PeftModel already. Leave it out, or merge_and_unload first.")
         model = new_adapter(model, peft_config)
     refuse_prompt_learning(model, "model")
+    fuse(model)
     if ref_model is None and isinstance(model, PeftModel):
         for why in filter(None, map(why_alone, model.peft_config.values())):
             raise InputError(f"model: the reference is the policy's base, and the policy is an adapter: {why}")

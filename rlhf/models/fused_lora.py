@@ -1,0 +1,88 @@
+"""LoRA layers in three matrix products: `fuse` makes those of a PeftModel compute so wherever the result is the same.
+
+PEFT's layer casts, multiplies by the scaling and adds in passes of their own over the layer's whole output. Here the
+low-rank part is added by the product that computes it, forward and backward, and the backward keeps nothing but the
+input and its low-rank image. docs/ppo.md has what that saves.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+
+
+class _LowRankProduct(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ (LoRA, https://arxiv.org/abs/2106.09685, eq. 3), with gradients to x, A and B alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """(N, out) from x (N, in), weight (out, in), bias (out,), down = A (r, in), up = B (out, r), of one dtype."""
+        low = linear(x, down)
+        ctx.save_for_backward(x, weight, down, up, low)
+        ctx.scaling = scaling
+        return linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down, up, low = ctx.saved_tensors
+        (grad,) = grads
+        low_grad = (grad @ up).mul_(ctx.scaling)
+        x_grad = (grad @ weight).addmm_(low_grad, down) if ctx.needs_input_grad[0] else None
+        down_grad = low_grad.T @ x if ctx.needs_input_grad[3] else None
+        up_grad = (grad.T @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        return x_grad, None, None, down_grad, up_grad, None
+
+
+class FusedLora(Linear):
+    """PEFT's LoRA layer over a plain `nn.Linear`, in three products if one plain adapter is active."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output (..., out) for x (..., in), as PEFT's layer gives it up to rounding."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or not self._plain(active[0]):
+            return super().forward(x, *args, **kwargs)
+        base, down, up = self.base_layer, self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+        kind = x.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else base.weight.dtype
+        if not mixed and (x.dtype != dtype or (torch.is_grad_enabled() and down.dtype != dtype)):
+            return super().forward(x)  # PEFT trains the low-rank part in the adapter's own precision then
+        with torch.autocast(kind, enabled=False):
+            weights = (p if p is None else p.to(dtype) for p in (base.weight, base.bias, down, up))
+            output = _LowRankProduct.apply(x.to(dtype).flatten(0, -2), *weights, self.scaling[active[0]])
+        return output.unflatten(0, x.shape[:-1])
+
+    def _plain(self, adapter: str) -> bool:
+        """Whether nothing else happens in the layer: no dropout, variant (DoRA) or trained bias, no hook."""
+        parts = [self.base_layer, self.lora_A[adapter], self.lora_B[adapter]]
+        return (
+            adapter not in self.lora_variant
+            and type(self.lora_dropout[adapter]) is nn.Identity
+            and all(type(part) is nn.Linear and not part._forward_pre_hooks and not part._forward_hooks
+                    and not isinstance(part.weight, DTensor) for part in parts)
+            and self.lora_B[adapter].bias is None
+            and not self.base_layer.weight.requires_grad
+            and (self.base_layer.bias is None or not self.base_layer.bias.requires_grad)
+        )  # fmt: skip
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M) -> M:
+    """The model, whose plain LoRA layers now compute in three products."""
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = FusedLora
+    return model
