@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,6 @@ def time_stock(trainer: Any) -> Callable[[], dict[str, float]]:
 
 def run_worker(which: str, updates: int, epochs: int, profile: bool) -> None:
     """Train, one update for every line on standard input, and print what it took."""
-    import torch
     from transformers import TrainerCallback
 
     SETTINGS["num_ppo_epochs"] = epochs
@@ -174,15 +174,45 @@ def run_worker(which: str, updates: int, epochs: int, profile: bool) -> None:
     trainer.add_callback(Turns())
     print("BENCH ready", flush=True)
     wait()
-    if not profile:
-        trainer.train()
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        trainer.train()
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    products = ("mm", "addmm", "bmm", "baddbmm", "matmul", "_scaled_dot_product", "mkldnn", "linear")
-    share = sum(t for key, t in times.items() if key.removeprefix("aten::").startswith(products)) / sum(times.values())
-    print("BENCH " + json.dumps({"matrix multiplication": share}), flush=True)
+    floors = count_floor(trainer, trainer.args.bf16) if profile else {}
+    trainer.train()
+    if profile:
+        print("BENCH " + json.dumps(floors), flush=True)
+
+
+def count_floor(trainer: Any, has_bf16: bool) -> dict[str, float]:
+    """Seconds that the matrix products of each phase need at the rate of this machine; filled in while it trains.
+
+    Sampling multiplies a row for each completion with the weights, the other phases whole sequences.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    rates = {rows: product_rate(rows, dtype) for rows in (32, 256)}
+    timed, floors = trainer._timed, {}
+
+    @contextmanager
+    def counted(phase: str) -> Iterator[None]:
+        with timed(phase), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as count:
+            yield
+        floors[phase] = count.get_total_flops() / rates[32 if phase == "rollout" else 256]
+
+    trainer._timed = counted
+    return floors
+
+
+def product_rate(rows: int, dtype: Any) -> float:
+    """Floating-point operations per second of a product of `rows` hidden states with weights of the starter's size."""
+    import torch
+
+    inputs, weights, rate = torch.randn(rows, 576).to(dtype), torch.randn(1536, 576).to(dtype), 0.0
+    for _ in range(5):  # the best of five, the first of which warm up
+        start = time.perf_counter()
+        for _ in range(200):
+            torch.nn.functional.linear(inputs, weights)
+        rate = max(rate, 200 * 2 * rows * 576 * 1536 / (time.perf_counter() - start))
+    return rate
 
 
 # ------------------------------------------------------------------------------------------------ both of them
@@ -242,8 +272,7 @@ def main() -> None:
     compare_and_keep(FOLDER / "ppo.json", command, rows, arguments.keep)
     profiled = start("ours", 1, epochs, "--profile")
     turn(profiled)
-    share = turn(profiled)["matrix multiplication"]
-    print(f"Matrix multiplication is {share:.0%} of the processor time of one of our updates.")
+    print_shares(turn(profiled), reports["ours"])
 
 
 class Row(NamedTuple):
@@ -283,6 +312,21 @@ def print_table(rows: list[Row], reports: dict[str, list[dict[str, Any]]]) -> No
     for name, report in reports.items():
         phases = {phase: mean([r["phases"][phase] for r in report]) for phase in report[0]["phases"]}
         print(f"{name:>4}: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in phases.items()))
+
+
+def print_shares(floors: dict[str, float], reports: list[dict[str, Any]]) -> None:
+    """How much of each phase the matrix products of the unmodified algorithm would need.
+
+    Args:
+        floors: seconds by phase.
+        reports: what each of our updates took.
+    """
+    times = {phase: mean([report["phases"][phase] for report in reports]) for phase in floors}
+    parts = [
+        f"{phase} {floors[phase]:.1f} of {time:.1f} s ({floors[phase] / time:.0%})" for phase, time in times.items()
+    ]
+    print(f"Matrix products alone, at this machine's rate: {', '.join(parts)}; in all "
+          f"{sum(floors.values()) / sum(times.values()):.0%}.")  # fmt: skip
 
 
 def compare_and_keep(file: Path, command: str, rows: list[Row], keep: bool) -> None:
