@@ -38,6 +38,7 @@ def test_nothing_is_said_about_a_healthy_run():
         ("length_running_away", {"last": {"completions/mean_length": 3.0}}, "from 20 to 3"),
         ("reward_saturated", {"last": {"rewards/r/std": 0.01}}, "'r'"),
         ("value_explains_nothing", {"every": {"val/explained_variance": -0.4}}, "-0.40"),
+        ("value_explains_nothing", {"every": {"val/explained_variance": 0.04}}, "0.04"),
         (
             "reward_hacking",
             {"evaluations": [{"eval_score": 0.1, "eval_held_out/gold": 0.5, "step": 4},

@@ -38,6 +38,7 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
+        num_generations: completions of each prompt in a batch, which counts completions; GRPOConfig's field.
         max_steps: number of updates; replaces `total_episodes` if above 0.
         num_sample_generations: how many times in a run a few sampled completions are printed.
         reward_funcs, eval_reward_funcs: names for the command line: import paths or reward models. From Python, pass
@@ -66,6 +67,9 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
             vanishes to first order, so it doesn't hold the policy near the reference.
     """
 
+    num_generations: PositiveInt = field(
+        default=1, metadata={"help": "Completions of each prompt. The batch size counts completions."}
+    )
     stop_token: Literal["eos"] | None = field(
         default="eos",
         metadata={
@@ -176,6 +180,11 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         if local_batch_size % self.num_mini_batches:
             raise InputError(
                 f"--num_mini_batches {self.num_mini_batches}: must divide per_device_train_batch_size × "
+                f"gradient_accumulation_steps = {local_batch_size}."
+            )
+        if local_batch_size % self.num_generations:
+            raise InputError(
+                f"--num_generations {self.num_generations}: must divide per_device_train_batch_size × "
                 f"gradient_accumulation_steps = {local_batch_size}."
             )
         if self.kl_estimator != "k1":

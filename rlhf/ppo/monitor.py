@@ -153,11 +153,12 @@ def _reward_saturated(run: RunLog) -> str | None:
 
 def _value_explains_nothing(run: RunLog) -> str | None:
     recent = [entry["val/explained_variance"] for entry in run.updates[-5:]]
-    if len(run.updates) >= 8 and max(recent) < 0.0:
+    mean = sum(recent) / len(recent)
+    if len(run.updates) >= 8 and mean < 0.05:
         return (
-            f"The value function explains nothing of the returns (explained variance {recent[-1]:.2f}, below 0 for "
-            f"{len(recent)} updates), so advantages are noisy. Raise vf_coef or learning_rate, or start with "
-            "value_warmup_steps."
+            f"The value function explains nothing of the returns (explained variance {mean:.2f}, the mean of "
+            f"{len(recent)} updates), so advantages are as noisy as without one. Raise value_learning_rate, or give it "
+            "an adapter of its own (value_function)."
         )
     return None
 
