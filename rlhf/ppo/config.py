@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
+VALUE_FILE = "value_function.safetensors"  # a run's value function, in its output folder
 # Settings of transformers' training loop that PPO's own loop doesn't read, and the values that ask for nothing.
 UNUSED = {
     "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "auto_find_batch_size": False,
@@ -56,6 +58,7 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
             ratios / 2, in nats per token).
         value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
             `value_model` passed to PPOTrainer takes precedence.
+        value_model_path: output folder of a finished PPO run, whose value function this one starts as.
         value_learning_rate: of the value function's own parameters; None: `learning_rate`.
         value_warmup_steps: number of initial updates that train only the value function.
         entropy_coef: weight of an entropy bonus in the loss.
@@ -128,6 +131,9 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
     value_function: Literal["head", "adapter"] = field(
         default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
     )
+    value_model_path: str | None = field(
+        default=None, metadata={"help": "A finished PPO run, whose value function this one starts as."}
+    )
     value_learning_rate: PositiveFloat | None = field(
         default=None, metadata={"help": "Learning rate of the value function. Default: learning_rate."}
     )
@@ -197,8 +203,18 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         for name, value in UNUSED.items():
             if getattr(self, name) != value:
                 raise InputError(f"--{name}: has no effect in PPO. Leave it out.")
+        if self.value_model_path is not None and not value_file(self.value_model_path).is_file():
+            raise InputError(
+                f"--value_model_path {self.value_model_path}: has no {VALUE_FILE}. Give the output folder of a "
+                "finished PPO run."
+            )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("--missing_eos_penalty and --missing_eos_score: give one of them.")
+
+
+def value_file(folder: str) -> Path:
+    """The value function of the PPO run in a folder."""
+    return Path(folder).expanduser() / VALUE_FILE
 
 
 def check_stop_tokens(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

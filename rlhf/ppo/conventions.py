@@ -39,6 +39,7 @@ from rlhf.ppo.setup import EvalDataset
 from rlhf.ppo.sharding import gather, is_sharded, optimizer_state, policy_part
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
+from rlhf.ppo.value_function import save_value_function
 from rlhf.rewards import with_own
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints, last_checkpoint
 from rlhf.run.saving import make_savable, need_room
@@ -324,7 +325,7 @@ class TrainerConventions(TRLPPOTrainer):
         progress = load_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, rank)
         state, scale = self.state, progress["reward_scale"]
         state.global_step, state.episode, state.log_history = progress["step"], progress["episode"], progress["log"]
-        state.epoch = state.episode / self.train_dataset_len
+        state.epoch = state.episode / self.episodes_per_epoch()
         state.best_metric, state.best_global_step, best = progress["best"]
         place = best and Path(self.args.output_dir) / Path(best).name  # the run folder may have moved
         state.best_model_checkpoint = str(place) if place and place.is_dir() else None
@@ -369,9 +370,16 @@ class TrainerConventions(TRLPPOTrainer):
             delete_old_checkpoints(args.output_dir, args.save_total_limit, self.state.global_step, best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy alone, with its tokenizer. With LoRA that is one adapter."""
-        weights = gather(self.model) if is_sharded(self.model) else {}  # else the policy has them itself
-        self._save_policy(output_dir or self.args.output_dir, weights)
+        """Save the policy with its tokenizer (with LoRA one adapter), and the value function for another run."""
+        own, folder = self.model.value_parameters(), output_dir or self.args.output_dir
+        if is_sharded(self.model):
+            weights = gather(self.model)
+        else:  # the policy has its own itself
+            weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if name in own}
+        self._save_policy(folder, weights)
+        if self.args.should_save and self.reward_scale is not None:
+            values = {name: weight.contiguous() for name, weight in weights.items() if name in own}
+            save_value_function(Path(folder), values, self.reward_scale)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

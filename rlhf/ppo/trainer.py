@@ -58,6 +58,7 @@ from rlhf.ppo.sharding import group_value_function, prepare, processes, say_gath
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
+from rlhf.ppo.value_function import check_value_function, load_value_function
 from rlhf.rewards import RewardArgument, need_scores, reward_functions
 
 
@@ -173,6 +174,8 @@ class PPOTrainer(TrainerConventions):
         for module in (self.model, self.ref_model):
             if module is not None:
                 disable_dropout(module)
+        if args.value_model_path is not None:
+            check_value_function(args.value_model_path, self.model)
         check_optimizers((self.optimizer, self.lr_scheduler), self.model)
         shard(self.accelerator, self.model, args.ds3_gather_for_generation, args.ddp_timeout)
         self.reference = None
@@ -256,7 +259,10 @@ class PPOTrainer(TrainerConventions):
             self.reward_scale = (
                 measure_scale(rewards.scores, self.processes) if args.normalize_reward else RewardScale(0.0, 1.0)
             )
-            start_value_head(self.model, self.reward_funcs, self.reward_weights, self.reward_scale)
+            if args.value_model_path is None:
+                start_value_head(self.model, self.reward_funcs, self.reward_weights, self.reward_scale)
+            else:
+                load_value_function(args.value_model_path, self.model, self.reward_scale)
         scores, per_token = shape_scores(
             rewards,
             self.reward_scale,
