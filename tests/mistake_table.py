@@ -226,7 +226,7 @@ for name, command, wrong, *says in (
     ("a tracker that isn't known", "recipes/sft", "--report_to cloud", "--report_to cloud"),
     ("an odd loss", "recipes/sft", "--loss_type square", "--loss_type"),
     ("mini batches that don't divide", "recipes/ppo", "--num_mini_batches 3", "--num_mini_batches 3: must divide"),
-    ("a run without a value function", "recipes/ppo", "--value_model_path nowhere", "--value_model_path nowhere: has no"),
+    ("a run without a value function", "recipes/ppo", "--value_model_path nowhere", "--value_model_path nowhere: has"),
     ("generations that do not divide", "recipes/ppo", "--num_generations 3", "--num_generations 3: must divide"),
     ("epochs of saving", "recipes/ppo", "--save_strategy epoch", "--save_strategy"),
     ("a token behind the vocabulary", "recipes/ppo", "--stop_token_id 9999999", "--stop_token_id 9999999"),
