@@ -20,7 +20,7 @@ PATH_FLAGS = (
 )  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
 RUN_FILE = "run.json"  # of a run folder, see rlhf/run/folders.py
-SEVERAL = ("models", "reward_model_path")  # flags that take several names
+SEVERAL = ("models", "reward_model_path", "dataset_name")  # flags that take several names
 
 
 def words_of(value: Any) -> list[Any]:
@@ -168,7 +168,8 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
         need_file(given["templates"], "--templates")
     # without templates the dataset is refused for another reason
     if "dataset_name" in given and ("templates" in given or "templates" not in values):
-        need_dataset(given["dataset_name"])
+        for word in words_of(given["dataset_name"]):
+            need_dataset(word)
     for word in given.get("models", []):
         name = word.partition("=")[2] or word
         need_name(word, "--models")
