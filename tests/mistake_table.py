@@ -49,6 +49,7 @@ BASES = {
     "--eval_reward_funcs rewards.length",
     "eval/report.py": "",
     "eval/transfer.py": "--models scratch=made/finetune",
+    "eval/reward_bench.py": "--reward_model_path made/rm --dataset_name made/data/bench.jsonl --dtype float32",
 }
 BASES = {command: f"{words} --output_dir out" for command, words in BASES.items()}
 
@@ -130,6 +131,7 @@ NUMBERS = {
     "eval/in_context": "limit=0 num_fewshot=-1 num_fewshot=201 num_templates=0 per_device_eval_batch_size=0",
     "eval/overoptimization": "max_prompts=-3 temperature=0 best_of_n=-1 reward_weights=nan",
     "eval/transfer": "seed=-1",
+    "eval/reward_bench": "per_device_eval_batch_size=0",
 }  # fmt: skip
 for command, mistakes in NUMBERS.items():
     for mistake in mistakes.split():
@@ -297,6 +299,10 @@ for name, command, wrong, *says in (
     ("no PPO run", "eval/overoptimization", "--model_name_or_path made/finetune", "no run of recipes/ppo.py"),
     ("no truth", "eval/overoptimization", "--eval_reward_funcs -", "--eval_reward_funcs"),
     ("no curve", "eval/curves", "--models a=made/finetune", "--models a=made/finetune"),
+    ("no reward model", "eval/reward_bench", "--reward_model_path -", "--reward_model_path: name the reward model"),
+    ("no subsets", "eval/reward_bench", "--dataset_name made/data/pref.jsonl", "needs column", "'subset'"),
+    ("no such split", "eval/reward_bench", "--dataset_test_split gone", "no rows in a split gone; found train"),
+    ("a language model as reward", "eval/reward_bench", "--reward_model_path made/lm", "sequence classifier"),
     ("no reference", "eval/transfer", "--reference gone", "--reference gone"),
     ("a smoothed loss", "recipes/sft", "--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1", "smoothed"),
     ("a smoothed loss", "recipes/pretrain", "--label_smoothing_factor 0.4", "--label_smoothing_factor 0.4", "smoothed"),

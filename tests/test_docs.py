@@ -55,6 +55,7 @@ SMALLER = {
     "compression.py": [*FLOAT32, "--max_texts", "4"],
     "in_context.py": [*FLOAT32, "--limit", "4"],
     "transfer.py": [],
+    "reward_bench.py": FLOAT32,
     "curves.py": [],
     "report.py": [],
 }  # fmt: skip

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,21 @@ def load_test_split(script_args: ScriptArguments) -> Dataset:
         InputError: see `load_splits`; a dataset with a test split needs no train split.
     """
     return _checked_splits(script_args, "held_out", need_train=False)[script_args.dataset_test_split]
+
+
+def load_first_split(script_args: ScriptArguments, names: Sequence[str]) -> Dataset:
+    """All rows of the first of these splits that a dataset has.
+
+    Raises:
+        InputError: if the dataset can't be found or read, has none of the splits, or no rows.
+    """
+    name = script_args.dataset_name or STARTER
+    splits = _read(name, "preference_pairs", script_args.dataset_config)
+    found = next((splits[split] for split in names if split in splits), None)
+    if not found:
+        raise InputError(f"--dataset_name {name}: has no rows in a split {' or '.join(names)}; found "
+                         f"{', '.join(splits) or 'nothing'}. Name one as --dataset_test_split.")  # fmt: skip
+    return found
 
 
 def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -> dict[str, Dataset]:
