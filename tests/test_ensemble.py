@@ -64,12 +64,12 @@ def test_what_cant_be_combined_is_refused():
         silent(PROMPTS, TEXTS[:2])
 
 
-def ensemble_trainer(folder, sft, adapters, tokenizer, prompts, **changes):
-    """A trainer whose reward models are adapters over the policy's base."""
+def ensemble_trainer(folder, sft, adapters, tokenizer, prompts, extra=None, **changes):
+    """A trainer whose reward models are adapters over the policy's base; `extra` is PPOTrainer's."""
     policy = load_policy(resolve(sft), LORA, tokenizer)
     args = ppo_config(folder, reward_model_path=list(adapters), **changes)
     rewards = load_rewards(resolve_rewards(args), args, LORA, policy=policy)
-    return PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=rewards)
+    return PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=rewards, **(extra or {}))
 
 
 def members_of(ensemble):
@@ -100,6 +100,13 @@ def test_ppo_learns_from_an_ensemble_and_resumes_with_its_scales(sft, adapters, 
     assert entry["ensemble/spread"] > 0.1
     # both models have mean 0 there: what is left is the penalty, which is the mean of spread² / 10
     assert -0.1 <= entry["rewards/ensemble/mean"] < -0.1 * entry["ensemble/spread"] ** 2 + 1e-6
+    evaluated = ensemble_trainer(
+        tmp_path / "evaluated", sft, adapters, tokenizer, prompts, **{**settings, "total_episodes": 8},
+        eval_strategy="steps", eval_on_start=True, extra={"eval_dataset": prompts.select([0])},
+    )  # fmt: skip
+    evaluated.train()
+    assert evaluated.ensembles()[0].scales == ensemble.scales  # not those of the evaluation before
+    assert evaluated.state.log_history[0]["eval_ensemble/spread"] > 0 and logged(evaluated)[0]["objective/kl"] == 0
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert resumed.ensembles()[0].scales == ensemble.scales
     last = [load_file(tmp_path / name / "checkpoint-3" / "trainable.safetensors") for name in ("whole", "again")]

@@ -113,6 +113,8 @@ class TrainerConventions(TRLPPOTrainer):
         handler.train_dataloader = self.get_train_dataloader()
         self.control = handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and folder is None:
+            if self.ensembles():
+                self.measure_ensembles()
             self.evaluate()
 
     def _claim_shared_state(self) -> None:
@@ -292,6 +294,10 @@ class TrainerConventions(TRLPPOTrainer):
 
     def prompts_of(self, dataset: Dataset, name: str) -> Dataset:
         """The rows of a dataset with their tokens; see PPOTrainer."""
+        raise NotImplementedError
+
+    def measure_ensembles(self) -> None:
+        """Set the scales of ensembles; see PPOTrainer."""
         raise NotImplementedError
 
     def evaluate_prompts(self, rows: Dataset, prefix: str) -> dict[str, float]:

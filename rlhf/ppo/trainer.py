@@ -298,6 +298,12 @@ class PPOTrainer(TrainerConventions):
         need_scores(self.reward_funcs, scored, self.processes.number * len(rollout.prompts))
         return rewards
 
+    def measure_ensembles(self) -> None:
+        """Set the scales of ensembles from the first batch before it is trained on: an evaluation comes before it."""
+        numbers = next(iter(self.get_train_dataloader().batch_sampler or []))
+        self._scale_ensembles(self.rollout([self.train_dataset[number] for number in numbers]))
+        self.seconds.clear()
+
     def _scale_ensembles(self, rollout: Rollout) -> None:
         """Set the scales of ensembles from the first batch of all processes."""
         for ensemble in self.ensembles():
