@@ -41,18 +41,22 @@ from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import (
+    Combination,
+    EnsembleFlags,
     RewardSource,
     call_rewards,
     load_reward,
+    load_rewards,
     resolve_reward_functions,
     resolve_rewards,
+    reward_model_paths,
     total_scores,
 )
 from rlhf.run.checkpoints import checkpoints
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, read_run, start_run
 from rlhf.run.processes import need_one_process
-from rlhf.run.ranges import FiniteFloat, NonNegativeInt, PositiveInt, Seed, Temperature
+from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Temperature
 from rlhf.starter.model import STARTER
 
 
@@ -61,7 +65,13 @@ class OverOptimizationArguments:
     """What is sampled and scored. Rewards, reply length and temperature default to the run's."""
 
     output_dir: str = field(default="outputs/overoptimization", metadata={"help": "Folder for the results."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "The proxy. Default: the run's reward."})
+    reward_model_path: list[str] | None | str = field(  # noqa: RUF036 - the parser reads the first
+        default=None, metadata={"help": "The proxy; several are an ensemble. Default: the run's reward."}
+    )
+    reward_ensemble: Combination = field(
+        default="mean", metadata={"help": "How several reward models are combined, as in ppo.py."}
+    )
+    uwo_coef: NonNegativeFloat = field(default=0.1, metadata={"help": "Weight of the variance in uwo."})
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Further rewards of the proxy, as in ppo.py."}
     )
@@ -76,6 +86,10 @@ class OverOptimizationArguments:
     max_prompts: PositiveInt = field(default=208, metadata={"help": "Use at most this many held-out prompts."})
     seed: Seed = field(default=42, metadata={"help": "Seed of sampling."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_model_path, list) and len(self.reward_model_path) == 1:
+            (self.reward_model_path,) = self.reward_model_path  # as in PPOConfig
 
 
 def read_ppo_run(folder: str | None) -> JsonObject:
@@ -97,8 +111,8 @@ def read_ppo_run(folder: str | None) -> JsonObject:
 def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, run: JsonObject) -> None:
     """Set the flags that were not given to the run's settings."""
     if not arguments.reward_model_path and not arguments.reward_funcs:
-        for name in ("reward_model_path", "reward_funcs", "reward_weights"):
-            setattr(arguments, name, run.get(name))
+        for name in ("reward_model_path", "reward_funcs", "reward_weights", "reward_ensemble", "uwo_coef"):
+            setattr(arguments, name, run.get(name, getattr(PPOConfig, name, None)))  # earlier runs lack some
     arguments.max_new_tokens = arguments.max_new_tokens or run.get("response_length", PPOConfig.response_length)
     arguments.temperature = arguments.temperature or run.get("temperature", PPOConfig.temperature)
     script_args.dataset_name = script_args.dataset_name or run.get("dataset_name", STARTER)
@@ -108,14 +122,24 @@ def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, 
         raise InputError("--eval_reward_funcs: give a reward that the run was not trained on, to stand for the truth.")
 
 
+def proxy_name(proxies: list[RewardSource], flags: EnsembleFlags) -> str:
+    """What the proxy is called: `reward`, `a + b` of a sum, `wco of a, b` of an ensemble."""
+    names, count = [Path(proxy.name).name for proxy in proxies], len(reward_model_paths(flags))
+    together = [f"{flags.reward_ensemble} of {', '.join(names[:count])}"] if count > 1 else names[:count]
+    return " + ".join([*together, *names[count:]])
+
+
 class Scorer:
-    """Scores replies by the truth (`gold`) and by the rewards of the training (`proxy`). Models are loaded once."""
+    """Scores replies by the truth (`gold`) and by the rewards of the training (`proxy`). Models are loaded once.
+
+    The scales of an ensemble are those of the first replies that it scores: of the model that the run started from.
+    """
 
     def __init__(
-        self, gold: RewardSource, proxies: list[RewardSource], weights: list[float] | None, model_args: ModelConfig
+        self, gold: RewardSource, proxies: list[RewardSource], flags: EnsembleFlags, model_args: ModelConfig
     ) -> None:
-        self.functions = [load_reward(source, model_args) for source in (gold, *proxies)]
-        self.weights = weights or [1.0] * len(proxies)
+        self.functions = [load_reward(gold, model_args), *load_rewards(proxies, flags, model_args)]
+        self.weights = flags.reward_weights or [1.0] * (len(self.functions) - 1)
 
     def __call__(self, prompts: list[Prompt], replies: Replies) -> tuple[list[float], list[float]]:
         """Gold and proxy score of each reply."""
@@ -244,7 +268,7 @@ def main() -> None:
     if not start_run(__file__, arguments.output_dir, script_args, arguments, engine_args, model_args):
         return
 
-    scorer = Scorer(truth, proxies, arguments.reward_weights, model_args)
+    scorer = Scorer(truth, proxies, arguments, model_args)
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
         make_sampler(engine_args, arguments.output_dir, list(sources.values())),
@@ -258,7 +282,7 @@ def main() -> None:
         "best_of_n": [point.to_json() for point in chosen],
         "fits": {"ppo": fits_of(points, "ppo"), "best_of_n": fits_of(chosen, "best_of_n")},
         "gold": truth.name if truth.name != STARTER else "gold score",
-        "proxy": " + ".join(Path(proxy.name).name for proxy in proxies),
+        "proxy": proxy_name(proxies, arguments),
         "best": points[best].name,
         "keep": points[keep].name,
     }

@@ -3,14 +3,15 @@
     accelerate launch recipes/ppo.py
     accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --reward_model_path outputs/reward
     accelerate launch recipes/ppo.py --reward_funcs my_rewards.politeness outputs/reward --reward_weights 0.5 1
+    accelerate launch recipes/ppo.py --reward_model_path outputs/reward-1 outputs/reward-2 --reward_ensemble wco
     accelerate launch recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --response_length 256 --output_dir outputs/qwen-ppo
 
 Without arguments it reads recipes/configs/ppo.yaml: the starter model, its prompts, and its scorer as the reward. If
-the model is an adapter, the policy starts as a copy of it and the frozen adapter is the reference. A reward adapter of
-the same base joins them, so that all share one base in memory. Every flag of PPOConfig (rlhf/ppo/config.py) and
-ModelConfig works.
+the model is an adapter, the policy starts as a copy of it and the frozen adapter is the reference. Reward adapters of
+the same base join them, so that all share one base in memory. Several reward models are an ensemble. Every flag of
+PPOConfig (rlhf/ppo/config.py) and ModelConfig works.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -35,7 +36,7 @@ from rlhf.planning.report import print_plan
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.config import check_stop_tokens
 from rlhf.ppo.engine import need_engine
-from rlhf.rewards import load_reward, resolve_reward_functions, resolve_rewards
+from rlhf.rewards import load_reward, load_rewards, resolve_reward_functions, resolve_rewards
 from rlhf.run.checkpoints import last_checkpoint
 from rlhf.run.folders import finish_run, start_run
 
@@ -75,8 +76,8 @@ def main() -> None:
     # Model
     policy = load_policy(source, model_args, tokenizer, start=start)
     size = training_args.per_device_eval_batch_size
-    rewards, eval_rewards = ([load_reward(found, model_args, policy=policy, batch_size=size) for found in sources]
-                             for sources in (reward_sources, eval_sources))  # fmt: skip
+    rewards = load_rewards(reward_sources, training_args, model_args, policy=policy, batch_size=size)
+    eval_rewards = [load_reward(found, model_args, policy=policy, batch_size=size) for found in eval_sources]
     if source.adapter is not None:
         training_args.ref_adapter_name = REFERENCE
 

@@ -4,6 +4,7 @@
     accelerate launch recipes/reward.py --model_name_or_path outputs/sft --dataset_name outputs/preferences
     accelerate launch recipes/reward.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir outputs/qwen-reward
+    accelerate launch recipes/reward.py --dataset_name outputs/preferences my.jsonl --dataset_probs 0.7 0.3
     accelerate launch recipes/reward.py --use_peft false --learning_rate 1e-5 --output_dir outputs/reward-full
 
 Without arguments it reads recipes/configs/reward.yaml: the starter model and pairs of human replies. If the model is an
@@ -21,7 +22,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from eval.measuring.held_out import evaluate_reward_model
 from eval.report import write_report
-from rlhf.data.datasets import DatasetArguments, load_splits
+from rlhf.data.mixture import MixtureArguments, dataset_names, load_mixture, mix
 from rlhf.data.pairs import PreferenceCollator
 from rlhf.data.rendering import close_template
 from rlhf.data.rows import preference_rows
@@ -43,12 +44,12 @@ MEASURED = {"accuracy": "mean", "margin": "margin", "calibration error": "calibr
 def main() -> None:
     # Arguments
     script_args, training_args, model_args, plan = parse(
-        __file__, DatasetArguments, RewardConfig, ModelConfig, PlanConfig
+        __file__, MixtureArguments, RewardConfig, ModelConfig, PlanConfig
     )
     push = take_push_request(training_args)
 
     # Data
-    train, test = load_splits(script_args, "preference_pairs")
+    found = load_mixture(script_args, "preference_pairs")
 
     # Tokenizer
     trust = training_args.trust_remote_code
@@ -62,7 +63,7 @@ def main() -> None:
     )
     pairs = reads_pairs(tokenizer, base_config(source))
     limits = (training_args.max_length, training_args.dataset_num_proc, context_length(source), pairs)
-    train, test = (preference_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
+    train, test = mix(script_args, found, lambda rows, name: preference_rows(rows, name, tokenizer, *limits))
     if plan.plan:
         return print_plan(plan_reward(plan, training_args, model_args, source, train))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
@@ -93,7 +94,7 @@ def main() -> None:
     write_report(training_args.output_dir, metrics)
     write_card(
         training_args.output_dir, __file__, [script_args, training_args, model_args], source=source,
-        datasets=[script_args.dataset_name], repo_id=push and push.repo_id,
+        datasets=dataset_names(script_args), repo_id=push and push.repo_id,
         metrics={f"held-out {name}": accuracy[key] for name, key in MEASURED.items()},
     )  # fmt: skip
     finish_run(training_args.output_dir, metrics)

@@ -18,8 +18,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from eval.report import write_report
-from rlhf.data.datasets import DatasetArguments, load_splits
 from rlhf.data.encoding import is_seq2seq
+from rlhf.data.mixture import MixtureArguments, dataset_names, load_mixture, mix
 from rlhf.data.rows import fit_max_length, sft_rows
 from rlhf.errors import report_errors
 from rlhf.hub import prepare_repo, push_model, take_push_request, write_card
@@ -38,11 +38,11 @@ from rlhf.tasks.seq2seq import Seq2SeqSFTTrainer, check_seq2seq_arguments
 
 def main() -> None:
     # Arguments
-    script_args, training_args, model_args, plan = parse(__file__, DatasetArguments, SFTConfig, ModelConfig, PlanConfig)
+    script_args, training_args, model_args, plan = parse(__file__, MixtureArguments, SFTConfig, ModelConfig, PlanConfig)
     push = take_push_request(training_args)
 
     # Data
-    train, test = load_splits(script_args, "sft")
+    found = load_mixture(script_args, "sft")
 
     # Tokenizer
     trust = training_args.trust_remote_code
@@ -59,7 +59,7 @@ def main() -> None:
     context = context_length(source)
     fit_max_length(training_args, context)
     limits = (training_args, context)
-    train, test = (sft_rows(split, script_args.dataset_name, tokenizer, *limits) for split in (train, test))
+    train, test = mix(script_args, found, lambda rows, name: sft_rows(rows, name, tokenizer, *limits))
     if plan.plan:
         return print_plan(plan_sft(plan, training_args, model_args, source, train))
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
@@ -90,7 +90,7 @@ def main() -> None:
         __file__,
         [script_args, training_args, model_args],
         source=source,
-        datasets=[script_args.dataset_name],
+        datasets=dataset_names(script_args),
         metrics={"held-out loss per reply token": metrics["eval_loss"]},
         repo_id=push and push.repo_id,
     )

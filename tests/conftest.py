@@ -265,19 +265,29 @@ def sft(tiny, tokenizer, tmp_path_factory):
     return make_adapter(tiny, tokenizer, tmp_path_factory.mktemp("sft"))
 
 
-@pytest.fixture(scope="session")
-def reward_adapter(sft, tokenizer, tmp_path_factory):
-    """Folder of a reward adapter over the tiny model, of another rank than the policy's, with a random head."""
-    folder = tmp_path_factory.mktemp("reward")
-    lora = dataclasses.replace(LORA, lora_r=3)
-    model = load_reward_model(resolve(resolve(sft).base), lora, tokenizer, seed=3)
-    torch.manual_seed(8)
+def make_reward_adapter(sft, tokenizer, folder, rank=3, seed=3):
+    """Save a reward adapter over the base of another adapter, with a random head; returns its folder."""
+    lora = dataclasses.replace(LORA, lora_r=rank)
+    model = load_reward_model(resolve(resolve(sft).base), lora, tokenizer, seed=seed)
+    torch.manual_seed(seed + 5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(sft, tokenizer, tmp_path_factory):
+    """Folder of a reward adapter over the tiny model, of another rank than the policy's."""
+    return make_reward_adapter(sft, tokenizer, tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="session")
+def second_reward_adapter(sft, tokenizer, tmp_path_factory):
+    """Folder of another reward adapter over the tiny model."""
+    return make_reward_adapter(sft, tokenizer, tmp_path_factory.mktemp("second"), rank=2, seed=4)
 
 
 @pytest.fixture(scope="session")

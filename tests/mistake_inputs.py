@@ -39,6 +39,7 @@ ROWS: dict[str, list[dict]] = {
         {"prompt": user(f"What about {w}?"), "chosen": assistant(f"Good {w}"), "rejected": assistant(f"Bad {w}")}
         for w in WORDS * 2
     ],
+    "bench": [{"prompt": f"About {w}?", "chosen": f"Good {w}", "rejected": "Bad", "subset": "mine"} for w in WORDS],
     "prompts": [{"prompt": user(f"Tell me about {w}.")} for w in WORDS],
     "text": [{"text": f"Once there was {w}, and then more {w} than before, day after day. " * 8} for w in WORDS * 3],
     "problems": [

@@ -49,6 +49,7 @@ BASES = {
     "--eval_reward_funcs rewards.length",
     "eval/report.py": "",
     "eval/transfer.py": "--models scratch=made/finetune",
+    "eval/reward_bench.py": "--reward_model_path made/rm --dataset_name made/data/bench.jsonl --dtype float32",
 }
 BASES = {command: f"{words} --output_dir out" for command, words in BASES.items()}
 
@@ -102,12 +103,12 @@ NUMBERS = {
     "lora_alpha=-8 lora_dropout=1 dataloader_num_workers=-1 label_smoothing_factor=2 dataset_num_proc=0 "
     "neftune_noise_alpha=inf pad_to_multiple_of=0",
     "recipes/reward": "per_device_train_batch_size=-3 learning_rate=inf max_length=-1 center_rewards_coefficient=-1 "
-    "seed=4294967296 lora_dropout=nan",
+    "seed=4294967296 lora_dropout=nan dataset_probs=-1 dataset_probs=0",
     "recipes/ppo": "save_total_limit=-1 kl_coef=nan kl_coef=-1 gamma=7 lam=-1 cliprange=0 cliprange_value=-1 "
     "vf_coef=nan num_ppo_epochs=0 num_mini_batches=0 response_length=0 temperature=0 temperature=nan total_episodes=0 "
     "total_episodes=-5 score_clip=0 length_penalty=-1 missing_eos_score=nan missing_eos_penalty=-1 "
     "adaptive_kl_target=-2 adaptive_kl_horizon=0 target_kl=0 value_warmup_steps=-1 entropy_coef=inf ptx_coef=-1 "
-    "stop_token_id=-1 num_sample_generations=-1 local_rollout_forward_batch_size=0",
+    "stop_token_id=-1 num_sample_generations=-1 uwo_coef=-1 local_rollout_forward_batch_size=0",
     "recipes/rloo": "num_generations=1 num_generations=0 beta=nan beta=-1 epsilon=0 top_p=0 top_p=1.5 top_k=-3 min_p=2 "
     "max_completion_length=0 num_iterations=0 steps_per_generation=0 num_generations_eval=0 repetition_penalty=0 "
     "ref_model_mixup_alpha=1.1 temperature=-1",
@@ -130,6 +131,7 @@ NUMBERS = {
     "eval/in_context": "limit=0 num_fewshot=-1 num_fewshot=201 num_templates=0 per_device_eval_batch_size=0",
     "eval/overoptimization": "max_prompts=-3 temperature=0 best_of_n=-1 reward_weights=nan",
     "eval/transfer": "seed=-1",
+    "eval/reward_bench": "per_device_eval_batch_size=0",
 }  # fmt: skip
 for command, mistakes in NUMBERS.items():
     for mistake in mistakes.split():
@@ -176,8 +178,13 @@ for name, command, wrong, *says in (
     ("--config twice", "recipes/sft", "--config=a.yaml --config=b.yaml", "--config: is given twice"),
     ("a missing config", "recipes/sft", "--config gone.yaml", "--config gone.yaml: no such file"),
     ("a missing dataset", "recipes/sft", "--dataset_name gone.jsonl", "--dataset_name gone.jsonl: no such file"),
+    ("a missing dataset of several", "recipes/sft", "--dataset_name made/data/sft.jsonl gone.jsonl",
+     "--dataset_name gone.jsonl: no such file"),
+    ("several datasets where one is read", "recipes/ppo", "--dataset_name made/data/prompts.jsonl more.jsonl",
+     "'more.jsonl'", "belongs to no flag"),
     ("a missing model", "recipes/sft", "--model_name_or_path ./gone", "--model_name_or_path ./gone: no such model"),
     ("a missing reward model", "recipes/ppo", "--reward_model_path ./gone", "--reward_model_path ./gone: no such"),
+    ("a missing model of an ensemble", "recipes/ppo", "--reward_model_path made/rm ./gone", "_path ./gone: no such"),
     ("a missing checkpoint", "recipes/sft", "--resume_from_checkpoint ./gone", "no such folder"),
     ("a missing template", "recipes/sft", "--chat_template_path gone.jinja", "gone.jinja: no such file"),
     ("a missing tokenizer", "recipes/pretrain", "--tokenizer_name ./gone", "--tokenizer_name ./gone: no tokenizer"),
@@ -267,7 +274,19 @@ for name, command, wrong, *says in (
     ("longer than the context", "recipes/finetune", "--max_length 999", "--max_length 999"),
     ("longer than the context", "recipes/sft", "--max_length 999", "--max_length 999"),
     ("a reply longer than the context", "recipes/ppo", "--response_length 999", "context of 256"),
+    ("shares of other datasets", "recipes/reward", "--dataset_probs 0.5 0.5", "--dataset_probs: 2 shares for 1 datas"),
+    ("a dataset twice", "recipes/sft", "--dataset_name made/data/sft.jsonl made/data/sft.jsonl", "is given twice"),
+    ("a configuration of several datasets", "recipes/reward",
+     "--dataset_name made/data/pref.jsonl starter --dataset_config small", "--dataset_config small: belongs to one"),
+    ("datasets of other columns", "recipes/reward", "--dataset_name made/data/pref.jsonl made/data/text.jsonl",
+     "--dataset_name made/data/text.jsonl: needs column"),
     ("weights for other rewards", "recipes/ppo", "--reward_weights 1 2 3", "--reward_weights"),
+    ("a weight for each model of an ensemble", "recipes/ppo",
+     "--reward_model_path made/rm made/rm --reward_weights 1 2 3", "--reward_weights: 3 weights", "one ensemble"),
+    ("an ensemble of one", "recipes/ppo", "--reward_model_path made/rm --reward_ensemble wco",
+     "--reward_ensemble wco: combines several models"),
+    ("an ensemble of one", "eval/overoptimization", "--reward_ensemble uwo --reward_model_path made/rm",
+     "--reward_ensemble uwo: combines several models"),
     ("no such address", "recipes/collect", "--labeler human --server_name no.such.host.invalid --reward_funcs -",
      "--server_name no.such.host.invalid"),
     ("a foreign address", "recipes/chat", "--page true --server_name 8.8.8.8", "--server_name 8.8.8.8"),
@@ -282,6 +301,10 @@ for name, command, wrong, *says in (
     ("no PPO run", "eval/overoptimization", "--model_name_or_path made/finetune", "no run of recipes/ppo.py"),
     ("no truth", "eval/overoptimization", "--eval_reward_funcs -", "--eval_reward_funcs"),
     ("no curve", "eval/curves", "--models a=made/finetune", "--models a=made/finetune"),
+    ("no reward model", "eval/reward_bench", "--reward_model_path -", "--reward_model_path: name the reward model"),
+    ("no subsets", "eval/reward_bench", "--dataset_name made/data/pref.jsonl", "needs column", "'subset'"),
+    ("no such split", "eval/reward_bench", "--dataset_test_split gone", "no rows in a split gone; found train"),
+    ("a language model as reward", "eval/reward_bench", "--reward_model_path made/lm", "sequence classifier"),
     ("no reference", "eval/transfer", "--reference gone", "--reference gone"),
     ("a smoothed loss", "recipes/sft", "--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1", "smoothed"),
     ("a smoothed loss", "recipes/pretrain", "--label_smoothing_factor 0.4", "--label_smoothing_factor 0.4", "smoothed"),

@@ -55,6 +55,7 @@ SMALLER = {
     "compression.py": [*FLOAT32, "--max_texts", "4"],
     "in_context.py": [*FLOAT32, "--limit", "4"],
     "transfer.py": [],
+    "reward_bench.py": FLOAT32,
     "curves.py": [],
     "report.py": [],
 }  # fmt: skip
@@ -105,6 +106,8 @@ def checkout(files, tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     for name in ("sft", "prompts", "pairs"):
         shutil.copy(files / f"{name}.jsonl", folder)
+    (folder / "outputs/demo/preferences").mkdir(parents=True)
+    shutil.copy(files / "pairs.jsonl", folder / "outputs/demo/preferences/train.jsonl")
     rows = [json.loads(line) for line in (files / "sft.jsonl").read_text().splitlines()]
     texts = [" ".join(turn["content"] for turn in row["prompt"] + row["completion"]) for row in rows]
     for name, entries in (

@@ -29,9 +29,9 @@ def ppo(files, folder, *more, processes=2, check=True, **environment):
 
 
 def without_repeats(words):
-    """Flags with the value that was given last."""
+    """Flags with the value that was given last; a tuple is several values."""
     flags = dict(zip(words[::2], words[1::2], strict=True))
-    return [word for pair in flags.items() for word in pair]
+    return [word for flag, value in flags.items() for word in (flag, *(value if isinstance(value, tuple) else [value]))]
 
 
 def metrics(folder):
@@ -55,11 +55,12 @@ def assert_same_run(one, two, tolerances=(1e-4, 2e-2)):
         assert all(torch.allclose(first[name], second[name], atol=tolerance) for name in first)
 
 
-def test_four_roles_of_one_base_train_sharded_as_on_one_process_and_resume_exactly(
-    sft, reward_adapter, files, tmp_path
+def test_four_roles_and_an_ensemble_on_one_base_train_sharded_as_on_one_process_and_resume_exactly(
+    sft, reward_adapter, second_reward_adapter, files, tmp_path
 ):
-    words = ["--model_name_or_path", sft, "--reward_model_path", reward_adapter, "--value_function", "adapter",
-             "--learning_rate", 1e-3, "--stop_strings", "e"]  # fmt: skip
+    words = ["--model_name_or_path", sft, "--reward_model_path", (reward_adapter, second_reward_adapter),
+             "--reward_ensemble", "uwo", "--value_function", "adapter", "--learning_rate", 1e-3,
+             "--stop_strings", "e"]  # fmt: skip
     ppo(files, tmp_path / "one", *words, processes=1)
     words += [
         "--ds3_gather_for_generation",

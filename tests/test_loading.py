@@ -354,7 +354,7 @@ def test_an_adapter_brings_its_resized_embeddings_along(tiny, tokenizer, tmp_pat
     ids = torch.tensor([[5, len(larger) - 1, 7]])
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
     policy = load_causal_lm(resolve(tiny), LORA, tokenizer)
-    assert not fits_beside(policy, source, "reward")
+    assert not fits_beside(policy, source)
 
 
 def test_outputs_that_a_config_names_change_nothing(tiny, tokenizer, tmp_path):

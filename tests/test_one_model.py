@@ -10,7 +10,7 @@ from trl import ModelConfig
 from eval.compression import CompressionArguments, measure_compression
 from eval.measuring import replies
 from eval.measuring.comparison import ComparisonPlan, compare
-from eval.overoptimization import Scorer, measure_policies
+from eval.overoptimization import OverOptimizationArguments, Scorer, measure_policies
 from rlhf.data.rows import prompt_rows
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import resolve
@@ -57,7 +57,7 @@ def test_compare(loaded, tiny, sft, reward_adapter, tokenizer, tmp_path):
 
 
 def test_overoptimization(loaded, tiny, sft):
-    scorer = Scorer(resolve_reward("starter"), [resolve_reward("starter")], None, FLOAT32)
+    scorer = Scorer(resolve_reward("starter"), [resolve_reward("starter")], OverOptimizationArguments(), FLOAT32)
     models = {"start": resolve(tiny), "checkpoint-1": resolve(sft), "checkpoint-2": resolve(sft)}
     points, policies = measure_policies(models, [user("Hello"), user("Well?")], scorer, SAMPLING, 4, FLOAT32)
     assert [point.name for point in points] == list(models) and points[0].kl.mean == 0

@@ -142,12 +142,25 @@ def test_one_base_in_memory_serves_all_roles(sft, reward_adapter, tokenizer, pro
     assert set(ppo.model.policy.peft_config) == {"default", REFERENCE, REWARD, VALUE}
 
 
-def test_a_second_reward_adapter_gets_a_model_of_its_own(sft, reward_adapter, tokenizer):
-    policy = load_policy(resolve(sft), LORA, tokenizer)
-    first, second = (load_model_reward(reward_adapter, policy) for _ in range(2))
-    assert first.model is policy and second.model is not policy
-    chat = [[{"role": "user", "content": "Hello"}]]
-    assert abs(first(chat, ["yes"])[0] - second(chat, ["yes"])[0]) < 1e-5
+def test_all_reward_adapters_share_the_base_and_score_as_separate_models(
+    sft, reward_adapter, second_reward_adapter, tokenizer
+):
+    policy = load_policy(resolve(sft), LORA, tokenizer).eval()
+    before, chat = policy(IDS).logits, [{"role": "user", "content": "Hello"}]
+    folders = [reward_adapter, second_reward_adapter, reward_adapter]
+    rewards = [load_model_reward(folder, policy) for folder in folders]
+    assert [reward.adapter for reward in rewards] == [REWARD, "reward_2", "reward_3"]
+    assert all(reward.model is policy for reward in rewards)
+    for reward, folder in zip(rewards, folders, strict=True):
+        base = AutoModelForSequenceClassification.from_pretrained(
+            resolve(sft).base, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        )
+        plain = PeftModel.from_pretrained(base, folder).eval()
+        score = plain(torch.tensor([reward.encode(chat, "yes")])).logits.item()
+        assert reward([chat], ["yes"]) == pytest.approx([score], abs=1e-5)
+    first, second, again = (reward([chat], ["yes"])[0] for reward in rewards)
+    assert first == again and abs(first - second) > 0.01
+    assert torch.equal(policy(IDS).logits, before)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

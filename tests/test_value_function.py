@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
 from rlhf.ppo.config import VALUE_FILE
-from rlhf.ppo.scoring import RewardScale
+from rlhf.rewards import RewardScale
 from rlhf.ppo.value_function import load_value_function, save_value_function
 
 

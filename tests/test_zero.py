@@ -82,8 +82,9 @@ def again(kind, files, source, folder, *words):
 
 
 @pytest.fixture(scope="module")
-def roles(sft, reward_adapter):
-    return ["--model_name_or_path", sft, "--reward_model_path", reward_adapter, "--value_function", "adapter"]
+def roles(sft, reward_adapter, second_reward_adapter):
+    rewards = (reward_adapter, second_reward_adapter)
+    return ["--model_name_or_path", sft, "--reward_model_path", rewards, "--value_function", "adapter"]
 
 
 @pytest.fixture(scope="module")

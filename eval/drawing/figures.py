@@ -427,6 +427,20 @@ def transfer_figure(transfer: JsonObject) -> Figure:
     return figure
 
 
+def reward_bench_figure(results: JsonObject) -> Figure:
+    """A reward model's accuracy by category, and overall.
+
+    Args:
+        results: content of reward_bench.json.
+    """
+    cells = {**results["categories"], **({"overall": results["overall"]} if results["overall"] else {})}
+    figure, axes = _grid(1, height=1.0 + 0.35 * len(cells))
+    figure.set_figwidth(6)
+    _intervals(axes[0], list(cells), list(cells.values()), BLUE)
+    axes[0].set(xlim=(-0.02, 1.04), xlabel=f"accuracy of {results['model']}")
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG. `savefig` would lay it out twice."""
     figure.set_dpi(150)

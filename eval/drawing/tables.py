@@ -130,11 +130,25 @@ def transfer_rows(transfer: JsonObject) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
+def reward_bench_rows(results: JsonObject) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of reward_bench.json: the overall score, the categories, then their subsets."""
+    cells = {**({"overall": results["overall"]} if results["overall"] else {}), **results["categories"]}
+    cells |= {f"  {name}": cell for name, cell in results["subsets"].items() if name not in results["categories"]}
+    return ["", "accuracy", "prompts"], [[name, _write(cell, ".1%"), str(cell["n"])] for name, cell in cells.items()]
+
+
+def _reward_bench(results: JsonObject, _: str) -> list[ReportTable]:
+    better = "scores the chosen reply higher" if results["replies"] == "pairs" else "scores the right reply highest"
+    note = f"How often {results['model']} {better}; 95% bootstrap intervals over prompts. Overall: mean of categories."
+    return [ReportTable("Accuracy of the reward model by category", note, *reward_bench_rows(results))]
+
+
 # the tables in each file of a run's folder, in the order of the page
 TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "results.json": _results,
     "overoptimization.json": _overoptimization,
     "transfer.json": _transfer,
+    "reward_bench.json": _reward_bench,
     "rounds.json": _rounds,
     SCALING_FILE: lambda scaling, _: [ReportTable(*table) for table in scaling_tables(scaling)],
     "agreement.json": _agreement,

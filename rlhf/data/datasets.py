@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ def load_test_split(script_args: ScriptArguments) -> Dataset:
     return _checked_splits(script_args, "held_out", need_train=False)[script_args.dataset_test_split]
 
 
+def load_first_split(script_args: ScriptArguments, names: Sequence[str]) -> Dataset:
+    """All rows of the first of these splits that a dataset has.
+
+    Raises:
+        InputError: if the dataset can't be found or read, has none of the splits, or no rows.
+    """
+    name = script_args.dataset_name or STARTER
+    splits = _read(name, "preference_pairs", script_args.dataset_config)
+    found = next((splits[split] for split in names if split in splits), None)
+    if not found:
+        raise InputError(f"--dataset_name {name}: has no rows in a split {' or '.join(names)}; found "
+                         f"{', '.join(splits) or 'nothing'}. Name one as --dataset_test_split.")  # fmt: skip
+    return found
+
+
 def _checked_splits(script_args: ScriptArguments, part: str, need_train: bool) -> dict[str, Dataset]:
     """All splits. The test split is always among them; without `need_train` the train split may be missing."""
     name = script_args.dataset_name or STARTER
@@ -116,25 +132,30 @@ def _halves(whole: Dataset, name: str) -> tuple[Dataset, Dataset]:
     if len(whole) < 2:
         print(f"{name}: has one row, so the evaluation is on the row that is trained on.")
         return whole, whole
-    known = [column for column in ("prompt", "chosen", "messages") if column in whole.column_names]
-    prompts = [
-        json.dumps(_prompt_of(row, number), default=str) for number, row in enumerate(whole.select_columns(known))
-    ]
+    prompts = [json.dumps(prompt, default=str) for prompt in prompts_of_rows(whole)]
     count = len(set(prompts))
-    if count in (0, 1, len(whole)):
+    if count in (1, len(whole)):
         size = min(500, max(1, len(whole) // 10))
         order = np.random.default_rng(SPLIT_SEED).permutation(len(whole))  # as in Dataset.train_test_split
-        return _part(whole, order[size:]), _part(whole, order[:size])
+        return part_of(whole, order[size:]), part_of(whole, order[:size])
     from sklearn.model_selection import GroupShuffleSplit  # takes as long to import as the command line to read
 
     by_prompt = GroupShuffleSplit(n_splits=1, test_size=min(500, max(1, count // 10)), random_state=SPLIT_SEED)
     train, test = next(by_prompt.split(prompts, groups=prompts))
-    return _part(whole, train), _part(whole, test)
+    return part_of(whole, train), part_of(whole, test)
 
 
-def _part(whole: Dataset, rows: np.ndarray) -> Dataset:
+def part_of(whole: Dataset, rows: np.ndarray) -> Dataset:
     """Some rows. `Dataset.select` drops the index of rows that follow each other, and `place_of` needs it."""
     return whole._select_with_indices_mapping(rows)
+
+
+def prompts_of_rows(rows: Dataset) -> list[Prompt | int]:
+    """What each row's reply answers; the row's number where there is no prompt."""
+    known = [column for column in ("prompt", "chosen", "messages") if column in rows.column_names]
+    if not known:
+        return [*range(len(rows))]
+    return [_prompt_of(row, number) for number, row in enumerate(rows.select_columns(known))]
 
 
 def _prompt_of(row: Row, number: int) -> Prompt | int:

@@ -20,6 +20,16 @@ PATH_FLAGS = (
 )  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
 RUN_FILE = "run.json"  # of a run folder, see rlhf/run/folders.py
+SEVERAL = ("models", "reward_model_path", "dataset_name")  # flags that take several names
+
+
+def words_of(value: Any) -> list[Any]:
+    """The values of a flag that takes one or several.
+
+    >>> words_of("a"), words_of(["a", "b"])
+    (['a'], ['a', 'b'])
+    """
+    return value if isinstance(value, list) else [value]
 
 
 def looks_local(name: str) -> bool:
@@ -143,11 +153,11 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     """
     for flag in (*PATH_FLAGS, *runs):
         # a YAML file may hold anything
-        for word in values[flag] if isinstance(values.get(flag), list) and flag == "models" else [values.get(flag)]:
+        for word in words_of(values.get(flag)) if flag in SEVERAL else [values.get(flag)]:
             if word is not None and not isinstance(word, str):
                 raise InputError(f"--{flag} {word}: needs a name or a path; found {type(word).__name__}.")
     for flag, message in runs.items():
-        for word in values[flag] if isinstance(values[flag], list) else [values[flag]]:
+        for word in words_of(values[flag]):
             if word and not behind_name(word).is_dir():
                 raise InputError(f"--{flag} {word}: {message}")
     given = {flag: value for flag, value in values.items() if value not in (None, STARTER) and flag not in runs}
@@ -158,7 +168,8 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
         need_file(given["templates"], "--templates")
     # without templates the dataset is refused for another reason
     if "dataset_name" in given and ("templates" in given or "templates" not in values):
-        need_dataset(given["dataset_name"])
+        for word in words_of(given["dataset_name"]):
+            need_dataset(word)
     for word in given.get("models", []):
         name = word.partition("=")[2] or word
         need_name(word, "--models")
@@ -167,8 +178,9 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     # a command with --models refuses --model_name_or_path for another reason
     models = ("sft_model_path", "reward_model_path", *(() if "models" in values else ("model_name_or_path",)))
     for flag in models:
-        if flag in given:
-            need_model(given[flag], f"--{flag}")
+        for word in words_of(given.get(flag)):
+            if word not in (None, STARTER):
+                need_model(word, f"--{flag}")
     if "tokenizer_name" in given:
         need_tokenizer(given["tokenizer_name"])
     if template := given.get("chat_template_path"):

@@ -27,7 +27,7 @@ from rlhf.models.checks import check_finite, loading
 from rlhf.models.fused_lora import fuse
 from rlhf.models.sources import Source, saved_rows
 
-# Names of the adapters beside the policy's, over one base in memory.
+# Names of the adapters beside the policy's, over one base in memory. More reward adapters are reward_2, reward_3, ...
 REFERENCE, REWARD, VALUE = "reference", "reward", "value"
 # what LoRA may begin with and leave its base as it is; PEFT begins anew each time that the adapter is loaded
 HARMLESS_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -157,10 +157,16 @@ def refuse_prompt_learning(model: PreTrainedModel | PeftModel, what: str) -> Non
         )
 
 
-def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
+def next_reward_name(policy: PeftModel) -> str:
+    """The name of the next reward adapter beside the policy's own."""
+    names = (REWARD, *(f"{REWARD}_{number}" for number in range(2, len(policy.peft_config) + 2)))
+    return next(name for name in names if name not in policy.peft_config)
+
+
+def fits_beside(policy: PeftModel, source: Source) -> bool:
     """Whether `add_frozen_adapter` can put a model beside the policy's own adapter.
 
-    It must be a plain adapter of the policy's kind over the policy's base, and `name` must be free.
+    It must be a plain adapter of the policy's kind over the policy's base.
     """
     config = source.peft_config
     alone = ("trainable_token_indices", "target_parameters")  # PEFT wraps those for adapters that all have them
@@ -170,7 +176,6 @@ def fits_beside(policy: PeftModel, source: Source, name: str) -> bool:
             why_alone(each) or any(getattr(each, setting, None) for setting in alone)
             for each in (config, *policy.peft_config.values())
         )
-        and name not in policy.peft_config
         and config.peft_type == policy.peft_type
         and source.base == policy.get_base_model().name_or_path
         and config.revision == policy.peft_config[policy.active_adapter].revision

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import REFERENCE, REWARD, fits_beside, new_adapter
+from rlhf.models.adapters import REFERENCE, fits_beside, new_adapter, next_reward_name
 from rlhf.models.attention import group_attention
 from rlhf.models.loading import score_labels
 from rlhf.models.sources import Source, base_config, is_decoder, language_model_class, saved_rows
@@ -85,11 +85,12 @@ def policy_model(
 
 def scoring_model(
     policy: Model, source: Source, model_args: ModelConfig, on_cpu: bool, layers: int | None = None
-) -> Model | None:
-    """The reward model beside the policy; None if it becomes an adapter of the policy's own base."""
-    if isinstance(policy, PeftModel) and fits_beside(policy, source, REWARD):
-        add_frozen(policy, REWARD, source.peft_config)
-        return None
+) -> Model | str:
+    """The reward model beside the policy; the adapter's name if it becomes one of the policy's own base."""
+    if isinstance(policy, PeftModel) and fits_beside(policy, source):
+        name = next_reward_name(policy)
+        add_frozen(policy, name, source.peft_config)
+        return name
     return reward_model(source, model_args, on_cpu, layers, trainable=False).requires_grad_(False)
 
 

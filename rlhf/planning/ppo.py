@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from trl import ModelConfig
 
-from rlhf.models.adapters import REFERENCE, REWARD, active_adapter, trunk
+from rlhf.models.adapters import REFERENCE, active_adapter, trunk
 from rlhf.models.generation import draw_tokens
 from rlhf.models.logprobs import Entropy, token_logprobs
 from rlhf.models.prefix import WORTH_IT, before_head, forward_behind_prefix, take
@@ -36,8 +36,8 @@ class PPOModels(NamedTuple):
 
     trained: PolicyAndValue
     reference: Model | None  # a model of its own
-    rewards: list[Model | None]  # None: an adapter of the policy
-    others: list[Model | None]  # of --eval_reward_funcs
+    rewards: list[Model | str]  # the name of an adapter of the policy
+    others: list[Model | str]  # of --eval_reward_funcs
 
 
 def ppo_models(
@@ -127,12 +127,11 @@ class PPOPasses:
     def score(self, rows: int, tokens: int) -> None:
         """Every reward model once."""
         for model in self.models.rewards:
-            body, adapter = (trunk(self.policy), REWARD) if model is None else (trunk(model), None)
-            if adapter is None:
-                self.forward(body, rows, tokens)
+            if not isinstance(model, str):
+                self.forward(trunk(model), rows, tokens)
             else:
-                with active_adapter(self.policy, adapter):
-                    self.forward(body, rows, tokens)
+                with active_adapter(self.policy, model):
+                    self.forward(trunk(self.policy), rows, tokens)
 
     @torch.no_grad()
     def logprobs(self, rows: int, tokens: int) -> None:
@@ -215,7 +214,7 @@ def mark_cache(trace: Trace, cache: DynamicCache) -> None:
 
 def on_stage(models: PPOModels, args: PPOConfig, launch: Launch) -> Stage:
     """The models of a PPO run as fake tensors."""
-    beside: list[nn.Module] = [model for model in [*models.rewards, *models.others] if model is not None]
+    beside: list[nn.Module] = [model for model in [*models.rewards, *models.others] if not isinstance(model, str)]
     split: list[nn.Module] = [models.trained.policy, *([] if models.reference is None else [models.reference])]
     vocabulary = models.trained.config.get_text_config().vocab_size
     return Stage(models.trained, split, beside, vocabulary, args, launch)

@@ -73,14 +73,14 @@ def plan_ppo(
     lengths = [len(ids) for ids in prompts["input_ids"]]
     layers = like_layers(whole.trained.policy)
     for model in [*whole.rewards, *whole.others]:  # of another depth: all are tried as they are
-        layers = layers if model is None or like_layers(model) == layers else 0
+        layers = layers if isinstance(model, str) or like_layers(model) == layers else 0
     phases = _phases(
         _Trials(build, args, launch, layers, shared_prefix(prompts["input_ids"])), args, lengths, bool(whole.rewards)
     )
     found = {"policy and value function": parameters(whole.trained)}
     if whole.reference is not None:
         found["reference"] = parameters(whole.reference)
-    beside = [model for model in [*whole.rewards, *whole.others] if model is not None]
+    beside = [model for model in [*whole.rewards, *whole.others] if not isinstance(model, str)]
     found |= {f"reward model {number}": parameters(model) for number, model in enumerate(beside, 1)}
     local = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows, share = [words_for(lengths, "prompts"), f"replies of {args.response_length} tokens, all of them"], 0.0

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.ppo.sharding import load_optimizer_state, put
+from rlhf.rewards import RewardScale
 from rlhf.run.checkpoints import damage
 from rlhf.run.files import read_json, write_jsonl
 
@@ -32,6 +33,7 @@ class Progress(TypedDict):
     episode: int  # completions so far
     log: list[dict[str, Any]]  # the Trainer's log_history
     reward_scale: tuple[float, float] | None  # mean and standard deviation of the first batch's scores
+    ensemble_scales: list[list[RewardScale] | None]  # likewise of each ensemble, for each of its models
     kl_coef: float
     remarked: dict[str, int]  # the update of the monitor's last remark, by rule
     best: tuple[float | None, int | None, str | None]  # metric, step and name of the best checkpoint

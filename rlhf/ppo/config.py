@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from rlhf.engines.arguments import EngineArguments
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
+from rlhf.rewards.ensemble import Combination
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 VALUE_FILE = "value_function.safetensors"  # a run's value function, in its output folder
@@ -33,6 +34,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         sft_model_path: policy and reference start from it; default: the recipe's `--model_name_or_path`. If the latter
             is another adapter of the same base, the policy continues from it, and only the reference is the SFT model.
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
+            Several are an ensemble, which is one reward.
+        reward_ensemble, uwo_coef: how an ensemble's scores are combined (rlhf/rewards/ensemble.py).
         ds3_gather_for_generation: counts under FSDP2; DeepSpeed's ZeRO-3, for which TRL has it, always gathers.
         model_init_kwargs: how PPOTrainer loads models that are given by name; GRPOConfig's field. Possible are `dtype`,
             `revision` (of the policy), `attn_implementation` and `trust_remote_code`.
@@ -88,10 +91,21 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         default=None,
         metadata={"help": "SFT model: the reference, and the policy's start unless model_name_or_path is an adapter."},
     )
-    reward_model_path: str | None = field(
+    reward_model_path: list[str] | None | str = field(  # noqa: RUF036 - the parser reads the first
         default=None,
-        metadata={"help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer."},
+        metadata={
+            "help": "Reward model: adapter or full model, folder or Hub id; or 'starter', its scorer. Several are "
+            "an ensemble."
+        },
     )
+    reward_ensemble: Combination = field(
+        default="mean",
+        metadata={
+            "help": "How several reward models are combined: their mean, the worst (wco), or the mean minus uwo_coef "
+            "times their variance (uwo)."
+        },
+    )
+    uwo_coef: NonNegativeFloat = field(default=0.1, metadata={"help": "Weight of the variance in uwo."})
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -173,6 +187,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
             self.use_cpu = True  # else transformers refuses bf16, the default
         super().__post_init__()
         unset_hf_deepspeed_config()  # else models are loaded empty under ZeRO-3
+        if isinstance(self.reward_model_path, list) and len(self.reward_model_path) == 1:
+            (self.reward_model_path,) = self.reward_model_path  # as TRL's own config, and runs of it, have it
         if isinstance(self.stop_token_id, int):
             self.stop_token_id = [self.stop_token_id]  # as TRL's own config takes it
         if self.stop_token_id is not None:

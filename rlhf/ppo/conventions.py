@@ -34,13 +34,12 @@ from rlhf.ppo.evaluation import best_metric, note_best
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.monitor import remarks, without_repeats
 from rlhf.ppo.rollout import PromptSampler
-from rlhf.ppo.scoring import RewardScale
 from rlhf.ppo.setup import EvalDataset
 from rlhf.ppo.sharding import gather, is_sharded, optimizer_state, policy_part
 from rlhf.ppo.types import Rollout, Scored, UpdateStats
 from rlhf.ppo.upstream import OnlineTrainerState, TRLPPOTrainer
 from rlhf.ppo.value_function import save_value_function
-from rlhf.rewards import with_own
+from rlhf.rewards import RewardEnsemble, RewardFunction, RewardScale, with_own
 from rlhf.run.checkpoints import atomic_folder, checkpoint_folder, delete_old_checkpoints, last_checkpoint
 from rlhf.run.saving import make_savable, need_room
 
@@ -62,6 +61,8 @@ class TrainerConventions(TRLPPOTrainer):
     is_peft_model: bool
     model_adapter_name: str
     stop_token_ids: list[int]
+    reward_funcs: list[RewardFunction]
+    eval_reward_funcs: list[RewardFunction]
     reward_scale: RewardScale | None
     kl_coef: float
     mixed_precision: str
@@ -95,6 +96,8 @@ class TrainerConventions(TRLPPOTrainer):
             self.lr_scheduler = None
             self.create_scheduler(args.num_total_batches)
         self.reward_scale, self.kl_coef, self.remarked = None, args.kl_coef, {}
+        for ensemble in self.ensembles():
+            ensemble.scales = None
         self.last_metrics, self.reward_metrics, self.loss_sum = {}, {}, 0.0
         set_seed(args.seed + 100_003 * self.accelerator.process_index)
         make_savable(self.model.policy, self.processing_class)
@@ -111,6 +114,8 @@ class TrainerConventions(TRLPPOTrainer):
         handler.train_dataloader = self.get_train_dataloader()
         self.control = handler.on_train_begin(args, self.state, self.control)
         if args.eval_on_start and folder is None:
+            if self.ensembles():
+                self.measure_ensembles()
             self.evaluate()
 
     def _claim_shared_state(self) -> None:
@@ -123,6 +128,11 @@ class TrainerConventions(TRLPPOTrainer):
         # this trainer weights the loss of each microbatch itself, so accelerate must not divide it again
         self.accelerator.gradient_accumulation_steps = 1
         self.accelerator.state._mixed_precision = self.mixed_precision
+
+    def ensembles(self) -> list[RewardEnsemble]:
+        """The reward functions that have scales of their own."""
+        functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        return [function for function in functions if isinstance(function, RewardEnsemble)]
 
     def _stateful_callbacks(self) -> list[ExportableState]:
         return [part for part in [*self.callback_handler.callbacks, self.control] if isinstance(part, ExportableState)]
@@ -292,6 +302,10 @@ class TrainerConventions(TRLPPOTrainer):
         """The rows of a dataset with their tokens; see PPOTrainer."""
         raise NotImplementedError
 
+    def measure_ensembles(self) -> None:
+        """Set the scales of ensembles; see PPOTrainer."""
+        raise NotImplementedError
+
     def evaluate_prompts(self, rows: Dataset, prefix: str) -> dict[str, float]:
         """Sample and score rows with tokens; see PPOTrainer."""
         raise NotImplementedError
@@ -330,6 +344,8 @@ class TrainerConventions(TRLPPOTrainer):
         place = best and Path(self.args.output_dir) / Path(best).name  # the run folder may have moved
         state.best_model_checkpoint = str(place) if place and place.is_dir() else None
         self.reward_scale = None if scale is None else RewardScale(*scale)
+        for ensemble, scales in zip(self.ensembles(), progress.get("ensemble_scales", []), strict=False):
+            ensemble.scales = scales and [RewardScale(*own) for own in scales]
         self.kl_coef, self.remarked = progress["kl_coef"], progress["remarked"]
         # checkpoints of earlier versions lack what is asked for with `get`
         logged: dict[str, float] = next(
@@ -346,6 +362,7 @@ class TrainerConventions(TRLPPOTrainer):
             "episode": state.episode,
             "log": state.log_history,
             "reward_scale": self.reward_scale,
+            "ensemble_scales": [ensemble.scales for ensemble in self.ensembles()],
             "kl_coef": self.kl_coef,
             "remarked": self.remarked,
             "best": (state.best_metric, state.best_global_step, best and Path(best).name),

@@ -75,7 +75,7 @@ def evaluation_metrics(
             metrics[name] = value
     for name, value in reward_metrics(held_out.by_function, processes).items():
         if name.endswith("/mean"):
-            metrics[f"held_out/{name.split('/')[1]}"] = value
+            metrics[f"held_out/{name.removeprefix('rewards/').removesuffix('/mean')}"] = value
     return with_own(metrics, {**(held_out.metrics or {}), **(rewards.metrics or {})})
 
 

@@ -1,19 +1,28 @@
 """Rollout → Scored: rewards, their scale, and the log-probabilities and values before the update."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 
 from rlhf.comparisons import as_message
+from rlhf.models.adapters import REWARD
 from rlhf.ppo.model import PolicyAndValue, reference_logprobs
 from rlhf.ppo.moments import moments
 from rlhf.ppo.processes import ONE_PROCESS, Processes
 from rlhf.ppo.sharding import put
 from rlhf.ppo.types import Rewards, Rollout, pack
-from rlhf.rewards import RewardError, RewardFunction, RewardLog, RewardModel, call_rewards, reward_names
+from rlhf.rewards import (
+    RewardEnsemble,
+    RewardError,
+    RewardFunction,
+    RewardLog,
+    RewardModel,
+    RewardScale,
+    call_rewards,
+    reward_names,
+)
 
 
 def collect_rewards(
@@ -21,7 +30,8 @@ def collect_rewards(
 ) -> Rewards:
     """Call every reward function on the rollout and add up the weighted rewards.
 
-    A function that returns None for a completion adds nothing to its score.
+    A function that returns None for a completion adds nothing to its score. The scores of each model of an ensemble are
+    kept too, as `<ensemble>/<model>`.
 
     Raises:
         RewardError: see rlhf.rewards.call_rewards; or if a weighted sum is beyond float32.
@@ -46,6 +56,11 @@ def collect_rewards(
             if isinstance(score, list):
                 per_token = torch.zeros(shape, device=device) if per_token is None else per_token
                 per_token[row, : len(score)] += weight * torch.tensor(score, device=device)
+    for name, function in zip(names, functions, strict=True):
+        if isinstance(function, RewardEnsemble):
+            by_function |= {
+                f"{name}/{own}": torch.tensor(scores, device=device) for own, scores in function.raw.items()
+            }
     if not total.isfinite().all():
         raise RewardError(f"The weighted sum of {', '.join(names)} is beyond float32. Scale the rewards down.")
     return Rewards(
@@ -55,13 +70,6 @@ def collect_rewards(
         log.gathered_means() if functions else {},
         log.extra,
     )
-
-
-class RewardScale(NamedTuple):
-    """Mean and standard deviation of the scores of the first batch, which the SFT model samples."""
-
-    mean: float
-    std: float
 
 
 def measure_scale(scores: torch.Tensor, processes: Processes = ONE_PROCESS) -> RewardScale:
@@ -112,13 +120,19 @@ def start_value_head(
 ) -> None:
     """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
 
-    Other value functions start at 0, and so does this one if no reward function is an adapter of the policy.
+    Other value functions start at 0, and so does this one if no reward function is an adapter of the policy. In place
+    of an ensemble it starts as the first of its models.
     """
     for function, weight in zip(functions, weights, strict=True):
-        if model.value_adapter is None or not isinstance(function, RewardModel) or function.head is None:
+        first, own = function, RewardScale(0.0, 1.0)
+        if isinstance(function, RewardEnsemble) and function.scales:
+            first, own = function.members[0], function.scales[0]
+        # the value function's adapter is a copy of the reward adapter of this name
+        if model.value_adapter is None or not isinstance(first, RewardModel) or first.adapter != REWARD:
             continue
-        put(model.value_head.weight, function.head.weight.detach() * weight / scale.std)
-        put(model.value_head.bias, torch.full((1,), -scale.mean / scale.std))
+        assert first.head is not None
+        put(model.value_head.weight, first.head.weight.detach() * weight / (own.std * scale.std))
+        put(model.value_head.bias, torch.full((1,), -(weight * own.mean / own.std + scale.mean) / scale.std))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import Model
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.zero import VALUE_GROUP, split_value_groups
-from rlhf.rewards import RewardFunction
+from rlhf.rewards import RewardEnsemble, RewardFunction
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
@@ -28,19 +28,23 @@ def _has_token_scores(classifier: Model) -> bool:
 
 
 def check_models(
-    model: str | Model, ref_model: str | Model | None, reward_model: str | Model | None, value_model: str | Model | None
+    model: str | Model,
+    ref_model: str | Model | None,
+    reward_model: str | Model | list[str | Model] | None,
+    value_model: str | Model | None,
 ) -> None:
     """Raise InputError for models that can't play their roles together. Names stand for models of their own."""
     if ref_model is model and not isinstance(model, str):
         raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-    if reward_model is not None and value_model is reward_model and not isinstance(value_model, str):
+    rewards = reward_model if isinstance(reward_model, list) else [reward_model]
+    if isinstance(value_model, PreTrainedModel | PeftModel) and any(value_model is reward for reward in rewards):
         raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
     if isinstance(value_model, PreTrainedModel | PeftModel) and not _has_token_scores(value_model):
         raise InputError(
             f"value_model: {type(value_model).__name__} gives no value for each token. Pass a decoder's sequence "
             "classifier, or None, which puts the value function on the policy."
         )
-    for name, classifier in (("reward_model", reward_model), ("value_model", value_model)):
+    for name, classifier in (*(("reward_model", reward) for reward in rewards), ("value_model", value_model)):
         labels = getattr(getattr(classifier, "config", None), "num_labels", 1)
         if labels != 1 and not (name == "reward_model" and labels == 2):
             raise InputError(f"{name}: needs one output, found num_labels={labels}. Load it with num_labels=1.")
@@ -152,14 +156,29 @@ def policy_and_value(model: Model, value_model: Model | None, adapter_name: str,
     return PolicyAndValue(model, value_model, value_adapter)
 
 
+def same_for_each(given: object, tokenizer: PreTrainedTokenizerBase) -> list[PreTrainedTokenizerBase | None]:
+    """The tokenizer for each reward model of `reward_model`: that of the policy."""
+    count = len(given) if isinstance(given, list) else 0 if given is None else 1
+    return [tokenizer] * count
+
+
+def one_reward(functions: list[RewardFunction], args: PPOConfig) -> list[RewardFunction]:
+    """Several reward models as one ensemble."""
+    return functions if len(functions) < 2 else [RewardEnsemble(functions, args.reward_ensemble, args.uwo_coef)]
+
+
 def reward_weights(functions: list[RewardFunction], args: PPOConfig) -> list[float]:
     """The weight of each reward function.
 
     Raises:
-        InputError: if there is no reward, or the number of `reward_weights` differs.
+        InputError: if there is no reward, the number of `reward_weights` differs, or `reward_ensemble` has nothing to
+            combine.
     """
     if not functions:
         raise InputError("PPO needs a reward: pass reward_model or reward_funcs.")
+    if args.reward_ensemble != "mean" and not any(isinstance(function, RewardEnsemble) for function in functions):
+        raise InputError(f"--reward_ensemble {args.reward_ensemble}: combines several models. Pass a list of them as "
+                         "reward_model, or leave it out.")  # fmt: skip
     weights = args.reward_weights or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise InputError(

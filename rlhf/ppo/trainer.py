@@ -1,13 +1,14 @@
 """PPOTrainer: TRL's interface, with a train() that reads like the algorithm."""
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
@@ -35,7 +36,6 @@ from rlhf.ppo.mismatch import check_engine, importance_weights
 from rlhf.ppo.model import Reference, TokenOutputs
 from rlhf.ppo.rollout import draw_uniforms, rollout_of
 from rlhf.ppo.scoring import (
-    RewardScale,
     collect_rewards,
     logprobs_and_values,
     measure_scale,
@@ -48,8 +48,10 @@ from rlhf.ppo.setup import (
     check_models,
     check_optimizers,
     check_prompts,
+    one_reward,
     policy_and_value,
     reward_weights,
+    same_for_each,
     set_sizes,
     set_value_learning_rate,
     stop_ids,
@@ -59,7 +61,7 @@ from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
 from rlhf.ppo.value_function import check_value_function, load_value_function
-from rlhf.rewards import RewardArgument, need_scores, reward_functions
+from rlhf.rewards import RewardArgument, RewardScale, need_scores, reward_functions
 
 
 class PPOTrainer(TrainerConventions):
@@ -78,7 +80,7 @@ class PPOTrainer(TrainerConventions):
         ref_model: the reference. None means with PEFT the adapter `args.ref_adapter_name`, or the model with adapters
             off; without PEFT a frozen copy of the policy.
         reward_model: a sequence classifier with one output that shares the policy's tokenizer; or the name of any
-            reward model.
+            reward model; or a list of several, an ensemble (`args.reward_ensemble`).
         train_dataset: rows with `prompt` (text or messages) or `input_ids` (token ids of a prompt). Other columns go
             to the reward functions.
         value_model: a sequence classifier with one output, trained as the value function. None: a head on the policy's
@@ -105,7 +107,7 @@ class PPOTrainer(TrainerConventions):
         processing_class: PreTrainedTokenizerBase | None = None,
         model: str | Model | None = None,
         ref_model: str | Model | None = None,
-        reward_model: str | Model | None = None,
+        reward_model: str | Model | list[str | Model] | None = None,
         train_dataset: Dataset | None = None,
         value_model: str | Model | None = None,
         data_collator: DataCollator | None = None,
@@ -140,12 +142,12 @@ class PPOTrainer(TrainerConventions):
                 trust_remote_code=roles.trust_remote_code,
             )
             for given, name, tokenizers in (
-                (reward_model, "reward_model", reward_model and roles.tokenizer),
+                (reward_model, "reward_model", same_for_each(reward_model, roles.tokenizer)),
                 (reward_funcs, "reward_funcs", reward_processing_classes),
                 (eval_reward_funcs, "eval_reward_funcs", None),
             )
         )  # fmt: skip
-        self.reward_funcs, self.eval_reward_funcs = first + others, held_out
+        self.reward_funcs, self.eval_reward_funcs = one_reward(first, args) + others, held_out
         self.reward_weights = reward_weights(self.reward_funcs, args)
         args.world_size = PartialState().num_processes  # where TRL's field hides transformers' property
         # TRL's own constructor would build an Accelerator and a wrapper of its own. transformers' Trainer brings mixed
@@ -294,12 +296,29 @@ class PPOTrainer(TrainerConventions):
 
     def rewards(self, rollout: Rollout) -> Rewards:
         """The rewards of the completions."""
+        self._scale_ensembles(rollout)
         rewards = whole(
             lambda: collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state), self.model
         )
         scored = int(self.processes.sum((~rewards.scores.isnan()).sum()))
         need_scores(self.reward_funcs, scored, self.processes.number * len(rollout.prompts))
         return rewards
+
+    def measure_ensembles(self) -> None:
+        """Set the scales of ensembles from the first batch before it is trained on: an evaluation comes before it."""
+        numbers = next(iter(self.get_train_dataloader().batch_sampler or []))
+        self._scale_ensembles(self.rollout([self.train_dataset[number] for number in numbers]))
+        self.seconds.clear()
+
+    def _scale_ensembles(self, rollout: Rollout) -> None:
+        """Set the scales of ensembles from the first batch of all processes."""
+        for ensemble in self.ensembles():
+            if ensemble.scales is None:
+                ones = [1.0] * len(ensemble.members)
+                score = functools.partial(collect_rewards, rollout, ensemble.members, ones, self.state)
+                own = [scores.tolist() for scores in whole(score, self.model).by_function.values()]
+                everywhere = zip(*gather_object([own]), strict=True)
+                ensemble.measure([list(itertools.chain(*parts)) for parts in everywhere])
 
     def advantages(self, rollout: Rollout, scored: Scored) -> Advantages:
         """KL penalty, generalized advantage estimation and whitening over the batch of all processes."""

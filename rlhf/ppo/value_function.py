@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.errors import InputError
 from rlhf.ppo.config import VALUE_FILE, value_file
 from rlhf.ppo.model import PolicyAndValue
-from rlhf.ppo.scoring import RewardScale
+from rlhf.rewards import RewardScale
 from rlhf.ppo.sharding import put
 
 

@@ -16,12 +16,13 @@ from trl.trainer.utils import get_config_model_id
 
 from rlhf.comparisons import Prompt
 from rlhf.errors import InputError
-from rlhf.models.adapters import REWARD, add_frozen_adapter, fits_beside
+from rlhf.models.adapters import add_frozen_adapter, fits_beside, next_reward_name
 from rlhf.models.loading import load_reward_model, place, score_labels
 from rlhf.models.sources import Source, base_config, is_decoder, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.answers import Completion, completion_text
 from rlhf.rewards.calling import ARGUMENTS, RewardFunction, check_reward_function, reward_name
+from rlhf.rewards.ensemble import Combination, RewardEnsemble
 from rlhf.rewards.model import RewardModel
 from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
@@ -77,7 +78,9 @@ def resolve_reward(
 class RewardFlags(Protocol):
     """The flags that name rewards, of PPOConfig, RLOOConfig and eval/overoptimization.py."""
 
-    reward_model_path: str | None
+    @property
+    def reward_model_path(self) -> list[str] | str | None: ...  # RLOOConfig's is one name
+
     reward_funcs: list[str] | None
     reward_weights: list[float] | None
     trust_remote_code: bool
@@ -89,17 +92,28 @@ def resolve_rewards(
     """The rewards that the flags name; the starter's scorer if they name none.
 
     Raises:
-        InputError: see `resolve_reward`; or if the numbers of `reward_weights` and rewards differ.
+        InputError: see `resolve_reward`; if the numbers of `reward_weights` and rewards differ, where an ensemble is
+            one reward; or if --reward_ensemble has nothing to combine.
     """
-    trust = args.trust_remote_code
-    path = args.reward_model_path
-    rewards = [resolve_reward(path, base=base, trust_remote_code=trust)] if path else []
+    trust, paths = args.trust_remote_code, reward_model_paths(args)
+    how = getattr(args, "reward_ensemble", "mean")  # RLOO has none
+    if how != "mean" and len(paths) < 2:
+        raise InputError(f"--reward_ensemble {how}: combines several models. Give two or more to --reward_model_path, "
+                         "or leave it out.")  # fmt: skip
+    rewards = [resolve_reward(path, base=base, trust_remote_code=trust) for path in paths]
     rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns, trust)
     rewards = rewards or [resolve_reward(STARTER)]
-    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards) - max(0, len(paths) - 1):
         names = [reward.name for reward in rewards]
-        raise InputError(f"--reward_weights: {len(args.reward_weights)} weights for the rewards {names}.")
+        one = " The models of --reward_model_path are one ensemble, with one weight." if len(paths) > 1 else ""
+        raise InputError(f"--reward_weights: {len(args.reward_weights)} weights for the rewards {names}.{one}")
     return rewards
+
+
+def reward_model_paths(args: RewardFlags) -> list[str]:
+    """The names behind --reward_model_path."""
+    given = args.reward_model_path
+    return [given] if isinstance(given, str) else given or []
 
 
 def resolve_reward_functions(
@@ -187,20 +201,48 @@ def load_reward(
     """The reward function that `resolve_reward` found.
 
     Args:
-        policy: a PeftModel. The first reward adapter over the same base is put beside the policy's own adapter, so
-            that no second base is in memory.
+        policy: a PeftModel. A reward adapter over the same base is put beside the policy's own adapter, so that no
+            second base is in memory.
     """
     if source.model is None:
         assert source.function is not None
         return source.function
     tokenizer = load_tokenizer(source.model, classifier=True)
-    if isinstance(policy, PeftModel) and fits_beside(policy, source.model, REWARD):
-        head = add_frozen_adapter(policy, source.model, REWARD)
-        return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, REWARD, head)
+    if isinstance(policy, PeftModel) and fits_beside(policy, source.model):
+        name = next_reward_name(policy)
+        head = add_frozen_adapter(policy, source.model, name)
+        return RewardModel(policy, tokenizer, batch_size, Path(source.name).name, name, head)
     model = load_reward_model(source.model, model_args, tokenizer, trainable=False)
     if model.config.num_labels == 2:
         _say_what_two_labels_score(source, model.config)
     return RewardModel(place(model), tokenizer, batch_size, Path(source.name).name)
+
+
+class EnsembleFlags(RewardFlags, Protocol):
+    """The flags that combine reward models, of PPOConfig and eval/overoptimization.py."""
+
+    reward_ensemble: Combination
+    uwo_coef: float
+
+
+def load_rewards(
+    sources: list[RewardSource],
+    args: EnsembleFlags,
+    model_args: ModelConfig,
+    *,
+    policy: PreTrainedModel | PeftModel | None = None,
+    batch_size: int = 32,
+) -> list[RewardFunction]:
+    """The functions of what `resolve_rewards` found. Several models of --reward_model_path become one ensemble.
+
+    Args:
+        policy: see `load_reward`.
+    """
+    functions = [load_reward(source, model_args, policy=policy, batch_size=batch_size) for source in sources]
+    count = len(reward_model_paths(args))
+    if count < 2:
+        return functions
+    return [RewardEnsemble(functions[:count], args.reward_ensemble, args.uwo_coef), *functions[count:]]
 
 
 RewardArgument: TypeAlias = RewardFunction | PreTrainedModel | PeftModel | str

@@ -337,7 +337,8 @@ def history_of(folders: list[str]) -> tuple[list[str], dict[str, int]]:
     def follow(name: object) -> None:
         if isinstance(name, str) and name and (run := read_run(Path(name))):
             for value in run["settings"].values():
-                follow(value)
+                for one in value if isinstance(value, list) else [value]:
+                    follow(one)
             commands.append(run["command"])
             seeds[Path(name).name] = run["settings"].get("seed", 42)  # 42 is transformers' default
 

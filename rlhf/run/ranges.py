@@ -87,7 +87,7 @@ LIBRARY_RANGES = {
     ),
     **dict.fromkeys(
         (
-            "cliprange", "cliprange_value", "epsilon", "epsilon_high", "eval_steps", "logging_steps",
+            "cliprange", "cliprange_value", "dataset_probs", "epsilon", "epsilon_high", "eval_steps", "logging_steps",
             "num_train_epochs", "repetition_penalty", "save_steps", "vllm_server_timeout",
         ),
         Range(above=0),
