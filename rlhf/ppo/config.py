@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from rlhf.engines.arguments import EngineArguments
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
+from rlhf.rewards.rubrics import JudgeArguments
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 # Settings of transformers' training loop that PPO's own loop doesn't read, and the values that ask for nothing.
@@ -21,8 +22,8 @@ UNUSED = {
 
 
 @dataclass
-class PPOConfig(EngineArguments, TRLPPOConfig):
-    """TRL's PPOConfig with GRPOConfig's flags of engines (EngineArguments) and these changes.
+class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
+    """TRL's PPOConfig with GRPOConfig's flags of engines (EngineArguments), those of a judge and these changes.
 
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
@@ -40,8 +41,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
         max_steps: number of updates; replaces `total_episodes` if above 0.
         num_sample_generations: how many times in a run a few sampled completions are printed.
-        reward_funcs, eval_reward_funcs: names for the command line: import paths or reward models. From Python, pass
-            functions to PPOTrainer.
+        reward_funcs, eval_reward_funcs: names for the command line: import paths, reward models, or `judge` (see
+            `JudgeArguments`). From Python, pass functions to PPOTrainer.
         reward_weights: one per reward; GRPOConfig's field.
         normalize_reward: rewards are shifted and scaled so that the first batch, which the SFT model samples, has mean
             0 and standard deviation 1, as in lm-human-preferences. A reward model's scores are defined only up to a
@@ -88,8 +89,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter': "
-            "its scorer. That is also what PPO takes without any reward."
+            "help": "Rewards: import paths of functions (package.module.function), reward models, 'judge', or "
+            "'starter': its scorer. That is also what PPO takes without any reward."
         },
     )
     reward_weights: list[FiniteFloat] | None = field(

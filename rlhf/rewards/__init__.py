@@ -1,4 +1,4 @@
-"""Rewards: functions and reward models behind one call, found by name."""
+"""Rewards: functions, reward models and judges behind one call, found by name."""
 
 from rlhf.rewards.answers import Completion, RewardError, Score, check_scores, completion_text
 from rlhf.rewards.calling import (
@@ -11,8 +11,10 @@ from rlhf.rewards.calling import (
     reward_names,
     total_scores,
 )
+from rlhf.rewards.judge import JudgeReward, JudgeSource, resolve_judge
 from rlhf.rewards.log import RewardLog, with_own
 from rlhf.rewards.model import RewardModel
+from rlhf.rewards.rubrics import JUDGE, JudgeArguments
 from rlhf.rewards.sources import (
     RewardArgument,
     RewardFlags,
@@ -27,7 +29,11 @@ from rlhf.rewards.sources import (
 
 __all__ = [
     "ARGUMENTS",
+    "JUDGE",
     "Completion",
+    "JudgeArguments",
+    "JudgeReward",
+    "JudgeSource",
     "RewardArgument",
     "RewardError",
     "RewardFlags",
@@ -42,6 +48,7 @@ __all__ = [
     "completion_text",
     "load_reward",
     "need_scores",
+    "resolve_judge",
     "resolve_reward",
     "resolve_reward_functions",
     "resolve_rewards",
