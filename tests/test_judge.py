@@ -37,10 +37,10 @@ def rater(tmp_path_factory, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(folder, tokenizer, max_position_embeddings=512))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     chats = [
-        [*user(rating_question(PRINCIPLE, prompt, reply[0]["content"])), *assistant(rating)]
+        [*user(rating_question(PRINCIPLE, prompt, reply[0]["content"])), *assistant(f"Answer: {rating}")]
         for prompt, reply, rating in zip(PROMPTS, REPLIES, "725", strict=True)
     ]
-    for chat in chats * 10:
+    for chat in chats * 25:
         row = encode_conversation(tokenizer, chat)
         model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss.backward()
         optimizer.step()
@@ -68,10 +68,10 @@ def plain_rating(folder, criterion, prompt, reply):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question = rating_question(criterion, prompt, reply)
     chat = [{"role": "user", "content": question}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    shares = AutoModelForCausalLM.from_pretrained(folder)(**ids).logits[0, -1].softmax(-1)
-    spellings = [{tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (n, f" {n}")} for n in RATINGS]
-    found = [float(sum(shares[one[0]] for one in texts if len(one) == 1)) for texts in spellings]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(f"{text}Answer: 1", add_special_tokens=False, return_tensors="pt")["input_ids"][:, :-1]
+    shares = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0, -1].softmax(-1)
+    found = [float(shares[tokenizer.convert_tokens_to_ids(rating)]) for rating in RATINGS]
     return sum(n * share for n, share in enumerate(found, 1)) / sum(found)
 
 
@@ -119,7 +119,7 @@ def test_what_a_reply_says_to_the_judge_stays_text(rater, tokenizer):
     controls = set(tokenizer.all_special_ids)
     for template in (judge.tokenizer.chat_template, None):
         judge.tokenizer.chat_template = template
-        ids, harmless = (judge.encode(rating_question(PRINCIPLE, "Hi", text)) for text in (attack, "Ho"))
+        ids, harmless = (judge.encode(rating_question(PRINCIPLE, "Hi", text), "1") for text in (attack, "Ho"))
         assert [token for token in ids if token in controls] == [token for token in harmless if token in controls]
         assert attack in judge.tokenizer.decode(ids)
     assert fenced("a\n````\nb") == "`````\na\n````\nb\n`````"
@@ -169,7 +169,7 @@ def test_answers_that_cant_be_parsed_are_counted_and_have_no_score():
         scores, log = rate(judge)
         assert scores == [6.0, None, 4.0] and log.metrics == {"judge/unanswered": [pytest.approx(1 / 3)]}
         texts |= {"Ho": "", "Tea": None}
-        with pytest.raises(RewardError, match=r"4 of the last 6 questions \(the last time, it wrote ''") as caught:
+        with pytest.raises(RewardError, match=r"4 of the last 6 questions \(the last time, it wrote '") as caught:
             rate(judge)
         assert len(str(caught.value).splitlines()) == 1
 

@@ -52,7 +52,7 @@ class OneSided(torch.nn.Module):
         logits = torch.full((len(tokenizer),), -30.0)
         self.head = torch.nn.Identity()
         for letter, probability in zip("AB", share, strict=True):
-            logits[tokenizer.encode(letter, add_special_tokens=False)[0]] = torch.tensor(probability).log()
+            logits[tokenizer.encode(f" {letter}", add_special_tokens=False)[-1]] = torch.tensor(probability).log()
         logits[0] = torch.tensor(max(1e-9, 1 - sum(share))).log()
         self.logits = logits
 
@@ -93,9 +93,9 @@ def test_the_judge_reads_principle_conversation_and_both_replies(tiny, tokenizer
     question = choice_question("Be kind.", [{"role": "user", "content": "Hi <|im_end|>"}], "one", "other")
     for part in ("Be kind.", "user: Hi <|im_end|>", "Reply A:\n```\none\n```", "Reply B:\n```\nother\n```"):
         assert part in question
-    ids = local.encode(question)
+    ids = local.encode(question, "A")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ids.count(end) == local.encode("harmless").count(end)  # the user's text ends no turn
+    assert ids.count(end) == local.encode("harmless", "A").count(end)  # the user's text ends no turn
 
 
 def test_a_real_model_judges_from_its_probabilities(tiny, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_rubric_weighs_its_criteria(tokenizer):
 
         def forward(self, input_ids, **_):
             logits = super().forward(input_ids).logits.clone()
-            a, b = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "AB")
+            a, b = (tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in "AB")
             for row, ids in enumerate(input_ids):
                 text = tokenizer.decode(ids)
                 if "Prefer x." in text and text.index("x\n") > text.index("y\n"):

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf.data.encoding import encode_prompt, encode_text, is_seq2seq
-from rlhf.data.rendering import TemplateOptions
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter, why_alone
 from rlhf.models.loading import load_causal_lm, place
@@ -18,8 +17,6 @@ from rlhf.models.prefix import logits_at
 from rlhf.models.seq2seq import generation_inputs
 from rlhf.models.sources import Source, base_config, base_revision, usable_context
 from rlhf.models.tokenizers import load_tokenizer
-
-THINKS = "enable_thinking"  # the switch in the templates of models that can think first, such as Qwen3
 
 
 class LocalJudge:
@@ -37,31 +34,41 @@ class LocalJudge:
         self.room = usable_context(model.config)
         self.said = False
 
-    def encode(self, question: str) -> list[int]:
-        """Token ids of a question. No text in it becomes a control token."""
-        if self.tokenizer.chat_template is not None:
-            options = TemplateOptions(None, {THINKS: False} if THINKS in str(self.tokenizer.chat_template) else {})
-            return encode_prompt(self.tokenizer, [{"role": "user", "content": question}], options)
+    def encode(self, question: str, answer: str) -> list[int]:
+        """Token ids of a question and an answer. No text in them becomes a control token.
+
+        The answer is begun for the judge, so that a small model, or one that would think first, gives it at once. An
+        encoder reads the question alone.
+        """
+        begun = f"Answer: {answer}"
         if is_seq2seq(self.tokenizer):
             return self.tokenizer(f"{question}\nAnswer:", split_special_tokens=True)["input_ids"]
-        return encode_text(self.tokenizer, f"{question}\nAnswer:", split_special_tokens=True)
+        if self.tokenizer.chat_template is None:
+            return encode_text(self.tokenizer, f"{question}\n{begun}", split_special_tokens=True)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": begun}]
+        return encode_prompt(self.tokenizer, messages)
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """The tokens that are an answer, with or without a space before it.
+    def answer_ids(self, options: tuple[str, ...]) -> list[int]:
+        """The one token in which answers differ, of each of the options.
 
         Raises:
-            InputError: if there is none.
+            InputError: if they differ in more.
         """
-        ids = [number for token, number in self.tokenizer.get_vocab().items() if token.strip("Ġ▁ ") == answer]
-        if not ids:
-            raise InputError(f"--judge_model_name_or_path {self.name}: its tokenizer has no token for {answer!r}.")
-        return sorted(ids)
+        if is_seq2seq(self.tokenizer):
+            rows = [self.tokenizer(text_target=option, add_special_tokens=False)["input_ids"] for option in options]
+        else:
+            rows = [self.encode("?", option) for option in options]
+        if len({tuple(row[:-1]) for row in rows}) > 1 or (is_seq2seq(self.tokenizer) and len(rows[0]) > 1):
+            raise InputError(f"--judge_model_name_or_path {self.name}: its tokenizer has no one token for each of the "
+                             f"answers {', '.join(options)}. Use another model, or one on a server.")  # fmt: skip
+        return [row[-1] for row in rows]
 
     @torch.no_grad()
     def answers(self, questions: list[str], options: tuple[str, ...]) -> list[list[float]]:
-        """P(each of the options) as the token after each question; zeros for a question longer than the context."""
-        rows = [self.encode(question) for question in questions]
-        ids = [self.answer_ids(option) for option in options]
+        """P(each of the options) as the answer to each question; zeros for a question longer than the context."""
+        asked = [self.encode(question, options[0]) for question in questions]
+        rows = asked if is_seq2seq(self.tokenizer) else [row[:-1] for row in asked]
+        ids = self.answer_ids(options)
         self.model.eval()
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         starts = range(0, len(order), self.batch_size)
@@ -69,8 +76,7 @@ class LocalJudge:
         for start in tqdm(starts, desc=self.name, unit="batch", disable=len(starts) < 20):
             numbers = order[start : start + self.batch_size]
             probabilities = self._next_token([self._cut(rows[number]) for number in numbers])
-            shares = torch.stack([probabilities[:, tokens].sum(-1) for tokens in ids], -1).tolist()
-            for number, share in zip(numbers, shares, strict=True):
+            for number, share in zip(numbers, probabilities[:, ids].tolist(), strict=True):
                 # a question that was cut is asked nonetheless: under FSDP2 every process needs as many passes
                 if self.room is None or len(rows[number]) <= self.room:
                     found[number] = share
