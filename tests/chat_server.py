@@ -18,7 +18,7 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, rule: Callable[[str], tuple[str | None, dict[str, float] | None]]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.rule = rule
-        self.models = [{"id": "small", "parent": None}, {"id": "small-lora", "parent": "small"}]
+        self.models: list[dict[str, Any]] = [{"id": "small", "parent": None}, {"id": "small-lora", "parent": "small"}]
         self.key: str | None = None  # that it asks for
         self.unknown: dict[str, str] = {}  # fields that it refuses, and in what words
         self.failures: list[tuple[int, str]] = []  # status and body of the next answers
@@ -76,7 +76,11 @@ class Handler(BaseHTTPRequestHandler):
             if field in body:
                 return self.answer(400, {"error": {"message": words}})
         text, logprobs = server.rule(body["messages"][0]["content"])
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": None}
+        choice: dict[str, Any] = {
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
         if logprobs is not None and body.get("logprobs"):
             tops = [{"token": token, "logprob": value} for token, value in logprobs.items()][: body["top_logprobs"]]
             choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": tops}]}

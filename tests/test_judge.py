@@ -21,6 +21,7 @@ from rlhf.rewards import JudgeArguments, RewardLog, call_rewards, load_reward, r
 from rlhf.rewards.answers import RewardError
 from rlhf.rewards.local_judge import load_judge
 from rlhf.rewards.rubrics import RATINGS, fenced, rating_question
+from rlhf.rewards.server_judge import BEGUN
 
 FULL = ModelConfig(dtype="float32")
 PRINCIPLE = "A good reply is short."
@@ -158,12 +159,20 @@ def test_a_server_is_read_by_its_log_probabilities(monkeypatch):
         rating_question(PRINCIPLE, p, r[0]["content"]) for p, r in zip(PROMPTS, REPLIES, strict=True)
     )
     body = {name: value for name, value in server.bodies[-1].items() if name != "messages"}
-    assert body == {"model": "small", "temperature": 0, "max_tokens": 16, "logprobs": True, "top_logprobs": 20}
+    assert body == {
+        "model": "small", "temperature": 0, "max_tokens": 16, "logprobs": True, "top_logprobs": 20,
+        "add_generation_prompt": False, "continue_final_message": True,
+    }  # fmt: skip
+    assert server.bodies[-1]["messages"][1:] == assistant("Answer:")
     assert set(server.keys) == {KEY}
 
 
 def test_answers_that_cant_be_parsed_are_counted_and_have_no_score():
-    texts = {"Ho": "Rating: 6/7", "It is wet": "I think 3 or 4.", "Tea": "<think>2?</think>\n\n**4**"}
+    texts: dict[str, str | None] = {
+        "Ho": "Rating: 6/7",
+        "It is wet": "I think 3 or 4.",
+        "Tea": "<think>2?</think>\n\n**4**",
+    }
     with chat_server(lambda q: (next((t for w, t in texts.items() if w in q), "4"), None)) as server:
         judge = judge_by(judge_base_url=server.url, principle=PRINCIPLE)
         scores, log = rate(judge)
@@ -176,16 +185,25 @@ def test_answers_that_cant_be_parsed_are_counted_and_have_no_score():
 
 @pytest.mark.parametrize(
     ("unknown", "left"),
-    [({"logprobs": "logprobs are not supported"}, {"temperature", "max_tokens"}),
+    [({"logprobs": "logprobs are not supported"}, {"temperature", "max_tokens", *BEGUN}),
+     ({"continue_final_message": "Unrecognized request argument supplied: continue_final_message"},
+      {"temperature", "max_tokens", "logprobs", "top_logprobs"}),
      ({"max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
        "temperature": "Unsupported value: 'temperature' does not support 0."},
-      {"max_completion_tokens", "logprobs", "top_logprobs"})],
+      {"max_completion_tokens", "logprobs", "top_logprobs", *BEGUN})],
 )  # fmt: skip
 def test_what_a_server_does_not_take_is_left_out(unknown, left):
     with chat_server(lambda q: ("3", {"3": 0.0})) as server:
         server.unknown = unknown
         assert rate(judge_by(judge_base_url=server.url))[0] == [3.0] * 3
         assert set(server.bodies[-1]) == {"model", "messages", *left}
+        assert len(server.bodies[-1]["messages"]) == 1 + ("continue_final_message" in left)
+
+
+def test_a_judge_that_may_write_more_can_think_first():
+    with chat_server(lambda q: ("3", None)) as server:
+        rate(judge_by(judge_base_url=server.url, judge_max_new_tokens=500))
+        assert [message["role"] for message in server.bodies[-1]["messages"]] == ["user"]
 
 
 def test_questions_are_asked_at_the_same_time_up_to_a_limit(monkeypatch):

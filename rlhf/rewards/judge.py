@@ -137,9 +137,9 @@ class JudgeReward:
         if silent > MOST_UNANSWERED * len(self.latest):
             why = getattr(self.judge, "last_failure", "") or "another token is more likely"
             raise RewardError(
-                f"{JUDGE} {Path(self.judge.name).name}: gave no rating in answer to {silent} of the last {len(self.latest)} "
-                f"questions (the last time, {why}). Use a model that follows instructions, a plainer principle or, for "
-                "one that thinks first, a server and a larger --judge_max_new_tokens."
+                f"{JUDGE} {Path(self.judge.name).name}: gave no rating in answer to {silent} of the last "
+                f"{len(self.latest)} questions (the last time, {why}). Use a model that follows instructions, a "
+                "plainer principle or, for one that thinks first, a server and a larger --judge_max_new_tokens."
             )
 
 

@@ -27,7 +27,8 @@ class JudgeArguments:
             model that the server has.
         judge_base_url: of a server with OpenAI's API, such as `vllm serve`. The key is read from the environment
             variable OPENAI_API_KEY, if there is one.
-        judge_max_new_tokens: what the server may write; a model that thinks first needs hundreds.
+        judge_max_new_tokens: what the server may write. Up to 16 the judge answers at once, if the server can begin its
+            answer; with more it may think first.
         principle: one criterion, in words.
         rubric: a YAML file of several, see `criteria_of`.
     """
@@ -40,7 +41,8 @@ class JudgeArguments:
         metadata={"help": "Judge on a server with OpenAI's API, such as http://127.0.0.1:8000/v1 (vllm serve)."},
     )
     judge_max_new_tokens: PositiveInt = field(
-        default=16, metadata={"help": "Tokens that a judge on a server may write. One that thinks needs hundreds."}
+        default=16,
+        metadata={"help": "Tokens that a judge on a server may write. Above 16 it may think first."},
     )
     principle: str | None = field(
         default=None, metadata={"help": f"What the judge judges by, in words. Default: '{PRINCIPLE}'"}

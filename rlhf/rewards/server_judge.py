@@ -35,6 +35,8 @@ ADVICE = {
     404: "Does --judge_base_url end in /v1, and is --judge_model_name_or_path one of the server's models?",
     429: "It still refuses after waiting. Try later; the same command continues the run.",
 }
+AT_ONCE = 16  # a judge that may write no more than that answers at once: its answer is begun for it
+BEGUN = {"add_generation_prompt": False, "continue_final_message": True}  # vLLM's; llama.cpp does so without
 # what not every model takes: a word in the refusal, the field, and the one in its place
 OPTIONAL = (
     ("max_completion_tokens", "max_tokens", "max_completion_tokens"), ("logprobs", "top_logprobs", None),
@@ -77,7 +79,7 @@ class ServerJudge:
         self.pool = ThreadPoolExecutor(REQUESTS, "judge")
         self.last_failure = ""  # of an answer that was none
         self.session = self._session(parts.hostname, connect=0)  # a server that isn't there now is said at once
-        self.name = model or self._only_model()
+        self.name, self.begun = model or self._only_model(), max_new_tokens <= AT_ONCE
         self.body: dict[str, Any] = {
             "model": self.name, "temperature": 0, "max_tokens": max_new_tokens, "logprobs": True, "top_logprobs": 20,
         }  # fmt: skip
@@ -122,14 +124,15 @@ class ServerJudge:
     def _try(self) -> None:
         """Ask a first question, and leave out of all questions what the server doesn't take."""
         question = rating_question("A good reply is friendly.", "Hello!", "Hello, how are you?")
-        for _ in range(len(OPTIONAL) + 1):
+        for _ in range(len(OPTIONAL) + 2):
             try:
                 read_answer(self._ask(question), RATINGS)
                 return
             except _Refusal as refusal:
                 unknown = [entry for entry in OPTIONAL if entry[0] in str(refusal) and entry[1] in self.body]
-                if refusal.status not in (400, 403, 422) or not unknown:
+                if refusal.status not in (400, 403, 422) or not (unknown or self.begun):
                     raise InputError(self._line(refusal)) from refusal
+                self.begun = self.begun and bool(unknown)
                 for _, name, other in unknown:
                     value = self.body.pop(name)
                     if other is not None:
@@ -142,8 +145,10 @@ class ServerJudge:
             _Refusal: if it answers with an error.
             InputError: if it doesn't answer, or something that is no chat completion.
         """
-        messages = [{"role": "user", "content": without_controls(question)}]
-        answer = self._send("POST", "/chat/completions", {**self.body, "messages": messages})
+        body: dict[str, Any] = {**self.body, "messages": [{"role": "user", "content": without_controls(question)}]}
+        if self.begun:
+            body |= {"messages": [*body["messages"], {"role": "assistant", "content": "Answer:"}], **BEGUN}
+        answer = self._send("POST", "/chat/completions", body)
         try:
             choice = answer["choices"][0]
             choice["message"].get("content")
@@ -210,14 +215,16 @@ def read_answer(choice: dict[str, Any], options: tuple[str, ...]) -> list[float]
     """P(each of the options) in one choice of a chat completion; zeros if it has none of them.
 
     >>> tokens = [{"token": " B", "logprob": math.log(0.75)}, {"token": "A", "logprob": math.log(0.25)}]
-    >>> read_answer({"message": {"content": "B"}, "logprobs": {"content": [{"top_logprobs": tokens}]}}, ("A", "B"))
+    >>> first = {"token": "B", "top_logprobs": tokens}
+    >>> read_answer({"message": {"content": "B"}, "logprobs": {"content": [first]}}, ("A", "B"))
     [0.25, 0.75]
     >>> read_answer({"message": {"content": "<think>A?</think> B."}}, ("A", "B"))
     [0.0, 1.0]
     """
     shares = dict.fromkeys(options, 0.0)
-    with suppress(KeyError, IndexError, TypeError, ValueError):
-        for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
+    with suppress(KeyError, StopIteration, TypeError, ValueError):
+        first = next(token for token in choice["logprobs"]["content"] if token["token"].strip("Ġ▁ "))
+        for entry in first["top_logprobs"]:
             if (answer := entry["token"].strip("Ġ▁ ")) in shares:
                 shares[answer] += math.exp(min(0.0, float(entry["logprob"])))
     if sum(shares.values()) < LEAST_ANSWERED:  # it said something before its answer, or gave no log-probabilities
