@@ -16,6 +16,7 @@ from rlhf.run.arguments import answer_early, parse
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_early(__file__, model_name_or_path="no run of recipes/ppo.py. Give its output folder.")
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +42,10 @@ from rlhf.models.sources import Source, context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo import PPOConfig
 from rlhf.rewards import (
+    JUDGE,
     Combination,
     EnsembleFlags,
+    JudgeArguments,
     RewardSource,
     call_rewards,
     load_reward,
@@ -61,7 +64,7 @@ from rlhf.starter.model import STARTER
 
 
 @dataclass
-class OverOptimizationArguments:
+class OverOptimizationArguments(JudgeArguments):
     """What is sampled and scored. Rewards, reply length and temperature default to the run's."""
 
     output_dir: str = field(default="outputs/overoptimization", metadata={"help": "Folder for the results."})
@@ -113,6 +116,9 @@ def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, 
     if not arguments.reward_model_path and not arguments.reward_funcs:
         for name in ("reward_model_path", "reward_funcs", "reward_weights", "reward_ensemble", "uwo_coef"):
             setattr(arguments, name, run.get(name, getattr(PPOConfig, name, None)))  # earlier runs lack some
+        for flag in dataclasses.fields(JudgeArguments):
+            if JUDGE in (arguments.reward_funcs or []) and getattr(arguments, flag.name) == flag.default:
+                setattr(arguments, flag.name, run.get(flag.name, flag.default))
     arguments.max_new_tokens = arguments.max_new_tokens or run.get("response_length", PPOConfig.response_length)
     arguments.temperature = arguments.temperature or run.get("temperature", PPOConfig.temperature)
     script_args.dataset_name = script_args.dataset_name or run.get("dataset_name", STARTER)
@@ -258,7 +264,9 @@ def main() -> None:
     sources = {"start": resolve(start, "the run's --model_name_or_path", revision, trust_remote_code=trust)}
     sources |= {path.name: resolve(str(path), trust_remote_code=trust) for path in checkpoints(folder)}
     proxies = resolve_rewards(arguments)
-    (truth,) = resolve_reward_functions(arguments.eval_reward_funcs[:1], "--eval_reward_funcs", trust_remote_code=trust)
+    (truth,) = resolve_reward_functions(
+        arguments.eval_reward_funcs[:1], "--eval_reward_funcs", trust_remote_code=trust, judge=arguments
+    )
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(sources["start"])

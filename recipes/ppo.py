@@ -57,8 +57,9 @@ def main() -> None:
     source = resolve(sft, "--sft_model_path", **trust) if sft else resolve(name, revision=revision, **trust)
     start = resolve_start(name, source, revision) if sft else source
     reward_sources = resolve_rewards(training_args, source.base, train.column_names)
-    held_out = training_args.eval_reward_funcs
-    eval_sources = resolve_reward_functions(held_out, "--eval_reward_funcs", columns=test.column_names, **trust)
+    eval_sources = resolve_reward_functions(
+        training_args.eval_reward_funcs, "--eval_reward_funcs", columns=test.column_names, judge=training_args, **trust
+    )
     tokenizer = load_tokenizer(source)
     check_stop_tokens(training_args, tokenizer)
     sizes = (training_args.response_length, context_length(source))

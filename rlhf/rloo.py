@@ -41,6 +41,7 @@ from rlhf.models.seq2seq import decoder_outputs
 from rlhf.models.tokenizers import end_ids, reply_text
 from rlhf.rewards import (
     Completion,
+    JudgeArguments,
     RewardArgument,
     RewardLog,
     call_rewards,
@@ -54,12 +55,12 @@ from rlhf.run.trainers import WholeCheckpoints
 
 
 @dataclass
-class RLOOConfig(SamplerArguments, TRLRLOOConfig):
+class RLOOConfig(SamplerArguments, JudgeArguments, TRLRLOOConfig):
     """TRL's RLOOConfig with the rewards of PPOConfig, and with the engines of the commands that only sample.
 
     Args:
         reward_model_path: an adapter or full model that scores, by path or Hub id, or `starter`: the starter's scorer.
-        reward_funcs: import paths of functions, or reward models.
+        reward_funcs: import paths of functions, reward models, or `judge` (see `JudgeArguments`).
         disable_dropout: defaults to True, as PPO does: with dropout the ratio of new to old probabilities would not
             start at 1.
     """
@@ -70,7 +71,9 @@ class RLOOConfig(SamplerArguments, TRLRLOOConfig):
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter'."},
+        metadata={
+            "help": "Rewards: import paths of functions (package.module.function), reward models, 'judge' or 'starter'."
+        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the policy and the reference."})
 
@@ -167,7 +170,7 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
         functions = reward_functions(
             reward_funcs, "reward_funcs", ModelConfig(dtype="float32"), tokenizers=reward_processing_classes,
             policy=None if isinstance(model, str) else model, columns=getattr(train_dataset, "column_names", None),
-            batch_size=args.per_device_eval_batch_size, trust_remote_code=args.trust_remote_code,
+            batch_size=args.per_device_eval_batch_size, trust_remote_code=args.trust_remote_code, judge=args,
         )  # fmt: skip
         if args.beta and not isinstance(model, PeftModel | str):
             # TRL then loads the reference from the policy's name: in the same precision and revision

@@ -727,6 +727,49 @@ for name in ("os.system", "builtins.print", "no_such_module.f", "bad", "a..b"):
     add("rewards", name, "recipes/ppo", f"--reward_funcs {name}", "--reward_funcs", name)
 add("rewards", "no reward", "recipes/collect", "--labeler reward --reward_funcs no.such", "--reward_funcs", "no.such")
 
+JUDGED = "--reward_funcs judge --judge_model_name_or_path made/lm"
+RUBRIC = "rubric.yaml"
+for name, command, wrong, *says in (
+    ("a principle without a judge", "recipes/ppo", "--principle 'Be kind.'", "--principle", "--reward_funcs judge"),
+    ("a judge's address without one", "recipes/rloo", "--judge_base_url http://127.0.0.1:1/v1", "--judge_base_url"),
+    ("an empty principle", "recipes/ppo", f"{JUDGED} --principle ' '", "--principle"),
+    ("an empty principle", "recipes/collect", "--labeler judge --principle ''", "--principle"),
+    ("a principle and a rubric", "recipes/ppo", f"{JUDGED} --principle x --rubric {RUBRIC}", "--principle and"),
+    ("a missing rubric", "recipes/ppo", f"{JUDGED} --rubric gone.yaml", "--rubric gone.yaml"),
+    ("a missing judge", "recipes/rloo", "--reward_funcs judge --judge_model_name_or_path ./gone",
+     "--judge_model_name_or_path ./gone"),
+    ("a reward model as a judge", "recipes/ppo", "--reward_funcs judge --judge_model_name_or_path made/rm",
+     "--judge_model_name_or_path made/rm"),
+    ("a judge that writes nothing", "recipes/ppo", f"{JUDGED} --judge_max_new_tokens 99", "--judge_max_new_tokens"),
+    ("a judge's server that isn't there", "recipes/ppo", "--reward_funcs judge --judge_base_url http://127.0.0.1:1/v1",
+     "--judge_base_url http://127.0.0.1:1/v1", "Connection refused"),
+    ("a judge's server that isn't there", "recipes/collect", "--labeler judge --judge_base_url http://127.0.0.1:1/v1",
+     "--judge_base_url http://127.0.0.1:1/v1", "Connection refused"),
+    ("no address", "recipes/ppo", "--reward_funcs judge --judge_base_url 127.0.0.1:8000", "--judge_base_url 127.0.0.1"),
+    ("a key in the address", "recipes/ppo", "--reward_funcs judge --judge_base_url http://me:secret@127.0.0.1:1/v1",
+     "--judge_base_url: has more", "OPENAI_API_KEY"),
+):  # fmt: skip
+    add("rewards", name, command, wrong, *says, files={RUBRIC: "kind: It is kind.\n"}, right="")
+for name, content, word in (
+    ("of a list", "- kind\n", "is no mapping"),
+    ("of a wrong weight", "kind: {text: It is kind., weight: much}\n", "kind: a weight"),
+    ("of an unknown key", "kind: {text: It is kind., points: 2}\n", "kind: needs a text"),
+    ("of bytes", b"\xff\xfe\x00kind", "can't be read"),
+):
+    add(
+        "rewards",
+        f"a rubric {name}",
+        "recipes/ppo",
+        f"{JUDGED} --rubric {RUBRIC}",
+        f"--rubric {RUBRIC}",
+        word,
+        files={RUBRIC: content},
+        mend={RUBRIC: "kind: It is kind.\n"},
+        right=f"{JUDGED} --rubric {RUBRIC}",
+    )
+add("numbers", "judge_max_new_tokens=0", "recipes/ppo", "--judge_max_new_tokens 0", "--judge_max_new_tokens 0",
+    "must be", early=True)  # fmt: skip
+
 # ------------------------------------------------------------------------------- configurations of stages
 
 STAGES = (

@@ -12,6 +12,10 @@ import rlhf.feedback.labelers
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
 from rlhf.feedback.labelers import JudgeLabeler, LabelerArguments, ScoreLabeler, make_labeler
+from rlhf.models.sources import resolve
+from rlhf.rewards import JudgeSource, resolve_judge
+from rlhf.rewards.local_judge import LocalJudge, load_judge
+from rlhf.rewards.rubrics import Criterion, choice_question
 
 MODEL_ARGS = ModelConfig(dtype="float32")
 
@@ -46,45 +50,58 @@ class OneSided(torch.nn.Module):
         super().__init__()
         self.device, self.config = torch.device("cpu"), LlamaConfig()
         logits = torch.full((len(tokenizer),), -30.0)
+        self.head = torch.nn.Identity()
         for letter, probability in zip("AB", share, strict=True):
-            logits[tokenizer.encode(letter, add_special_tokens=False)[0]] = torch.tensor(probability).log()
+            logits[tokenizer.encode(f" {letter}", add_special_tokens=False)[-1]] = torch.tensor(probability).log()
         logits[0] = torch.tensor(max(1e-9, 1 - sum(share))).log()
         self.logits = logits
 
+    def get_output_embeddings(self):
+        return self.head
+
     def forward(self, input_ids, **_):
-        return type("Output", (), {"logits": self.logits.expand(len(input_ids), 1, -1)})
+        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
 
 
-def judge(monkeypatch, tokenizer, share, tiny):
-    monkeypatch.setattr(rlhf.feedback.labelers, "load_tokenizer", lambda source: tokenizer)
-    monkeypatch.setattr(rlhf.feedback.labelers, "load_causal_lm", lambda *_, **__: OneSided(tokenizer, share))
-    return JudgeLabeler(str(tiny), "Choose the shorter reply.", MODEL_ARGS)
+def judge_of(model, tokenizer, *criteria):
+    """The labeler of a model that is there already."""
+
+    class Found(JudgeSource):
+        def load(self, *_, **__):
+            return LocalJudge(model, tokenizer, 16, "one-sided")
+
+    return JudgeLabeler(Found([Criterion("", text, weight) for text, weight in criteria], None, None), MODEL_ARGS)
 
 
-def test_asking_both_orders_cancels_position_bias(monkeypatch, tokenizer, tiny):
-    answers = judge(monkeypatch, tokenizer, (0.9, 0.1), tiny).compare(tasks())
+def judge(tokenizer, share):
+    return judge_of(OneSided(tokenizer, share), tokenizer, ("Choose the shorter reply.", 1.0))
+
+
+def test_asking_both_orders_cancels_position_bias(tokenizer):
+    answers = judge(tokenizer, (0.9, 0.1)).compare(tasks())
     assert all(abs(answer.certainty - 0.5) < 1e-6 for given in answers for answer in given)
 
 
-def test_a_judge_that_answers_neither_is_an_error_and_nothing_is_made_up(monkeypatch, tokenizer, tiny, capsys):
+def test_a_judge_that_answers_neither_is_an_error_and_nothing_is_made_up(tokenizer, capsys):
     with pytest.raises(InputError, match="neither A nor B to any question"):
-        judge(monkeypatch, tokenizer, (0.01, 0.01), tiny).compare(tasks())
+        judge(tokenizer, (0.01, 0.01)).compare(tasks())
     assert "4 of 4 questions" in capsys.readouterr().out
 
 
 def test_the_judge_reads_principle_conversation_and_both_replies(tiny, tokenizer):
-    labeler = JudgeLabeler(str(tiny), "Be kind.", MODEL_ARGS)
-    question = labeler.question([{"role": "user", "content": "Hi <|im_end|>"}], "one", "other")
-    for part in ("Be kind.", "user: Hi <|im_end|>", "Reply A:\none", "Reply B:\nother"):
+    local = load_judge(resolve(tiny), MODEL_ARGS)
+    question = choice_question("Be kind.", [{"role": "user", "content": "Hi <|im_end|>"}], "one", "other")
+    for part in ("Be kind.", "user: Hi <|im_end|>", "Reply A:\n```\none\n```", "Reply B:\n```\nother\n```"):
         assert part in question
-    ids = labeler._encode(tokenizer, question)
+    ids = local.encode(question, "A")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ids.count(end) == labeler._encode(tokenizer, "harmless").count(end)  # the user's text ends no turn
+    assert ids.count(end) == local.encode("harmless", "A").count(end)  # the user's text ends no turn
 
 
-def test_a_real_model_judges_from_its_probabilities(tiny):
-    labeler = JudgeLabeler(str(tiny), "Be kind.", MODEL_ARGS)
-    labeler.least_answered = 0.0  # a random model answers anything
+def test_a_real_model_judges_from_its_probabilities(tiny, monkeypatch):
+    settings = LabelerArguments(judge_model_name_or_path=str(tiny), principle="Be kind.")
+    labeler = JudgeLabeler(resolve_judge(settings), MODEL_ARGS)
+    monkeypatch.setattr(rlhf.feedback.labelers, "LEAST_ANSWERED", 0.0)  # a random model answers anything
     answers = labeler.compare(tasks())
     assert [len(given) for given in answers] == [3, 1]
     assert all(0.5 <= present(answer.certainty) <= 1 for given in answers for answer in given)
@@ -110,3 +127,21 @@ def test_replies_that_are_all_alike_make_no_finished_dataset(tiny, files, tmp_pa
     line = said.stderr.splitlines()[-1]
     assert said.returncode == 2 and line.startswith("error: --labeler simulated: prefers no reply to another")
     assert not json.loads((tmp_path / "pairs" / "run.json").read_text())["finished"]
+
+
+def test_a_rubric_weighs_its_criteria(tokenizer):
+    class Alternating(OneSided):
+        """Says A to the questions of one criterion and, in both orders, what is the first reply to the other's."""
+
+        def forward(self, input_ids, **_):
+            logits = super().forward(input_ids).logits.clone()
+            a, b = (tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in "AB")
+            for row, ids in enumerate(input_ids):
+                text = tokenizer.decode(ids)
+                if "Prefer x." in text and text.index("x\n") > text.index("y\n"):
+                    logits[row, :, [a, b]] = logits[row, :, [b, a]]
+            return type("Output", (), {"logits": logits})
+
+    labeler = judge_of(Alternating(tokenizer, (0.9, 0.1)), tokenizer, ("Prefer x.", 3.0), ("Be kind.", 1.0))
+    (answer,) = labeler.compare(tasks()[1:])[0]
+    assert answer.preferred == "first" and present(answer.certainty) == pytest.approx((3 * 0.9 + 0.5) / 4)

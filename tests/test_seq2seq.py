@@ -21,7 +21,6 @@ from rlhf.engines.arguments import SamplerArguments
 from rlhf.engines.completions import make_sampler
 from rlhf.errors import InputError
 from rlhf.feedback.chat import Chat, Conversation
-from rlhf.feedback.labelers import JudgeLabeler
 from rlhf.feedback.speakers import load_speakers, resolve_speakers
 from rlhf.hub import write_card
 from rlhf.models.causality import need_causal
@@ -32,6 +31,7 @@ from rlhf.models.sources import resolve
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.update import language_model_loss, ptx_batches
+from rlhf.rewards.local_judge import load_judge
 from rlhf.rloo import RLOOConfig, RLOOTrainer
 from rlhf.tasks.seq2seq import ReplyCollator, Seq2SeqSFTTrainer, check_seq2seq_arguments
 
@@ -216,13 +216,11 @@ def test_chat_comparison_and_judge(t5, bart):
         loss = plain(input_ids=torch.tensor([prompt]), labels=torch.tensor([labels])).loss
         assert total == pytest.approx(-float(loss) * len(labels), abs=1e-4)
 
-    judge = JudgeLabeler(t5, "The better one.", FULL)
+    judge = load_judge(resolve(t5), FULL)
     question = "Which? A or B?"
-    (one,) = judge.probabilities(plain, tokenizer, [question])
-    logits = plain(
-        input_ids=torch.tensor([judge._encode(tokenizer, question)]), decoder_input_ids=torch.tensor([[PAD]])
-    )
+    (one,) = judge.answers([question], ("A", "B"))
     letter = tokenizer("A", add_special_tokens=False)["input_ids"][0]
+    logits = plain(input_ids=torch.tensor([judge.encode(question, "A")]), decoder_input_ids=torch.tensor([[PAD]]))
     assert one[0] == pytest.approx(float(logits.logits[0, -1].softmax(-1)[letter]), abs=1e-5)
 
 

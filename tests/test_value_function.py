@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
 from rlhf.ppo.config import VALUE_FILE
-from rlhf.rewards import RewardScale
 from rlhf.ppo.value_function import load_value_function, save_value_function
+from rlhf.rewards import RewardScale
 
 
 def twice_as_many(prompts, completions, **_):

@@ -172,9 +172,9 @@ def encode_reply(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, **settings: bool) -> list[int]:
     """Token ids of a plain text, with what the tokenizer puts in front (mostly bos), once, and no eos behind."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, **settings)["input_ids"])
     if ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):

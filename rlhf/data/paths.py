@@ -16,7 +16,7 @@ NAME_LENGTH = 60  # of a model's name in tables and pictures
 NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PATH_FLAGS = (
     "dataset_name", "ptx_dataset_name", "templates", "tokenizer_name", "chat_template_path", "models",
-    "model_name_or_path", "sft_model_path", "reward_model_path",
+    "model_name_or_path", "sft_model_path", "reward_model_path", "rubric",
 )  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
 RUN_FILE = "run.json"  # of a run folder, see rlhf/run/folders.py
@@ -164,8 +164,9 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     for flag in CONFIG_FLAGS:
         if flag in given:
             need_file(given[flag], f"--{flag}")
-    if "templates" in given:
-        need_file(given["templates"], "--templates")
+    for flag in ("templates", "rubric"):
+        if flag in given:
+            need_file(given[flag], f"--{flag}")
     # without templates the dataset is refused for another reason
     if "dataset_name" in given and ("templates" in given or "templates" not in values):
         for word in words_of(given["dataset_name"]):

@@ -8,7 +8,7 @@ import yaml
 
 from rlhf.errors import InputError
 from rlhf.models.sources import Source
-from rlhf.rewards import resolve_reward_functions
+from rlhf.rewards import JudgeArguments, resolve_reward_functions
 from rlhf.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf.run.folders import RUN_FILE
 
@@ -65,7 +65,8 @@ def check_reward_functions(stage: tuple[Any, ...], config: str) -> None:
     """
     for part in stage:
         for flag in ("reward_funcs", "eval_reward_funcs"):
-            resolve_reward_functions(getattr(part, flag, None), f"{config}: {flag}")
+            judge = part if isinstance(part, JudgeArguments) else None
+            resolve_reward_functions(getattr(part, flag, None), f"{config}: {flag}", judge=judge)
 
 
 def gather_comparisons(rounds: list[Path], target: Path) -> dict[str, int]:

@@ -86,7 +86,11 @@ def lineage_of(
     lineage = [("started from", origin_of(source.name, source.adapter, source.revision))] if source else []
     lineage += [("tokenizer", origin_of(tokenizer_name))] if tokenizer_name else []
     for reward in rewards:
-        if reward.model is None:
+        if reward.judge is not None:
+            judge = reward.judge.model
+            origin = origin_of(judge.name, judge.adapter, judge.revision) if judge else Origin(reward.judge.name)
+            lineage.append(("trained against the judge", origin))
+        elif reward.model is None:
             lineage.append(("trained against the reward function", Origin(reward.name)))
         else:
             model = reward.model

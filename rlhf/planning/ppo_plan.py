@@ -86,6 +86,8 @@ def plan_ppo(
     rows, share = [words_for(lengths, "prompts"), f"replies of {args.response_length} tokens, all of them"], 0.0
     if args.use_vllm:
         rows.append("sampled by vLLM, which is not planned")
+    if any(found.judge and found.judge.model for found in [*rewards[0], *rewards[1]]):
+        rows.append("rated by a judge in this process, which is not planned")
     if args.colocated and not args.vllm_enable_sleep_mode:
         share = args.vllm_gpu_memory_utilization
         rows.append(f"and has {share:.0%} of each GPU")

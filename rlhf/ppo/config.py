@@ -13,6 +13,7 @@ from rlhf.engines.arguments import EngineArguments
 from rlhf.errors import InputError
 from rlhf.ppo.upstream import TRLPPOConfig
 from rlhf.rewards.ensemble import Combination
+from rlhf.rewards.rubrics import JudgeArguments
 from rlhf.run.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 VALUE_FILE = "value_function.safetensors"  # a run's value function, in its output folder
@@ -24,8 +25,8 @@ UNUSED = {
 
 
 @dataclass
-class PPOConfig(EngineArguments, TRLPPOConfig):
-    """TRL's PPOConfig with GRPOConfig's flags of engines (EngineArguments) and these changes.
+class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
+    """TRL's PPOConfig with GRPOConfig's flags of engines (EngineArguments), those of a judge and these changes.
 
     Args:
         stop_token: defaults to `"eos"`. TRL's default, None, lets no reply end before `response_length`.
@@ -46,8 +47,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
         num_generations: completions of each prompt in a batch, which counts completions; GRPOConfig's field.
         max_steps: number of updates; replaces `total_episodes` if above 0.
         num_sample_generations: how many times in a run a few sampled completions are printed.
-        reward_funcs, eval_reward_funcs: names for the command line: import paths or reward models. From Python, pass
-            functions to PPOTrainer.
+        reward_funcs, eval_reward_funcs: names for the command line: import paths, reward models, or `judge` (see
+            `JudgeArguments`). From Python, pass functions to PPOTrainer.
         reward_weights: one per reward; GRPOConfig's field.
         normalize_reward: rewards are shifted and scaled so that the first batch, which the SFT model samples, has mean
             0 and standard deviation 1, as in lm-human-preferences. A reward model's scores are defined only up to a
@@ -109,8 +110,8 @@ class PPOConfig(EngineArguments, TRLPPOConfig):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards: import paths of functions (package.module.function), reward models, or 'starter': "
-            "its scorer. That is also what PPO takes without any reward."
+            "help": "Rewards: import paths of functions (package.module.function), reward models, 'judge', or "
+            "'starter': its scorer. That is also what PPO takes without any reward."
         },
     )
     reward_weights: list[FiniteFloat] | None = field(

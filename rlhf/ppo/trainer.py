@@ -139,7 +139,7 @@ class PPOTrainer(TrainerConventions):
             reward_functions(
                 given, name, roles.model_args, tokenizers=tokenizers, policy=roles.policy,
                 columns=train_dataset.column_names, batch_size=args.per_device_eval_batch_size,
-                trust_remote_code=roles.trust_remote_code,
+                trust_remote_code=roles.trust_remote_code, judge=args,
             )
             for given, name, tokenizers in (
                 (reward_model, "reward_model", same_for_each(reward_model, roles.tokenizer)),

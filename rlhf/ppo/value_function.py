@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from rlhf.errors import InputError
 from rlhf.ppo.config import VALUE_FILE, value_file
 from rlhf.ppo.model import PolicyAndValue
-from rlhf.rewards import RewardScale
 from rlhf.ppo.sharding import put
+from rlhf.rewards import RewardScale
 
 
 def save_value_function(folder: Path, weights: dict[str, torch.Tensor], scale: RewardScale) -> None:

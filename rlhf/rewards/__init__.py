@@ -1,4 +1,4 @@
-"""Rewards: functions and reward models behind one call, found by name."""
+"""Rewards: functions, reward models and judges behind one call, found by name."""
 
 from rlhf.rewards.answers import Completion, RewardError, Score, check_scores, completion_text
 from rlhf.rewards.calling import (
@@ -12,8 +12,10 @@ from rlhf.rewards.calling import (
     total_scores,
 )
 from rlhf.rewards.ensemble import Combination, RewardEnsemble, RewardScale, combine
+from rlhf.rewards.judge import JudgeReward, JudgeSource, resolve_judge
 from rlhf.rewards.log import RewardLog, with_own
 from rlhf.rewards.model import RewardModel
+from rlhf.rewards.rubrics import JUDGE, JudgeArguments
 from rlhf.rewards.sources import (
     EnsembleFlags,
     RewardArgument,
@@ -31,9 +33,13 @@ from rlhf.rewards.sources import (
 
 __all__ = [
     "ARGUMENTS",
+    "JUDGE",
     "Combination",
     "Completion",
     "EnsembleFlags",
+    "JudgeArguments",
+    "JudgeReward",
+    "JudgeSource",
     "RewardArgument",
     "RewardEnsemble",
     "RewardError",
@@ -52,6 +58,7 @@ __all__ = [
     "load_reward",
     "load_rewards",
     "need_scores",
+    "resolve_judge",
     "resolve_reward",
     "resolve_reward_functions",
     "resolve_rewards",

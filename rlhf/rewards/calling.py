@@ -131,7 +131,7 @@ def call_rewards(
         if inspect.iscoroutine(answer):
             answer.close()  # does nothing to one that has run
     for number, function in enumerate(functions):
-        if isinstance(answers.get(number), KeyboardInterrupt):
+        if isinstance(answers.get(number), KeyboardInterrupt | RewardError):  # a judge's errors are lines already
             raise answers[number]
         if isinstance(answers.get(number), BaseException):
             raise _blame(function, answers[number], given)

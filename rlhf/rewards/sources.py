@@ -1,4 +1,4 @@
-"""Finding rewards by name: the starter's scorer, reward models, and functions by import path."""
+"""Finding rewards by name: the starter's scorer, a judge, reward models, and functions by import path."""
 
 import importlib
 import re
@@ -23,7 +23,9 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.answers import Completion, completion_text
 from rlhf.rewards.calling import ARGUMENTS, RewardFunction, check_reward_function, reward_name
 from rlhf.rewards.ensemble import Combination, RewardEnsemble
+from rlhf.rewards.judge import JudgeReward, JudgeSource, refuse_judge_flags, resolve_judge
 from rlhf.rewards.model import RewardModel
+from rlhf.rewards.rubrics import JUDGE, JudgeArguments
 from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
 
@@ -34,11 +36,12 @@ def starter_reward(prompts: list[Prompt], completions: list[Completion], **colum
 
 
 class RewardSource(NamedTuple):
-    """Where a reward comes from: a reward model, or a function."""
+    """Where a reward comes from: a reward model, a function, or a judge."""
 
     name: str  # as the user gave it
     model: Source | None
     function: RewardFunction | None
+    judge: JudgeSource | None = None
 
 
 def resolve_reward(
@@ -49,23 +52,28 @@ def resolve_reward(
     base: str | None = None,
     columns: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    judge: JudgeArguments | None = None,
 ) -> RewardSource:
     """Find a reward by name, before any model is loaded.
 
     Args:
         name: `starter`, or a reward model (folder or Hub id).
         flag: the flag that gave the name, for error messages.
-        allow_functions: `name` may also be the import path of a function, like `my_package.my_module.my_function`.
+        allow_functions: `name` may also be `judge`, or the import path of a function, like
+            `my_package.my_module.my_function`.
         base: the policy's base model, which the reward adapter of a decoder has to share.
         columns: the dataset's columns, which a function may need.
         trust_remote_code: see `resolve`.
+        judge: the flags of `judge`; default: their defaults.
 
     Raises:
-        InputError: if there is no such function, its module can't be imported, it takes other arguments than a reward
-            function, or the model is a language model or an adapter of another base.
+        InputError: see `resolve_judge`; or if there is no such function, its module can't be imported, it takes other
+            arguments than a reward function, or the model is a language model or an adapter of another base.
     """
     if name == STARTER:
         return RewardSource(name, None, starter_reward)
+    if name == JUDGE and allow_functions:
+        return RewardSource(name, None, None, resolve_judge(judge or JudgeArguments(), trust_remote_code))
     is_import_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name) and not Path(name).exists()
     if allow_functions and Path(f"{name.removesuffix('.py')}.py").is_file() and not Path(name).is_dir():
         module = ".".join(part for part in Path(name.removesuffix(".py")).parts if part.isidentifier())
@@ -76,7 +84,7 @@ def resolve_reward(
 
 
 class RewardFlags(Protocol):
-    """The flags that name rewards, of PPOConfig, RLOOConfig and eval/overoptimization.py."""
+    """The flags that name rewards, of PPOConfig, RLOOConfig and eval/overoptimization.py; these are JudgeArguments."""
 
     @property
     def reward_model_path(self) -> list[str] | str | None: ...  # RLOOConfig's is one name
@@ -93,15 +101,19 @@ def resolve_rewards(
 
     Raises:
         InputError: see `resolve_reward`; if the numbers of `reward_weights` and rewards differ, where an ensemble is
-            one reward; or if --reward_ensemble has nothing to combine.
+            one reward; if --reward_ensemble has nothing to combine, or there are flags of a judge and no judge.
     """
     trust, paths = args.trust_remote_code, reward_model_paths(args)
+    judge = args if isinstance(args, JudgeArguments) else None
     how = getattr(args, "reward_ensemble", "mean")  # RLOO has none
     if how != "mean" and len(paths) < 2:
         raise InputError(f"--reward_ensemble {how}: combines several models. Give two or more to --reward_model_path, "
                          "or leave it out.")  # fmt: skip
+    judging = [*(args.reward_funcs or []), *(getattr(args, "eval_reward_funcs", None) or [])]
+    if judge is not None and JUDGE not in judging:
+        refuse_judge_flags(judge)
     rewards = [resolve_reward(path, base=base, trust_remote_code=trust) for path in paths]
-    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns, trust)
+    rewards += resolve_reward_functions(args.reward_funcs, "--reward_funcs", base, columns, trust, judge)
     rewards = rewards or [resolve_reward(STARTER)]
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards) - max(0, len(paths) - 1):
         names = [reward.name for reward in rewards]
@@ -122,11 +134,18 @@ def resolve_reward_functions(
     base: str | None = None,
     columns: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    judge: JudgeArguments | None = None,
 ) -> list[RewardSource]:
     """The rewards of a flag that takes functions as well as models; see `resolve_reward`."""
     return [
         resolve_reward(
-            name, flag, allow_functions=True, base=base, columns=columns, trust_remote_code=trust_remote_code
+            name,
+            flag,
+            allow_functions=True,
+            base=base,
+            columns=columns,
+            trust_remote_code=trust_remote_code,
+            judge=judge,
         )
         for name in names or []
     ]
@@ -202,8 +221,10 @@ def load_reward(
 
     Args:
         policy: a PeftModel. A reward adapter over the same base is put beside the policy's own adapter, so that no
-            second base is in memory.
+            second base is in memory. A judge that is that base is the policy with its adapters off.
     """
+    if source.judge is not None:
+        return JudgeReward(source.judge.load(model_args, policy, batch_size), source.judge.criteria)
     if source.model is None:
         assert source.function is not None
         return source.function
@@ -258,6 +279,7 @@ def reward_functions(
     columns: Sequence[str] | None = None,
     batch_size: int = 32,
     trust_remote_code: bool = False,
+    judge: JudgeArguments | None = None,
 ) -> list[RewardFunction]:
     """The `reward_funcs` of a trainer as functions. As in GRPO, each is a function, a reward model, or a name.
 
@@ -267,6 +289,7 @@ def reward_functions(
         tokenizers: one for each of `given`, None for functions and names. A model without one gets that of its name.
         policy: see `load_reward`.
         columns: the dataset's columns, which a function may need.
+        judge: the flags of `judge`.
 
     Raises:
         InputError: see `resolve_reward` and `check_reward_function`; or if the numbers of `tokenizers` and rewards
@@ -286,7 +309,7 @@ def reward_functions(
     for reward, tokenizer in zip(rewards, tokens or [None] * len(rewards), strict=True):
         if isinstance(reward, str):
             source = resolve_reward(
-                reward, where, allow_functions=True, columns=columns, trust_remote_code=trust_remote_code
+                reward, where, allow_functions=True, columns=columns, trust_remote_code=trust_remote_code, judge=judge
             )
             functions.append(load_reward(source, model_args, policy=policy, batch_size=batch_size))
         elif isinstance(reward, PreTrainedModel | PeftModel):

@@ -35,13 +35,13 @@ FREE_FLAGS = {
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
     "rounds", "server_name", "server_port", "max_workers", "vllm_server_base_url", "vllm_server_host",
-    "vllm_server_port", "vllm_server_timeout",
+    "vllm_server_port", "vllm_server_timeout", "judge_base_url",
 }  # fmt: skip
 # Flags that name local files or folders whose content belongs to the run.
 CONTENT_FLAGS = (
     "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
     "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config", "collect_config",
-    "reward_config", "ppo_config", "compare_config",
+    "reward_config", "ppo_config", "compare_config", "judge_model_name_or_path", "rubric",
 )  # fmt: skip
 # what a finished run must still have, with and without LoRA; a large model's weights are several files
 MODEL: dict[str, tuple[str, ...]] = {
