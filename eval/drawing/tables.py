@@ -65,6 +65,11 @@ def _transfer(transfer: JsonObject, _: str) -> list[ReportTable]:
     return [ReportTable("Ways of fine-tuning", note, *transfer_rows(transfer))]
 
 
+def _few_shot(few_shot: JsonObject, folder: str) -> list[ReportTable]:
+    note = f"{few_shot['num_fewshot']} examples each; scored by {few_shot['score']}; 95% intervals over the messages."
+    return [ReportTable(f"Few-shot prompts of {folder}", note, *few_shot_rows(few_shot))]
+
+
 def _agreement(agreement: JsonObject, folder: str) -> list[ReportTable]:
     rows = [[name, "-" if value is None else number(value)] for name, value in agreement.items()]
     return [ReportTable(f"Agreement of the labelers of {folder}", "", ["", ""], rows)]
@@ -130,6 +135,15 @@ def transfer_rows(transfer: JsonObject) -> tuple[list[str], list[list[str]]]:
     return heading, rows
 
 
+def few_shot_rows(few_shot: JsonObject) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of few_shot.json."""
+    rows = [
+        [str(number), _write(cell, ".3f"), "chosen" if number == few_shot["chosen"] + 1 else ""]
+        for number, cell in enumerate(few_shot["scores"], 1)
+    ]
+    return ["few-shot prompt", "score", ""], rows
+
+
 # the tables in each file of a run's folder, in the order of the page
 TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "results.json": _results,
@@ -138,4 +152,5 @@ TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "rounds.json": _rounds,
     SCALING_FILE: lambda scaling, _: [ReportTable(*table) for table in scaling_tables(scaling)],
     "agreement.json": _agreement,
+    "few_shot.json": _few_shot,
 }
