@@ -12,7 +12,7 @@ import pytest
 from conftest import present
 
 from eval.measuring.judges import judge_replies
-from rlhf.comparisons import Rating, make_task
+from rlhf.comparisons import Prompt, Rating, make_task
 from rlhf.errors import InputError
 from rlhf.feedback.agreement import measure_agreement
 from rlhf.feedback.assignment import Assignment, NotAsked, VotingSettings
@@ -294,7 +294,7 @@ def test_names_that_nobody_could_see_or_that_turn_the_page_are_refused(name):
 
 
 def test_ratings_of_the_page_are_read_beside_its_votes(tmp_path):
-    prompts = ["one", "two", "three"]
+    prompts: list[Prompt] = ["one", "two", "three"]
     texts = {"ppo": ["a", "b", "c"], "other": ["a", "x", "c"], "sft": ["s", "s", "c"]}  # to the third all reply alike
     pairs = {
         (name, number): make_task("test", prompts[number], [texts[name][number], "s"], [name, "sft"])
@@ -302,13 +302,14 @@ def test_ratings_of_the_page_are_read_beside_its_votes(tmp_path):
         for number in (0, 1)
     }
     file = VoteFile(tmp_path / "votes.jsonl")
-    for (name, number), labeler, ranks, ratings in (
+    given: list[tuple] = [
         (("ppo", 0), "ada", (1, 2), [7, 2]),
         (("ppo", 1), "ada", (2, 1), [3, None]),  # one left out
         (("other", 0), "ada", (1, 2), [5, 4]),  # the same reply as ppo's
         (("other", 1), "ada", (1, 1), None),
         (("ppo", 0), "ben", (1, 2), [6, 3]),
-    ):
+    ]
+    for (name, number), labeler, ranks, ratings in given:
         file.append(vote(pairs[name, number].id, labeler, ranks)._replace(ratings=ratings))
     file.append(vote(pairs["ppo", 0].id, repeat=True)._replace(ratings=[1, 1]))  # a repeat does not count
     file.append(vote(pairs["ppo", 1].id, "ben", (), skipped=True))
