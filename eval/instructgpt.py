@@ -122,7 +122,7 @@ def measure_size(size: Size, largest: Size, args: InstructGPTArguments) -> JsonO
         "chance": size.chance,
         # whether SFT does no better in context than guessing, so that there is nothing to lose
         "at_chance": None if size.chance is None or accuracy is None else accuracy["low"] <= size.chance,
-        "few_shot": size.few_shot,
+        "few_shot": size.few_shot and {key: size.few_shot[key] for key in ("score", "num_fewshot", "chosen", "scores")},
     }
 
 

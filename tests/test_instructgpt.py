@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from eval.drawing.tables import instructgpt_tables
-from eval.measuring.alignment import PPO, SFT, TAXED, Kind, Scored, Size, repair_of, tax_of, wins
+from eval.measuring.alignment import PPO, SFT, TAXED, Kind, SeedTable, Size, repair_of, tax_of, wins
 from eval.stats.intervals import Interval
 from rlhf.starter.labeler import gold_scores
 
@@ -196,7 +196,7 @@ def test_kept_results_fill_the_tables(finished):
 
 
 def scored(*rows, weights=(1.0, 1.0)):
-    return Scored(np.array(rows, dtype=float), np.broadcast_to(np.array(weights), (len(rows), 2)))
+    return SeedTable(np.array(rows, dtype=float), np.broadcast_to(np.array(weights), (len(rows), 2)))
 
 
 @pytest.fixture

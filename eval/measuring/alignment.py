@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 SFT, PPO = Kind("sft"), Kind("ppo")
 
 
-class Scored(NamedTuple):
+class SeedTable(NamedTuple):
     """Scores of the models of one kind, which differ in their seeds. S seeds, R prompts or questions."""
 
     scores: np.ndarray  # (S, R) float64
@@ -46,18 +46,18 @@ class Size(NamedTuple):
 
     name: str
     models: dict[Kind, dict[int, str]]  # by kind and seed: the model's name in the comparison
-    scores: dict[tuple[str, str], Scored]  # by model and metric; S is 1
+    scores: dict[tuple[str, str], SeedTable]  # by model and metric; S is 1
     prompts: list
     chance: float | None  # accuracy in context of guessing; None without in-context runs
     few_shot: JsonObject | None  # content of few_shot.json
 
-    def of(self, kind: Kind, metric: str, seeds: list[int] | None = None) -> Scored | None:
+    def of(self, kind: Kind, metric: str, seeds: list[int] | None = None) -> SeedTable | None:
         """The scores of a kind's models, or of those with some seeds; None if one has none."""
         names = [name for seed, name in sorted(self.models[kind].items()) if seeds is None or seed in seeds]
         found = [self.scores[name, metric] for name in names if (name, metric) in self.scores]
         if not found or len(found) < len(names):
             return None
-        return Scored(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        return SeedTable(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     @property
     def ptx_coefs(self) -> list[float]:
@@ -94,12 +94,12 @@ def read_size(name: str, comparison: Path) -> Size:
     return Size(name, models, scores | in_context, [row["prompt"] for row in samples], chance, found)
 
 
-def _over_prompts(row: JsonObject, count: int) -> Scored:
+def _over_prompts(row: JsonObject, count: int) -> SeedTable:
     """A row of values.jsonl as scores of all prompts."""
     scores, weights = np.zeros((1, count)), np.zeros((1, count))
     weights[0, row["prompts"]] = row["weights"]
     scores[0, row["prompts"]] = np.divide(row["values"], row["weights"])
-    return Scored(scores, weights)
+    return SeedTable(scores, weights)
 
 
 def _kinds(run: Run, names: list[str], where: str) -> dict[Kind, dict[int, str]]:
@@ -126,7 +126,7 @@ def _kinds(run: Run, names: list[str], where: str) -> dict[Kind, dict[int, str]]
 
 def _read_in_context(
     folder: Path, models: dict[Kind, dict[int, str]]
-) -> tuple[dict[tuple[str, str], Scored], float | None]:
+) -> tuple[dict[tuple[str, str], SeedTable], float | None]:
     """Each model's answers to all questions, and the accuracy of guessing. Every task counts as much as another.
 
     Raises:
@@ -144,12 +144,12 @@ def _read_in_context(
             raise InputError(f"{folder / name}: was asked other questions than the other models. Ask all the same.")
         tasks = [row["task"] for row in rows]
         weights = np.array([[1 / tasks.count(task) for task in tasks]])
-        found[name, IN_CONTEXT] = Scored(np.array([[float(row["score"]) for row in rows]]), weights)
+        found[name, IN_CONTEXT] = SeedTable(np.array([[float(row["score"]) for row in rows]]), weights)
         chance = float(np.mean(list(results["chance"].values()))) if results["chance"] else None
     return found, chance
 
 
-def wins(size: Size, opponent: Scored) -> dict[Kind, Scored]:
+def wins(size: Size, opponent: SeedTable) -> dict[Kind, SeedTable]:
     """On which prompts the models of each kind have a higher gold score than an opponent; a tie counts half.
 
     Args:
@@ -157,7 +157,7 @@ def wins(size: Size, opponent: Scored) -> dict[Kind, Scored]:
     """
     found = {kind: size.of(kind, "gold_score") for kind in size.models}
     return {
-        kind: Scored(0.5 + 0.5 * np.sign(scored.scores - opponent.scores), scored.weights)
+        kind: SeedTable(0.5 + 0.5 * np.sign(scored.scores - opponent.scores), scored.weights)
         for kind, scored in found.items()
         if scored is not None
     }
@@ -174,7 +174,7 @@ def tax_of(size: Size, kind: Kind, seed: int) -> dict[str, Interval]:
         sft, own = size.of(SFT, metric), size.of(kind, metric)
         if sft is not None and own is not None:
             worse = own.scores - sft.scores if more_is_worse else sft.scores - own.scores
-            taxes[metric] = Scored(worse, own.weights).mean(seed)
+            taxes[metric] = SeedTable(worse, own.weights).mean(seed)
     return taxes
 
 
@@ -211,7 +211,7 @@ def repair_of(size: Size, mixed: Kind, seed: int) -> Repair | None:
         sign = 1 if more_is_worse else -1
         risen, undone = sign * (ppo.scores - sft.scores), sign * (ppo.scores - own.scores)
         if metric == "gold_score":
-            given_up = Scored(undone, ppo.weights).mean(seed)
+            given_up = SeedTable(undone, ppo.weights).mean(seed)
             share = share_repaired(risen, undone, ppo.weights, seed)
         else:
             repaired[metric] = share_repaired(risen, undone, ppo.weights, seed)
