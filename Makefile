@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEV := $(VENV)/.dev-done
 
-.PHONY: setup chromium demo road docs bench gpu plan optimum engines strategies kills families templates mistakes people \
+.PHONY: setup chromium demo road instructgpt docs bench gpu plan optimum engines strategies kills families templates mistakes people \
 	test test-current lint format
 
 setup: $(SETUP)
@@ -31,8 +31,14 @@ road: setup
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter,eval]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/road.sh
 
-# fills the tables of README.md and docs/ from docs/results; after a new `make demo` or `make road`, first:
-# python docs/tables.py keep outputs/demo outputs/road
+# InstructGPT's first figure and its alignment tax, in small, in outputs/instructgpt
+# make instructgpt DEMO=outputs/demo takes the SFT and the reward model of a finished make demo
+instructgpt: setup
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter,eval]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/instructgpt.sh outputs/instructgpt $(DEMO)
+
+# fills the tables of README.md and docs/ from docs/results; after a new `make demo`, `make road` or
+# `make instructgpt`, first: python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt
 docs: setup
 	$(BIN)/python docs/tables.py write
 

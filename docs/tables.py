@@ -1,12 +1,13 @@
 """The measured numbers of README.md and docs/: kept from finished runs, written as tables and as one picture.
 
-    python docs/tables.py keep outputs/demo outputs/road
+    python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt
     python docs/tables.py write
 
-`keep` reads the run folders of `make demo` and `make road` into docs/results/demo.json and road.json: commands, metrics
-and results of every run, with versions and machine. `write` (`make docs`) fills the regions between
-`<!-- table: name -->` and `<!-- end -->` from docs/results/*.json, and draws docs/demo.png. The other files of
-docs/results say where their numbers are from.
+`keep` reads the run folders of `make demo`, `make road` and `make instructgpt` into docs/results/<folder>.json:
+commands, metrics and results of every run, with versions and machine. `write` (`make docs`) fills the regions between
+`<!-- table: name -->` and `<!-- end -->` from docs/results/*.json, and draws docs/demo.png (with results of `make
+instructgpt` also docs/instructgpt.png and docs/tax.png). The other files of docs/results say where their numbers are
+from.
 """
 
 import json
@@ -27,14 +28,15 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from eval.drawing.figures import BLUE, GREEN, GREY, ORANGE
+from eval.drawing.figures import BLUE, GREEN, GREY, ORANGE, save_figure, sizes_figure, tax_figure
+from eval.drawing.tables import instructgpt_tables
 from eval.metrics import FORMATS
 
 Results = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/*.md")
 # what is kept of a run beside its command and metrics, and which of its entries the tables have no use for
-KEPT_FILES = ("results", "overoptimization", "evaluation", "transfer", "curves", "scaling", "rounds")
+KEPT_FILES = ("results", "overoptimization", "evaluation", "transfer", "curves", "scaling", "rounds", "instructgpt")
 NOT_KEPT = {"values", "weights", "reliability", "by_length_difference", "x", "commands", "versions"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "lm_eval")
 SHOWN_FLAGS = ("avx2", "avx512_bf16", "amx_bf16", "sve_bf16")
@@ -55,6 +57,8 @@ def keep(folder: Path) -> Results:
     if not outer:
         raise SystemExit(f"error: {folder}: no run here. Give the output folder of make demo or make road.")
     runs = {str(path.relative_to(folder)): read_run(path) for path in outer}
+    if any("instructgpt" in run for run in runs.values()):  # one run has the numbers of the fifty others
+        runs = {name: run if "instructgpt" in run else {"command": run["command"]} for name, run in runs.items()}
     day = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), timezone.utc)
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
@@ -392,6 +396,27 @@ def readme_road(results: Results) -> list[str]:
     return markdown(["recipe", "what", "measured"], linked)
 
 
+# ------------------------------------------------------------------------------------------------ instructgpt
+
+
+def instructgpt_table(results: Results, title: str) -> list[str]:
+    """One of the tables of instructgpt.json, with its note."""
+    found = results["runs"]["figure"]["instructgpt"]
+    table = next(table for table in instructgpt_tables(found) if table.title == title)
+    rows = [[re.sub(r"(?<![\w.])-(?=[\d.])", "−", cell) for cell in row] for row in table.rows]
+    return [*markdown(table.heading, rows), "", table.note]
+
+
+def instructgpt_figures(results: Results) -> list[str]:
+    """The lines that show the two pictures."""
+    names = ", ".join(results["runs"]["figure"]["instructgpt"]["sizes"])
+    return [
+        f"![Win rate against the largest SFT model, and mean rating, by model size ({names})](instructgpt.png)",
+        "",
+        "![What PPO and PPO-ptx make worse, against the gold score that they reach](tax.png)",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ write
 
 # the picture: titles and styles of its panels, labels and colours of its models
@@ -425,6 +450,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "road-scaling": (("road",), road_scaling),
     "road-rloo": (("road",), road_rloo),
     "road-star": (("road",), road_star),
+    "instructgpt-setup": (("instructgpt",), setup),
+    "instructgpt-figures": (("instructgpt",), instructgpt_figures),
+    "instructgpt-sizes": (("instructgpt",), lambda results: instructgpt_table(results, "Models of several sizes")),
+    "instructgpt-tax": (("instructgpt",), lambda results: instructgpt_table(results, "Alignment tax")),
+    "instructgpt-few-shot": (("instructgpt",), lambda results: instructgpt_table(results, "Few-shot prompts")),
 }  # fmt: skip
 
 
@@ -433,14 +463,21 @@ def load(name: str, root: Path = ROOT) -> Results:
     return json.loads((root / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def is_kept(name: str, root: Path = ROOT) -> bool:
+    """Whether docs/results has the results of this name."""
+    return (root / "docs" / "results" / f"{name}.json").exists()
+
+
 def fill(page: str, root: Path = ROOT) -> str:
-    """A page with its tables as the results say."""
+    """A page with its tables as the results say. A table without results says that it was not measured."""
 
     def region(match: re.Match) -> str:
         if match["name"] not in TABLES:
             raise SystemExit(f"error: <!-- table: {match['name']} -->: unknown. Tables are {', '.join(TABLES)}.")
         sources, table = TABLES[match["name"]]
-        return "\n".join([match["start"], *table(*(load(source, root) for source in sources)), "<!-- end -->"])
+        missing = [source for source in sources if not is_kept(source, root)]
+        lines = ["Not measured yet."] if missing else table(*(load(source, root) for source in sources))
+        return "\n".join([match["start"], *lines, "<!-- end -->"])
 
     return re.sub(r"(?P<start><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->", region, page, flags=re.DOTALL)
 
@@ -482,6 +519,10 @@ def write(root: Path = ROOT) -> list[Path]:
     cells = drawn(load("demo", root))
     about = {"Software": None, "Description": json.dumps(cells)}
     picture(cells).savefig(root / "docs" / "demo.png", dpi=120, metadata=about)
+    if is_kept("instructgpt", root):
+        found = load("instructgpt", root)["runs"]["figure"]["instructgpt"]
+        for name, figure in (("instructgpt", sizes_figure(found)), ("tax", tax_figure(found))):
+            save_figure(figure, root / "docs" / f"{name}.png")
     return changed
 
 

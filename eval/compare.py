@@ -4,15 +4,23 @@
         --reward_model_path outputs/reward --output_dir outputs/comparison
     accelerate launch eval/compare.py --models base=Qwen/Qwen2.5-0.5B-Instruct mine=outputs/qwen-ppo --reference base
     accelerate launch eval/compare.py --models sft=outputs/sft ppo=outputs/ppo --judges gold human judge
+    accelerate launch eval/compare.py --models base=starter prompted=starter sft=outputs/sft \
+        --few_shot prompted=outputs/few-shot/prompt.json
 
-Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}) and
-samples.jsonl. One reply per model and prompt, by pure sampling at --temperature. `best_of_<n>` is, for each prompt, the
-best of n replies of the reference model by the reward model. Intervals are bootstrapped over prompts (distinct-2: over
-groups of 20), and differences are paired. Log-probabilities are those at temperature 1.
+Writes results.json (`models.<name>.<metric>` and `differences.<a>_minus_<b>.<metric>`, each {mean, low, high, n}),
+values.jsonl (what the means are made of, prompt by prompt) and samples.jsonl. One reply per model and prompt, by pure
+sampling at --temperature. `best_of_<n>` is, for each prompt, the best of n replies of the reference model by the reward
+model. Intervals are bootstrapped over prompts (distinct-2: over groups of 20), and differences are paired.
+Log-probabilities are those at temperature 1.
 
 --judges compare each model's reply with the reference's, without knowing which is which: `gold` (the starter's hidden
-score), `reward` (--reward_funcs, preferably a reward model that no model was trained on; else --reward_model_path),
-`judge` (a model that follows --principle), `human` (opens the voting page; after Ctrl-C the same command continues).
+score), `simulated` (three simulated people with scales of their own), `reward` (--reward_funcs, preferably a reward
+model that no model was trained on; else --reward_model_path), `judge` (a model that follows --principle), `human`
+(opens the voting page; after Ctrl-C the same command continues). `simulated`, and `human` with --ratings true, also
+rate each reply from 1 to 7.
+
+--few_shot gives a model turns of a chat to read in front of each prompt: name=file, as eval/few_shot.py writes it. Its
+log-probabilities, the KL and human_loss are those with the turns.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -33,12 +41,13 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from eval.measuring.comparison import ComparedModels, ComparisonPlan, compare, differences_of
+from eval.measuring.comparison import VALUES_FILE, ComparedModels, ComparisonPlan, compare, differences_of
+from eval.measuring.few_shot import read_turns, with_turns
 from eval.measuring.judges import JUDGES, make_judges
 from eval.metrics import table_rows
 from eval.report import write_report
 from eval.stats.intervals import Interval, JsonObject
-from rlhf.comparisons import Labeler
+from rlhf.comparisons import Labeler, Messages
 from rlhf.data.datasets import DatasetArguments, load_test_split
 from rlhf.data.rows import prompt_rows
 from rlhf.engines.arguments import SamplerArguments
@@ -64,6 +73,10 @@ class CompareArguments:
         default_factory=list, metadata={"help": "name=model pairs; a model is an id or a folder."}
     )
     reference: str = field(default="sft", metadata={"help": "Name of the model that others are compared with."})
+    few_shot: list[str] | None = field(
+        default=None,
+        metadata={"help": "name=file pairs: turns that a model reads before each prompt (eval/few_shot.py)."},
+    )
     reward_model_path: str | None = field(
         default=None, metadata={"help": "Reward model for reward_score and best-of-n."}
     )
@@ -91,20 +104,38 @@ def compared_models(arguments: CompareArguments) -> dict[str, str]:
     return pairs
 
 
+def turns_of(arguments: CompareArguments) -> dict[str, Messages]:
+    """The turns of --few_shot by model.
+
+    Raises:
+        InputError: if a name is not among --models, or a file holds no turns.
+    """
+    if not arguments.few_shot:
+        return {}
+    pairs = dict(named_models(arguments.few_shot, "--few_shot"))
+    known = compared_models(arguments)
+    if unknown := [name for name in pairs if name not in known]:
+        raise InputError(f"--few_shot {unknown[0]}=...: not among --models; found {', '.join(known)}.")
+    return {name: read_turns(file, f"--few_shot {name}={file}") for name, file in pairs.items()}
+
+
 def rows_for_all(
     test: Dataset,
     dataset: str,
     models: dict[str, Source],
     reference: PreTrainedTokenizerBase,
+    turns: dict[str, Messages],
     arguments: CompareArguments,
 ) -> Dataset:
     """The test rows as prompts.
 
     Args:
         reference: the reference's tokenizer.
+        turns: of --few_shot, by model.
 
     Raises:
-        InputError: if a model has another tokenizer, or a prompt and its reply don't fit into a model's context.
+        InputError: if a model has another tokenizer, or a prompt with its turns and its reply don't fit into a model's
+            context.
     """
     for name, source in models.items():
         tokenizer = load_tokenizer(source)
@@ -113,7 +144,11 @@ def rows_for_all(
                 f"--models {name}=...: its tokenizer differs from that of {arguments.reference!r}, so neither KL nor "
                 "perplexity could be compared. Compare models of one family."
             )
-        rows = prompt_rows(test, dataset, tokenizer, arguments.max_new_tokens, context_length(source))
+        sizes = (arguments.max_new_tokens, context_length(source))
+        rows = prompt_rows(test, dataset, tokenizer, *sizes)
+        if name in turns:
+            longer = Dataset.from_list([{"prompt": with_turns(prompt, turns[name])} for prompt in rows["prompt"]])
+            prompt_rows(longer, f"{dataset} with the turns of --few_shot {name}", tokenizer, *sizes)
     return rows
 
 
@@ -128,8 +163,10 @@ def judges_of(
     names = arguments.judges
     if names is None:
         names = ["gold"] if dataset == STARTER else ["reward"] if arguments.reward_model_path else []
-    if "gold" in names and dataset != STARTER:
-        raise InputError("--judges gold: is the starter's hidden score, which no other dataset has. Give reward.")
+    if hidden := {"gold", "simulated"} & {*names} if dataset != STARTER else set():
+        raise InputError(
+            f"--judges {min(hidden)}: judges by the starter's hidden score, which no other dataset has. Give reward."
+        )
     if "reward" in names and settings.reward_funcs is None:
         if arguments.reward_model_path is None:
             raise InputError("--judges reward: needs --reward_funcs or --reward_model_path.")
@@ -196,7 +233,8 @@ def main() -> None:
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
     tokenizer = load_tokenizer(models[arguments.reference])
-    rows = rows_for_all(test, script_args.dataset_name, models, tokenizer, arguments)
+    turns = turns_of(arguments)
+    rows = rows_for_all(test, script_args.dataset_name, models, tokenizer, turns, arguments)
     judges = judges_of(arguments, settings, script_args.dataset_name, model_args, tokenizer)
     if not start_run(__file__, arguments.output_dir, script_args, arguments, settings, engine_args, model_args):
         return
@@ -215,10 +253,12 @@ def main() -> None:
         best_of_n=arguments.best_of_n if reward else 0,  # nothing else chooses
         model_args=model_args,
         folder=folder,
+        turns=turns,
     )
     comparison = compare(plan, reward, judges)
     results = results_of_comparison(comparison, arguments)
     write_json(folder / "results.json", results)
+    write_jsonl(folder / VALUES_FILE, comparison.values())
     write_jsonl(
         folder / "samples.jsonl",
         [
@@ -227,7 +267,7 @@ def main() -> None:
         ],
     )
     print_comparison(results, comparison, arguments.reference)
-    print(f"Written: {folder / 'results.json'} and samples.jsonl")
+    print(f"Written: {folder / 'results.json'}, {VALUES_FILE} and samples.jsonl")
     if all(judge.finished for judge in judges.values()):
         finish_run(arguments.output_dir, {})
     write_report(arguments.output_dir)

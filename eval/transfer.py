@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from eval.drawing.tables import transfer_rows
 from eval.report import write_report
-from eval.stats.intervals import RESAMPLES, Interval, JsonObject
+from eval.stats.intervals import JsonObject, over_rows_and_seeds
 from rlhf.errors import InputError, report_errors
 from rlhf.models.sources import named_models
 from rlhf.run.files import read_json, read_jsonl, write_json
@@ -106,34 +105,6 @@ def read_scores(runs: dict[str, dict[int, Path]]) -> tuple[dict[str, np.ndarray]
             scores[name].append([row["score"] for row in rows])
     weights = [float(len(row.get("tags", "1"))) for row in first or []]
     return {name: np.asarray(values, dtype=float) for name, values in scores.items()}, np.asarray(weights)
-
-
-class SeedScores(NamedTuple):
-    """The scores of one way of training."""
-
-    cell: Interval  # over rows and seeds; n is the number of rows
-    seeds: list[float]  # mean of each seed
-
-    def to_json(self) -> JsonObject:
-        return {**self.cell.to_json(), "seeds": self.seeds}
-
-
-def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> SeedScores:
-    """Mean of scores (seeds, rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
-
-    Each row counts by its weight, as in the runs' own accuracy per word.
-
-    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval errs on the wide side, except
-    that few seeds say little about how much seeds differ.
-    """
-    count, rows = scores.shape
-    rng = np.random.default_rng(seed)
-    seed_weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) * weights
-    means = ((seed_weights @ scores) * row_weights).sum(axis=1) / row_weights.sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    by_seed = (scores @ weights / weights.sum()).tolist()
-    return SeedScores(Interval(float(np.mean(by_seed)), float(low), float(high), rows), by_seed)
 
 
 def main() -> None:

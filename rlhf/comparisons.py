@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}, and other keys that a chat template reads
 Prompt = str | Messages
@@ -40,6 +40,14 @@ class Comparison(NamedTuple):
     labeler: str
 
 
+class Rating(NamedTuple):
+    """How good one labeler finds one of a task's completions."""
+
+    completion: int  # its index
+    rating: int  # from 1, the worst, to 7
+    labeler: str
+
+
 class Labeler(Protocol):
     """Who or what compares. If `finished` is false after `compare`, some comparisons are still open."""
 
@@ -48,6 +56,15 @@ class Labeler(Protocol):
 
     def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
         """Compare any number of pairs of each task's completions."""
+        ...
+
+
+@runtime_checkable
+class Rater(Protocol):
+    """A labeler that rates completions too."""
+
+    def ratings(self, tasks: list[Task]) -> list[list[Rating]]:
+        """The ratings of each task's completions that `compare` has asked for; none where nobody gave any."""
         ...
 
 

@@ -39,9 +39,9 @@ T = TypeVar("T")
 _elsewhere: list[Elsewhere] = []  # it ends with this process, whose end closes its input
 # a file is run by one process (--dist loadfile): the longest first, or one process works on them while another waits
 LONGEST = (
-    "test_docs.py", "test_hub.py", "test_folders.py", "test_start.py", "test_gpu_check.py", "test_plan.py",
-    "test_rounds.py", "test_scaling.py", "test_recipes.py", "test_distributed.py", "test_zero.py", "test_kills.py",
-    "test_ppo_defects.py", "test_pages.py", "test_in_context.py", "test_families.py", "test_fsdp.py",
+    "test_docs.py", "test_instructgpt.py", "test_hub.py", "test_folders.py", "test_start.py", "test_gpu_check.py",
+    "test_plan.py", "test_rounds.py", "test_scaling.py", "test_recipes.py", "test_distributed.py", "test_zero.py",
+    "test_kills.py", "test_ppo_defects.py", "test_pages.py", "test_in_context.py", "test_families.py", "test_fsdp.py",
     "test_attacks.py",
 )  # fmt: skip
 

@@ -42,6 +42,8 @@ BASES = {
     "recipes/chat.py": "--models a=made/lm b=made/sft --dtype float32 --max_new_tokens 4",
     "eval/compare.py": "--models sft=made/sft lm=made/lm --dataset_name made/data/prompts.jsonl --best_of_n 1 "
     f"{SAMPLED} --judges reward --reward_funcs rewards.length",
+    "eval/few_shot.py": "--model_name_or_path made/lm --dataset_name made/data/sft.jsonl --reward_funcs rewards.length "
+    f"--num_prompts 2 --num_fewshot 1 {SAMPLED}",
     "eval/compression.py": "--models lm=made/lm --dataset_name made/data/text.jsonl --dtype float32 --max_texts 2",
     "eval/curves.py": "--models ppo=made/ppo",
     "eval/in_context.py": "--model_name_or_path made/lm --tasks sentiment --limit 4 --num_fewshot 0 --dtype float32",
@@ -126,6 +128,7 @@ NUMBERS = {
     "max_eval_samples=0 per_device_eval_batch_size=0",
     "recipes/rounds": "rounds=0 seed=-1",
     "recipes/chat": "server_port=-1 max_new_tokens=0 temperature=0 seed=99999999999",
+    "eval/few_shot": "num_prompts=0 num_fewshot=0 max_prompts=0 max_new_tokens=-1 temperature=nan seed=-1",
     "eval/compare": "per_device_eval_batch_size=0 max_prompts=-1 best_of_n=-1 temperature=inf max_new_tokens=0",
     "eval/compression": "ngram_order=0 max_texts=1 max_length=1 per_device_eval_batch_size=0",
     "eval/in_context": "limit=0 num_fewshot=-1 num_fewshot=201 num_templates=0 per_device_eval_batch_size=0",
@@ -296,6 +299,11 @@ for name, command, wrong, *says in (
     ("a reference that isn't there", "eval/compare", "--reference gone", "--reference gone"),
     ("a judge that isn't there", "eval/compare", "--judges cat", "--judges", "gold"),
     ("gold without the starter", "eval/compare", "--judges gold", "--judges gold"),
+    ("simulated people without the starter", "eval/compare", "--judges simulated", "--judges simulated"),
+    ("turns for nobody", "eval/compare", "--few_shot cat=turns.json", "--few_shot cat=...: not among --models"),
+    ("turns that aren't there", "eval/compare", "--few_shot lm=turns.json", "--few_shot lm=turns.json: no such file"),
+    ("a score that isn't there", "eval/few_shot", "--reward_funcs -", "--reward_funcs: needed"),
+    ("more examples than rows", "eval/few_shot", "--num_fewshot 5000", "5000 must be left as examples"),
     ("an order too large", "eval/compression", "--ngram_order 9", "--ngram_order 9"),
     ("a task of no harness", "eval/in_context", "--tasks nothing_like_it", "--tasks"),
     ("no PPO run", "eval/overoptimization", "--model_name_or_path made/finetune", "no run of recipes/ppo.py"),
@@ -651,6 +659,9 @@ for name, command, wrong, files, *says in (
     ("a broken run", "eval/overoptimization", "--model_name_or_path o", {"o": copy("ppo", run="[]")}, "run.json"),
     ("no checkpoints", "eval/overoptimization", "--model_name_or_path o", {"o/run.json":
         '{"recipe": "ppo", "command": "a b c", "settings": {}, "finished": true}'}, "checkpoints"),
+    ("turns without messages", "eval/compare", "--few_shot lm=t.json", {"t.json": "{}"}, "t.json", "messages"),
+    ("turns of a system", "eval/compare", "--few_shot lm=t.json", {"t.json":
+        '{"messages": [{"role": "system", "content": "a"}]}'}, "--few_shot lm=t.json", "user and assistant"),
     ("votes that are no votes", "recipes/chat", "--output_dir o", {"o/votes.jsonl": '{"a": 1}\n'}, "votes.jsonl"),
     ("ranks that are words", "recipes/chat", "--output_dir o", {"o/tasks.jsonl": "", "o/votes.jsonl":
         '{"task": "t", "labeler": "me", "ranks": ["a", "b"]}\n'}, "votes.jsonl"),

@@ -31,7 +31,7 @@ import tables
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 # where a command says nothing about its model or data, they are the starter's: these take their place
-MODEL = {"sft.py", "collect.py", "reward.py", "ppo.py", "rloo.py", "finetune.py", "in_context.py"}
+MODEL = {"sft.py", "collect.py", "reward.py", "ppo.py", "rloo.py", "finetune.py", "in_context.py", "few_shot.py"}
 DATA = {"sft.py": "sft", "collect.py": "prompts", "ppo.py": "prompts", "rloo.py": "prompts", "finetune.py": "labelled",
         "tokenizer.py": "text", "pretrain.py": "text", "compression.py": "text"}  # fmt: skip
 FLOAT32 = ["--dtype", "float32"]
@@ -51,6 +51,7 @@ SMALLER = {
     "finetune.py": [*FLOAT32, "--max_train_samples", "8", "--max_steps", "1", "--bf16", "false"],
     "instructions.py": ["--max_examples_per_task", "4", "--max_test_examples_per_task", "4"],
     "compare.py": REPLIES,
+    "few_shot.py": [*REPLIES, "--num_prompts", "2"],
     "overoptimization.py": [*REPLIES, "--best_of_n", "2"],
     "compression.py": [*FLOAT32, "--max_texts", "4"],
     "in_context.py": [*FLOAT32, "--limit", "4"],

@@ -33,7 +33,7 @@ from transformers import (
 from trl import ModelConfig
 
 from eval.metrics import metric, metric_results
-from eval.transfer import over_rows_and_seeds
+from eval.stats.intervals import over_rows_and_seeds
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
 from rlhf.models.sources import resolve

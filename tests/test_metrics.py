@@ -16,12 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from eval.measuring.comparison import agreement_with_gold, differences_of
-from eval.measuring.judges import ask, win_rates
+from eval.measuring.judges import ask, judge_replies, rate, win_rates
 from eval.measuring.replies import Replies, reply_logprobs
 from eval.metrics import metric, metric_results, table_rows
-from eval.stats.intervals import Interval, interval
-from rlhf.comparisons import Comparison
-from rlhf.starter.labeler import SimulatedLabeler
+from eval.stats.intervals import Interval, interval, over_rows_and_seeds, share_repaired
+from rlhf.comparisons import Comparison, make_task
+from rlhf.starter.labeler import Scale, SimulatedLabeler, SimulatedRaters
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +195,48 @@ def test_judges_are_asked_about_different_replies_only():
     assert win_rates(verdicts["sft"], [1] * 4, [1] * 4)["win_rate"].mean == 0.5
     gold = ask(SimulatedLabeler(temperature=0.0), ["1"], {"up": ["I love it"], "sft": ["I hate it"]}, "sft")
     assert win_rates(gold["up"], [3], [3])["win_rate"] == Interval(1.0, 1.0, 1.0, 1)
+
+
+def test_ratings_are_means_over_raters_and_cover_what_was_rated():
+    texts = {"mine": ["good", "bad", "same"], "other": ["good", "fine", "same"], "sft": ["so", "so", "same"]}
+    scores = {"good": 0.65, "bad": -0.7, "fine": 0.31, "so": 0.0, "same": 0.0}
+
+    def score(completions):
+        return [scores[text] for text in completions]
+
+    scales = (Scale("Ada", 0.0, 0.5, noise=0.0), Scale("Ben", 0.4, 1.0, noise=0.0))
+    judge = SimulatedRaters(scales=scales, score=score)
+    # Ada cuts at -0.5, -0.3, -0.1, 0.1, 0.3, 0.5; Ben, 0.4 milder, at -1, -0.6, -0.2, 0.2, 0.6, 1.0
+    assert rate(judge, ["1", "2", "3"], texts, "sft") == {
+        "mine": {0: (7 + 7) / 2, 1: (1 + 3) / 2},
+        "other": {0: 7.0, 1: (6 + 6) / 2},
+        "sft": {0: (4 + 5) / 2, 1: (4 + 5) / 2},
+    }
+    judged = judge_replies(judge, ["1", "2", "3"], texts, {name: [1] * 3 for name in texts}, "sft")
+    assert judged["mine"].metrics["rating"].mean == (7 + 2) / 2 and judged["mine"].prompts["rating"] == [0, 1]
+    assert judged["other"].metrics["win_rate"].mean == (1 + 1 + 0.5) / 3
+    noisy = SimulatedRaters(seed=1, score=score)
+    again = [rating.rating for found in noisy.ratings(TASKS) for rating in found]
+    assert again == [rating.rating for found in noisy.ratings(TASKS) for rating in found]
+    assert again != [rating.rating for found in SimulatedRaters(seed=2, score=score).ratings(TASKS) for rating in found]
+
+
+TASKS = [make_task("test", f"{number}", ["so", "fine"], ["m", "m"]) for number in range(20)]
+
+
+def test_share_of_a_loss_that_is_made_good():
+    tax = np.array([[1.0, 3.0, 0.0], [3.0, 1.0, 4.0]])  # of two seeds and three rows
+    weights = np.array([1.0, 1.0, 0.5])
+    cell = present(share_repaired(tax, tax / 4, weights, 0))
+    assert (cell.mean, cell.low, cell.high) == pytest.approx((0.25, 0.25, 0.25))  # row by row a quarter
+    other = present(share_repaired(tax, np.ones((2, 3)), weights, 0))
+    assert other.mean == pytest.approx((2 * 2.5) / (4 + 4 + 0.5 * 4)) and other.low < other.mean < other.high
+    assert share_repaired(np.array([[1.0, -1.0, 0.5]]), np.ones((1, 3)), np.ones(3), 0) is None  # no tax
+
+
+def test_a_seed_without_a_score_of_a_row_does_not_count_there():
+    cell, seeds = over_rows_and_seeds(np.array([[1.0, 0.0], [0.0, 9.0]]), np.array([[1.0, 1.0], [1.0, 0.0]]), 0)
+    assert seeds == [0.5, 0.0] and cell.mean == pytest.approx(1 / 3) and cell.high <= 1
 
 
 def test_the_table_has_one_row_per_metric_and_judge():

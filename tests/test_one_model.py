@@ -50,7 +50,7 @@ def test_compare(loaded, tiny, sft, reward_adapter, tokenizer, tmp_path):
     rows = [{"prompt": user(f"Number {n}?"), "completion": assistant("Yes, it is.")} for n in range(4)]
     models = {"base": resolve(tiny), "sft": resolve(sft)}
     prompts = prompt_rows(Dataset.from_list(rows), "d", tokenizer, 4, 256)
-    plan = ComparisonPlan(models, "sft", prompts, True, SAMPLING, 2, FLOAT32, tmp_path)
+    plan = ComparisonPlan(models, "sft", prompts, True, SAMPLING, 2, FLOAT32, tmp_path, {})
     found = compare(plan, resolve_reward(reward_adapter), {})
     assert set(found.metrics) == {"base", "sft", "best_of_2"} and "human_loss" in found.metrics["base"]
     assert len(loaded) == 5 and all_gone(loaded)  # two to sample, the reward model, base and reference

@@ -365,14 +365,20 @@ def test_bad_input_gets_one_clear_line(case, tmp_path, tiny, files):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_adapter_of_another_base_is_refused(road, tokenizer, files, tmp_path):
+def test_a_reward_adapter_of_another_base_scores_over_its_own(road, tiny, tokenizer, files, tmp_path):
     out, _ = road
-    other = save_tiny(tmp_path / "other", tokenizer, seed=9)
+    other = save_tiny(tmp_path / "other", tokenizer, seed=9, hidden_size=24)
     result = run("recipes/ppo.py", "--model_name_or_path", other, "--reward_model_path", out / "reward",
                  "--dataset_name", files / "prompts.jsonl", "--output_dir", tmp_path / "ppo", *TINY_PPO,
-                 check=False)  # fmt: skip
-    assert result.returncode == 2
-    assert "belongs to the base" in result.stderr
+                 "--eval_strategy", "steps", "--eval_steps", 4)  # fmt: skip
+    assert "which is loaded beside the policy's own base other" in result.stdout
+    rows = [json.loads(line) for line in (tmp_path / "ppo/eval_samples/4.jsonl").read_text().splitlines()]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    model, own = PeftModel.from_pretrained(base, str(out / "reward")), AutoTokenizer.from_pretrained(out / "reward")
+    for row in rows:
+        chat = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
+        score = model(**own.apply_chat_template(chat, return_tensors="pt", return_dict=True)).logits
+        assert row["score"] == pytest.approx(float(score), abs=1e-3)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

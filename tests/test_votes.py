@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import socket
 import threading
 import time
 from collections import Counter
@@ -10,10 +11,12 @@ from collections import Counter
 import pytest
 from conftest import present
 
-from rlhf.comparisons import make_task
+from eval.measuring.judges import judge_replies
+from rlhf.comparisons import Prompt, Rating, make_task
 from rlhf.errors import InputError
 from rlhf.feedback.agreement import measure_agreement
-from rlhf.feedback.assignment import Assignment, NotAsked
+from rlhf.feedback.assignment import Assignment, NotAsked, VotingSettings
+from rlhf.feedback.vote_page import People
 from rlhf.feedback.votes import Vote, VoteFile, check_labeler_name
 
 
@@ -288,6 +291,49 @@ def test_names_of_every_script_have_one_spelling(given, kept):
 def test_names_that_nobody_could_see_or_that_turn_the_page_are_refused(name):
     with pytest.raises(InputError, match="name of 1 to 40 characters"):
         check_labeler_name(name)
+
+
+def test_ratings_of_the_page_are_read_beside_its_votes(tmp_path):
+    prompts: list[Prompt] = ["one", "two", "three"]
+    texts = {"ppo": ["a", "b", "c"], "other": ["a", "x", "c"], "sft": ["s", "s", "c"]}  # to the third all reply alike
+    pairs = {
+        (name, number): make_task("test", prompts[number], [texts[name][number], "s"], [name, "sft"])
+        for name in ("ppo", "other")
+        for number in (0, 1)
+    }
+    file = VoteFile(tmp_path / "votes.jsonl")
+    given: list[tuple] = [
+        (("ppo", 0), "ada", (1, 2), [7, 2]),
+        (("ppo", 1), "ada", (2, 1), [3, None]),  # one left out
+        (("other", 0), "ada", (1, 2), [5, 4]),  # the same reply as ppo's
+        (("other", 1), "ada", (1, 1), None),
+        (("ppo", 0), "ben", (1, 2), [6, 3]),
+    ]
+    for (name, number), labeler, ranks, ratings in given:
+        file.append(vote(pairs[name, number].id, labeler, ranks)._replace(ratings=ratings))
+    file.append(vote(pairs["ppo", 0].id, repeat=True)._replace(ratings=[1, 1]))  # a repeat does not count
+    file.append(vote(pairs["ppo", 1].id, "ben", (), skipped=True))
+    for name, number in (("other", 0), ("other", 1)):
+        file.append(vote(pairs[name, number].id, "ben", (), skipped=True))
+    people = People(VotingSettings(overlap=0.0, repeats=0.0, server_port=free_port()), tmp_path / "votes.jsonl", 0)
+    assert people.ratings([pairs["ppo", 1]]) == [[Rating(0, 3, "ada")]]
+    judged = judge_replies(people, prompts, texts, {name: [1] * 3 for name in texts}, "sft")
+    assert people.finished
+    assert judged["ppo"].metrics["rating"].mean == ((7 + 6 + 5) / 3 + 3) / 2 and judged["ppo"].prompts["rating"] == [
+        0,
+        1,
+    ]
+    assert judged["other"].metrics["rating"].mean == 6.0 and judged["other"].prompts["rating"] == [0]
+    assert judged["sft"].metrics["rating"].mean == (2 + 3 + 4) / 3
+    assert judged["ppo"].metrics["win_rate"].mean == (1 + 0 + 0.5) / 3
+    unrated = People(VotingSettings(server_port=free_port()), tmp_path / "none.jsonl", 0)
+    assert unrated.ratings([pairs["ppo", 0]]) == [[]]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_agreement_is_krippendorffs_alpha():

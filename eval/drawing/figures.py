@@ -441,6 +441,93 @@ def reward_bench_figure(results: JsonObject) -> Figure:
     return figure
 
 
+# of the models of instructgpt.json
+KINDS = {"base": ("base", GREY), "prompted": ("base, few-shot prompt", PURPLE), "sft": ("SFT", BLUE),
+         "ppo": ("PPO", ORANGE), "ppo_ptx": ("PPO-ptx", RED), "best": ("SFT, best of {}", GREEN)}  # fmt: skip
+MARKS = {"ppo_ptx": "s"}  # its colour is near PPO's
+
+
+def sizes_figure(found: JsonObject) -> Figure:
+    """Win rate against the largest SFT model, and mean rating, by model size; one line per kind of model.
+
+    Args:
+        found: content of instructgpt.json.
+    """
+    figure, axes = _grid(2, height=3.9)
+    figure.set_figwidth(9.6)
+    sizes = found["sizes"]
+    counts = {name: size["parameters"] for name, size in sizes.items()}
+    decades = np.log10(max(counts.values()) / min(counts.values())) or 1.0
+    titles = {"win_rate": f"beats the SFT model of {_short(counts[found['opponent']])}, by the gold score",
+              "rating": f"rating from 1 to 7 ({found['rater']})"}  # fmt: skip
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        for number, (kind, (label, color)) in enumerate(KINDS.items()):
+            points = [
+                (size["parameters"] * 10 ** (0.012 * decades * (number - 2.5)), model)  # beside each other
+                for size in sizes.values()
+                for model in size["models"]
+                if model["kind"].partition("_of_")[0] == kind and metric in model
+                and (kind != "ppo_ptx" or model["ptx_coef"] == found["ptx_coef"])
+            ]  # fmt: skip
+            if points:
+                means, errors = _means_and_errors(model[metric] for _, model in points)
+                name = label.format(points[0][1]["kind"].rpartition("_")[2])
+                axis.errorbar([x for x, _ in points], means, errors, marker=MARKS.get(kind, "o"), markersize=4,
+                              linewidth=1.2, color=color, capsize=2, label=name)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("parameters", fontsize=8)
+        axis.set_title(title, fontsize=9)
+        _ticks(axis, {count: f"{_short(count)}\n{name}" for name, count in counts.items()})
+    axes[0].axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
+    return figure
+
+
+def tax_figure(found: JsonObject) -> Figure:
+    """What PPO and PPO-ptx cost against the gold score that they reach: loss on people's replies, accuracy in context.
+
+    Args:
+        found: content of instructgpt.json.
+    """
+    sizes = found["sizes"]
+    panels = (("human_loss", 1.0, "loss on people's replies, nats per token above SFT"),
+              ("in_context", 100.0, "accuracy in context, points below SFT"))  # fmt: skip
+    figure, axes = _grid(2 * len(sizes), columns=2, height=2.5)
+    figure.set_figwidth(9.6)
+    for place, (name, size) in enumerate(sizes.items()):
+        start = [model["gold_score"] for model in size["models"] if model["kind"] == "sft"]
+        for axis, (metric, unit, title) in zip(axes[2 * place :], panels, strict=False):
+            axis.axhline(0, color=GREY, linewidth=1)
+            x, spread = _means_and_errors(start)
+            axis.errorbar(x, [0.0], xerr=spread, fmt="o", markersize=4, color=BLUE, capsize=2, label="SFT")
+            rows = [row for row in size["tax"] if metric in row["tax"]]
+            _draw_taxes(axis, rows, metric, unit)
+            guesses = "; SFT guesses" if metric == "in_context" and size["at_chance"] else ""
+            axis.set_title(f"{name} ({_short(size['parameters'])}): {title}{guesses}", fontsize=9)
+            axis.set_xlabel("gold score", fontsize=8)
+            axis.sharex(axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_taxes(axis: Axes, rows: list[JsonObject], metric: str, unit: float) -> None:
+    """PPO and PPO-ptx by coefficient, joined in this order; each PPO-ptx has its coefficient beside it."""
+    x, across = _means_and_errors(row["gold_score"] for row in rows)
+    y, along = (unit * part for part in _means_and_errors(row["tax"][metric] for row in rows))
+    axis.plot(x, y, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+    for kind in ("ppo", "ppo_ptx"):
+        label, color = KINDS[kind]
+        label += ", with its coefficient" if kind == "ppo_ptx" else ""
+        at = [number for number, row in enumerate(rows) if row["kind"] == kind]
+        axis.errorbar(x[at], y[at], along[:, at], across[:, at], fmt=MARKS.get(kind, "o"), markersize=4,
+                      linewidth=0.9, color=color, capsize=2, label=label)  # fmt: skip
+    for number, row in enumerate(rows):
+        if row["ptx_coef"]:
+            axis.annotate(f"{row['ptx_coef']:g}", (x[number], y[number]), xytext=(-5, 4), textcoords="offset points",
+                          fontsize=8, color=RED, horizontalalignment="right")  # fmt: skip
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG. `savefig` would lay it out twice."""
     figure.set_dpi(150)

@@ -18,6 +18,8 @@ from eval.drawing.figures import (
     rounds_figure,
     save_figure,
     scaling_figure,
+    sizes_figure,
+    tax_figure,
     transfer_figure,
 )
 from eval.stats.intervals import JsonObject
@@ -53,6 +55,10 @@ PICTURES = (
             compression_figure, "Bits per byte of held-out text, with 95% intervals: fewer is better prediction."),
     Picture("results.json", "in_context.png", lambda found: found if "num_fewshot" in found else None,
             in_context_figure, "Accuracy with examples in the prompt, with 95% intervals."),
+    Picture("instructgpt.json", "instructgpt.png", lambda found: found, sizes_figure,
+            "Win rate against the largest SFT model, and ratings, by size; 95% intervals over prompts and seeds."),
+    Picture("instructgpt.json", "tax.png", lambda found: found, tax_figure,
+            "What PPO makes worse, against the gold score that it reaches; 95% intervals over prompts and seeds."),
     Picture("transfer.json", "transfer.png", lambda found: found, transfer_figure,
             "Held-out {score}, and its difference to {reference}, with 95% intervals."),
     Picture("reward_bench.json", "reward_bench.png", lambda found: found, reward_bench_figure,

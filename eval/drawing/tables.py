@@ -65,6 +65,11 @@ def _transfer(transfer: JsonObject, _: str) -> list[ReportTable]:
     return [ReportTable("Ways of fine-tuning", note, *transfer_rows(transfer))]
 
 
+def _few_shot(few_shot: JsonObject, folder: str) -> list[ReportTable]:
+    note = f"{few_shot['num_fewshot']} examples each; scored by {few_shot['score']}; 95% intervals over the messages."
+    return [ReportTable(f"Few-shot prompts of {folder}", note, *few_shot_rows(few_shot))]
+
+
 def _agreement(agreement: JsonObject, folder: str) -> list[ReportTable]:
     rows = [[name, "-" if value is None else number(value)] for name, value in agreement.items()]
     return [ReportTable(f"Agreement of the labelers of {folder}", "", ["", ""], rows)]
@@ -143,6 +148,91 @@ def _reward_bench(results: JsonObject, _: str) -> list[ReportTable]:
     return [ReportTable("Accuracy of the reward model by category", note, *reward_bench_rows(results))]
 
 
+def few_shot_rows(few_shot: JsonObject) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of few_shot.json."""
+    rows = [
+        [str(number), _write(cell, ".3f"), "chosen" if number == few_shot["chosen"] + 1 else ""]
+        for number, cell in enumerate(few_shot["scores"], 1)
+    ]
+    return ["few-shot prompt", "score", ""], rows
+
+
+def model_label(model: JsonObject) -> str:
+    """The name of a kind of model; PPO-ptx with its coefficient.
+
+    >>> model_label({"kind": "ppo_ptx", "ptx_coef": 0.5}), model_label({"kind": "sft", "ptx_coef": 0.0})
+    ('ppo_ptx 0.5', 'sft')
+    """
+    return f"{model['kind']} {model['ptx_coef']:g}" if model["ptx_coef"] else model["kind"]
+
+
+def instructgpt_tables(found: JsonObject) -> list[ReportTable]:
+    """The tables of instructgpt.json: win rates and ratings, the alignment tax, and the few-shot prompts if any."""
+    sizes = found["sizes"]
+    columns = {"win_rate": ".1%", "win_rate/gold": ".1%", "rating": ".2f", "gold_score": ".3f", "kl": ".2f"}
+    heading = ["size", "model", "seeds", f"beats the SFT model of {found['opponent']}", "beats its own SFT model",
+               "rating, 1 to 7", "gold score", "KL from SFT"]  # fmt: skip
+    rows = [
+        [
+            name,
+            model_label(model),
+            str(model["seeds"]),
+            *(_write(model.get(key), style) for key, style in columns.items()),
+        ]
+        for name, size in sizes.items()
+        for model in size["models"]
+    ]
+    counts = ", ".join(f"{name} {size['parameters']:,}" for name, size in sizes.items())
+    note = f"Parameters: {counts}. Ratings are of --judges {found['rater']}. 95% intervals over prompts and seeds."
+    tables = [ReportTable("Models of several sizes", note, heading, rows), _tax(sizes)]
+    prompts = {name: size["few_shot"] for name, size in sizes.items() if size["few_shot"]}
+    if prompts:
+        longest = max(len(one["scores"]) for one in prompts.values())
+        rows = [[str(n + 1), *(_score_of(one, n) for one in prompts.values())] for n in range(longest)]
+        note = "Mean scores of the replies to training messages; the best is marked. 95% intervals over the messages."
+        tables.append(ReportTable("Few-shot prompts", note, ["prompt", *prompts], rows))
+    return tables
+
+
+def _score_of(few_shot: JsonObject, number: int) -> str:
+    score = _write(few_shot["scores"][number], ".3f") if number < len(few_shot["scores"]) else ""
+    return f"{score} (chosen)" if number == few_shot["chosen"] else score
+
+
+def _tax(sizes: JsonObject) -> ReportTable:
+    columns = {"gold_score": ".3f", "human_loss": ".3f", "human_bits_per_byte": ".3f", "in_context": ".1%"}
+    rows = []
+    for name, size in sizes.items():
+        repairs = {model_label(row): row["repair"] or {} for row in size["tax"]}
+        for model in size["models"]:
+            if "in_context" not in model and "human_loss" not in model:  # best of n: the weights are SFT's
+                continue
+            repair = repairs.get(model_label(model), {})
+            shares = [_share(repair, key) for key in ("human_loss", "in_context")]
+            given_up = _write(repair.get("given_up"), ".3f")
+            cells = [_write(model.get(key), style) for key, style in columns.items()]
+            rows.append([name, model_label(model), *cells, *shares, given_up])
+    guessing = [
+        f"{name}: guessing has {size['chance']:.1%} in context" + (", and SFT is not above it, so no tax can show there"
+        if size["at_chance"] else "") for name, size in sizes.items() if size["chance"] is not None
+    ]  # fmt: skip
+    note = (
+        "Repaired: share of what PPO lost against SFT that PPO-ptx does not lose; no tax: PPO lost nothing "
+        f"significant. Given up: gold score below PPO's. {'; '.join(guessing)}. 95% intervals over prompts (questions) "
+        "and seeds."
+    )
+    heading = ["size", "model", "gold score", "loss on people's replies", "bits per byte", "accuracy in context",
+               "loss repaired", "accuracy repaired", "gold score given up"]  # fmt: skip
+    return ReportTable("Alignment tax", note, heading, rows)
+
+
+def _share(repair: JsonObject, metric: str) -> str:
+    if metric not in repair.get("repaired", {}):
+        return ""
+    cell = repair["repaired"][metric]
+    return _write(cell, ".0%") if cell else "no tax"
+
+
 # the tables in each file of a run's folder, in the order of the page
 TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "results.json": _results,
@@ -152,4 +242,6 @@ TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "rounds.json": _rounds,
     SCALING_FILE: lambda scaling, _: [ReportTable(*table) for table in scaling_tables(scaling)],
     "agreement.json": _agreement,
+    "few_shot.json": _few_shot,
+    "instructgpt.json": lambda found, _: instructgpt_tables(found),
 }

@@ -9,12 +9,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from eval.measuring.judges import ask, win_rates
+from eval.measuring.few_shot import with_turns
+from eval.measuring.judges import judge_replies
 from eval.measuring.replies import LogProbs, ModelReplies, Replies, reply_logprobs, sample_replies, use_model
 from eval.metrics import metric, metric_results
 from eval.stats.fits import best_of_n_kl
 from eval.stats.intervals import Interval, JsonObject, interval
-from rlhf.comparisons import Labeler, Prompt
+from rlhf.comparisons import Labeler, Messages, Prompt
 from rlhf.data.datasets import Row
 from rlhf.data.encoding import (
     OPTION_COLUMNS,
@@ -33,6 +34,7 @@ from rlhf.starter.labeler import gold_scores
 
 # all sampled replies with their token ids, so that an interrupted evaluation continues with the same ones
 REPLIES_FILE = "replies.json"
+VALUES_FILE = "values.jsonl"  # of a finished comparison, see ComparedModels.values
 
 
 class ComparisonPlan(NamedTuple):
@@ -46,16 +48,22 @@ class ComparisonPlan(NamedTuple):
     best_of_n: int  # replies of the reference that best-of-n chooses from; below 2: no best-of-n
     model_args: ModelConfig
     folder: Path  # of the run
+    turns: dict[str, Messages]  # by model: turns of a chat that it reads in front of each prompt, if any
 
     @property
     def prompts(self) -> list[Prompt]:
         return self.rows["prompt"][:]
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of the prompts."""
+    def encode(self, tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[list[int]]:
+        """Token ids of the prompts as a model reads them.
+
+        Args:
+            name: of the model; None: one that is not compared, and has no turns.
+        """
+        prompts = [with_turns(prompt, self.turns.get(name or "", [])) for prompt in self.prompts]
         columns = {column: self.rows[column] for column in OPTION_COLUMNS if column in self.rows.column_names}
         options = options_of_rows(columns, len(self.rows))
-        return [encode_prompt(tokenizer, prompt, option) for prompt, option in zip(self.prompts, options, strict=True)]
+        return [encode_prompt(tokenizer, prompt, option) for prompt, option in zip(prompts, options, strict=True)]
 
     def replies_of(self, name: str) -> int:
         """How many replies a model gives to each prompt."""
@@ -69,6 +77,23 @@ class ComparedModels(NamedTuple):
     texts: dict[str, list[str]]  # by model
     metrics: dict[str, dict[str, Interval]]  # by model and metric
     reward_accuracy: JsonObject  # all results of reward_accuracy, with the gold score as the truth
+    judged: dict[str, dict[str, list[int]]]  # numbers of the prompts of a judge's metric, by model and metric
+
+    def values(self) -> list[JsonObject]:
+        """The values behind every mean over prompts, one row per model and metric.
+
+        Rows have `model`, `metric`, `prompts` (their numbers), and for each of these `values` and `weights`: the mean
+        is sum(values) / sum(weights), and for the perplexity its exponential.
+        """
+        return [
+            {
+                "model": name, "metric": key, "prompts": self.judged[name].get(key, list(range(len(self.prompts)))),
+                "values": cell.sample.values, "weights": cell.sample.weights,
+            }
+            for name, cells in self.metrics.items()
+            for key, cell in cells.items()
+            if cell.sample and key != "distinct_2"  # whose values are those of groups
+        ]  # fmt: skip
 
 
 def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str, Labeler]) -> ComparedModels:
@@ -93,8 +118,8 @@ def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str,
     own = {name: one.own for name, one in measured.items()}
     under_base, under_reference = _logprobs_under_base_and_reference(plan, replies, own)
     texts = {name: reply.texts for name, reply in replies.items()}
-    judged = {judge: ask(labeler, prompts, texts, reference) for judge, labeler in judges.items()}
     lengths = {name: [len(ids) for ids in reply.ids] for name, reply in replies.items()}
+    judged = {judge: judge_replies(labeler, prompts, texts, lengths, reference) for judge, labeler in judges.items()}
     metrics = {}
     for name, reply in replies.items():
         metrics[name] = {
@@ -102,8 +127,8 @@ def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str,
             **({"reward_score": metric("reward_score", predictions=scores[name])} if scores else {}),
             **{
                 f"{kind}/{judge}": result
-                for judge, verdicts in judged.items()
-                for kind, result in win_rates(verdicts[name], lengths[name], lengths[reference]).items()
+                for judge, said in judged.items()
+                for kind, result in said[name].metrics.items()
             },
             "kl": metric("kl", predictions=own[name].sums, references=under_reference[name].sums)
             if name in own
@@ -114,7 +139,11 @@ def compare(plan: ComparisonPlan, reward: RewardSource | None, judges: dict[str,
             "perplexity": metric("perplexity", predictions=under_base[name].sums, references=under_base[name].tokens),
             **(_metrics_of_human_replies(measured[name].human, plan.rows) if name in measured else {}),
         }
-    return ComparedModels(prompts, texts, metrics, accuracy)
+    numbers = {
+        name: {f"{kind}/{judge}": of for judge, said in judged.items() for kind, of in said[name].prompts.items()}
+        for name in replies
+    }
+    return ComparedModels(prompts, texts, metrics, accuracy, numbers)
 
 
 def _sample_all(plan: ComparisonPlan) -> dict[str, ModelReplies]:
@@ -138,7 +167,7 @@ def _sample_one(
     Args:
         sampled: fields of Replies by model, the content of the replies' file.
     """
-    prompts = plan.encode(tokenizer)
+    prompts = plan.encode(tokenizer, name)
     if name not in sampled:
         replies = sample_replies(model, tokenizer, prompts, plan.replies_of(name), plan.sampling, name)
         sampled[name] = replies._asdict()
@@ -188,28 +217,36 @@ def _logprobs_under_base_and_reference(
 
     The base is the model named `base`, or else the one that the reference is an adapter of.
     """
-    reference = plan.sources[plan.reference]
-    base = plan.sources.get("base") or Source(reference.base, reference.base, None, None, None)
+    base = "base" if "base" in plan.sources else None
     return (
-        _logprobs_under("base", base, plan, replies, own),
-        _logprobs_under(plan.reference, reference, plan, {name: replies[name] for name in plan.sources}, own),
+        _logprobs_under(base, plan, replies, own),
+        _logprobs_under(plan.reference, plan, {name: replies[name] for name in plan.sources}, own),
     )
 
 
 def _logprobs_under(
-    title: str, source: Source, plan: ComparisonPlan, replies: dict[str, Replies], own: dict[str, LogProbs]
+    judge: str | None, plan: ComparisonPlan, replies: dict[str, Replies], own: dict[str, LogProbs]
 ) -> dict[str, LogProbs]:
     """Log-probabilities of replies under one model, by the name of the model that gave them.
 
     Those of the model's own replies are in `own` and are not computed again.
+
+    Args:
+        judge: name of the model; None: what the reference is an adapter of.
     """
-    same = (source.base, source.adapter)
-    known = {name: own[name] for name in own if (plan.sources[name].base, plan.sources[name].adapter) == same}
+    reference = plan.sources[plan.reference]
+    source = plan.sources[judge] if judge else Source(reference.base, reference.base, None, None, None)
+    same = (source.base, source.adapter, plan.turns.get(judge or ""))
+    known = {
+        name: own[name]
+        for name in own
+        if (plan.sources[name].base, plan.sources[name].adapter, plan.turns.get(name)) == same
+    }
 
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, LogProbs]:
-        prompts = plan.encode(tokenizer)
+        prompts = plan.encode(tokenizer, judge)
         return {
-            name: reply_logprobs(model, tokenizer, prompts, reply.ids, description=f"{name} under {title}")
+            name: reply_logprobs(model, tokenizer, prompts, reply.ids, description=f"{name} under {judge or 'base'}")
             for name, reply in replies.items()
             if name not in known
         }

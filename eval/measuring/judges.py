@@ -1,4 +1,7 @@
-"""Judges say which of two replies is better: labelers (rlhf/feedback/labelers.py), asked about one reply per model."""
+"""Judges say which of two replies is better, and some of them how good each is from 1 to 7.
+
+Judges are labelers (rlhf/feedback/labelers.py), asked about one reply per model.
+"""
 
 from typing import NamedTuple
 
@@ -6,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from eval.metrics import metric
-from eval.stats.intervals import Interval
-from rlhf.comparisons import Comparison, Labeler, Prompt, Task, make_task
+from eval.stats.intervals import Interval, interval
+from rlhf.comparisons import Comparison, Labeler, Prompt, Rater, Task, make_task
 from rlhf.errors import InputError
 from rlhf.feedback.labelers import LabelerSettings, make_labeler
-from rlhf.starter.labeler import SimulatedLabeler
+from rlhf.starter.labeler import SimulatedLabeler, SimulatedRaters
 
-JUDGES = ("gold", "reward", "judge", "human")
+JUDGES = ("gold", "simulated", "reward", "judge", "human")
 
 
 class Verdicts(NamedTuple):
@@ -21,6 +24,13 @@ class Verdicts(NamedTuple):
     prompts: list[int]  # numbers of the prompts that were judged
     model: list[float]
     reference: list[float]
+
+
+class JudgedReplies(NamedTuple):
+    """What one judge said of one model: each metric (`win_rate`, ...) over the prompts with these numbers."""
+
+    metrics: dict[str, Interval]
+    prompts: dict[str, list[int]]  # by metric; a metric that is no mean over prompts has none
 
 
 def make_judges(
@@ -39,12 +49,35 @@ def make_judges(
     unknown = [name for name in names if name not in JUDGES]
     if unknown:
         raise InputError(f"--judges {unknown[0]}: unknown. Judges are {', '.join(JUDGES)}.")
+    simulated: dict[str, Labeler] = {
+        "gold": SimulatedLabeler(temperature=0.0, name="gold"),
+        "simulated": SimulatedRaters(seed),
+    }
     return {
-        name: SimulatedLabeler(temperature=0.0, name="gold")
-        if name == "gold"
-        else make_labeler(name, settings, model_args, tokenizer, output_dir, seed)
+        name: simulated.get(name) or make_labeler(name, settings, model_args, tokenizer, output_dir, seed)
         for name in dict.fromkeys(names)
     }
+
+
+def judge_replies(
+    judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], lengths: dict[str, list[int]], reference: str
+) -> dict[str, JudgedReplies]:
+    """What one judge says of every model; see `ask`, `win_rates` and `rate`.
+
+    Args:
+        texts: one reply per prompt, by model.
+        lengths: tokens of each.
+    """
+    verdicts = ask(judge, prompts, texts, reference)
+    ratings = rate(judge, prompts, texts, reference) if isinstance(judge, Rater) else {}
+    judged = {}
+    for name in texts:
+        metrics = win_rates(verdicts[name], lengths[name], lengths[reference])
+        numbers = {"win_rate": verdicts[name].prompts}
+        if given := ratings.get(name):
+            metrics["rating"], numbers["rating"] = interval(list(given.values())), list(given)
+        judged[name] = JudgedReplies(metrics, numbers)
+    return judged
 
 
 def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], reference: str) -> dict[str, Verdicts]:
@@ -55,12 +88,7 @@ def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], refe
     Args:
         texts: one reply per prompt, by model.
     """
-    tasks: dict[tuple[str, int], Task] = {}
-    for name in texts:
-        for number, prompt in enumerate(prompts):
-            pair = [texts[name][number], texts[reference][number]]
-            if pair[0] != pair[1]:
-                tasks[name, number] = make_task("test", prompt, pair, [name, reference])
+    tasks = _tasks(prompts, texts, reference)
     if not tasks and len(texts) > 1:
         print(f"{judge.name}: every reply equals that of {reference!r}, so there was nothing to compare.")
     answers = dict(zip(tasks, judge.compare(list(tasks.values())), strict=True))
@@ -75,6 +103,43 @@ def ask(judge: Labeler, prompts: list[Prompt], texts: dict[str, list[str]], refe
                 judged[number] = (sum(wins), len(wins) - sum(wins))
         verdicts[name] = Verdicts(list(judged), [pair[0] for pair in judged.values()], [p[1] for p in judged.values()])
     return verdicts
+
+
+def _tasks(prompts: list[Prompt], texts: dict[str, list[str]], reference: str) -> dict[tuple[str, int], Task]:
+    """Each model's reply and the reference's, by model and number of the prompt, where they differ."""
+    tasks = {}
+    for name in texts:
+        for number, prompt in enumerate(prompts):
+            pair = [texts[name][number], texts[reference][number]]
+            if pair[0] != pair[1]:
+                tasks[name, number] = make_task("test", prompt, pair, [name, reference])
+    return tasks
+
+
+def rate(
+    judge: Rater, prompts: list[Prompt], texts: dict[str, list[str]], reference: str
+) -> dict[str, dict[int, float]]:
+    """Mean rating of each model's reply by number of the prompt, over all who rated it, once `ask` has asked.
+
+    A reply that several models gave to a prompt has the ratings of all of them. A person who rated a reply beside
+    several others counts each time.
+
+    Args:
+        texts: one reply per prompt, by model.
+    """
+    tasks = _tasks(prompts, texts, reference)
+    given: dict[tuple[int, str], list[int]] = {}
+    for ((_, number), task), ratings in zip(tasks.items(), judge.ratings(list(tasks.values())), strict=True):
+        for rating in ratings:
+            given.setdefault((number, task.completions[rating.completion]), []).append(rating.rating)
+    return {
+        name: {
+            number: sum(found) / len(found)
+            for number, text in enumerate(texts[name])
+            if (found := given.get((number, text)))
+        }
+        for name in texts
+    }
 
 
 def _wins(answer: Comparison) -> float:

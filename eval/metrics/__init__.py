@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from evaluate import EvaluationModule
 
 HERE = Path(__file__).parent
-# The order of the comparison's table, and how a value is written. A judge's win rate is win_rate/<judge>.
+# The order of the comparison's table, and how a value is written. A judge's are win_rate/<judge>, rating/<judge>.
 FORMATS = {
     "gold_score": ".3f",
     "reward_score": ".3f",
     "win_rate": ".1%",
     "length_controlled_win_rate": ".1%",
+    "rating": ".2f",
     "kl": ".2f",
     "reply_length": ".1f",
     "distinct_2": ".3f",

@@ -1,4 +1,7 @@
-"""Means with 95% intervals: `Interval`, the bootstrap that makes one, and paired differences."""
+"""Means with 95% intervals: `Interval`, the bootstraps that make one, and paired differences.
+
+`interval` resamples prompts. `over_rows_and_seeds` resamples prompts (or rows of a task) and training runs together.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -142,3 +145,65 @@ def interval(
     """
     sample = Sample(list(values), [1.0] * len(values) if weights is None else list(weights), transform)
     return _bootstrap(_statistic(transform), sample[:2], seed, sample)
+
+
+class SeedScores(NamedTuple):
+    """The scores of one way of training."""
+
+    cell: Interval  # over rows and seeds; n is the number of rows
+    seeds: list[float]  # mean of each seed
+
+    def to_json(self) -> JsonObject:
+        return {**self.cell.to_json(), "seeds": self.seeds}
+
+
+def over_rows_and_seeds(scores: np.ndarray, weights: np.ndarray, seed: int) -> SeedScores:
+    """Mean of scores (S seeds, R rows) with its 95% percentile-bootstrap interval, seeds and rows drawn independently.
+
+    Each row counts by its weight: its number of words or tokens, or 0 where a seed has no score of it.
+
+    This is the two-way bootstrap of Owen (2007), "The pigeonhole bootstrap". Its interval errs on the wide side, except
+    that few seeds say little about how much seeds differ.
+
+    Args:
+        scores: (S, R) float64.
+        weights: (R,) or (S, R), not negative.
+    """
+    weights = np.broadcast_to(weights, scores.shape)
+    low, high = np.nanpercentile(_means_of_resamples(scores, weights, seed), [2.5, 97.5])
+    mean = float((scores * weights).sum() / weights.sum())
+    by_seed = ((scores * weights).sum(axis=1) / weights.sum(axis=1)).tolist()
+    return SeedScores(Interval(mean, float(low), float(high), scores.shape[1]), by_seed)
+
+
+def _means_of_resamples(scores: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Weighted means (RESAMPLES,) of scores (S, R), seeds and rows drawn with replacement.
+
+    Equal shapes and seeds draw the same seeds and rows.
+    """
+    count, rows = scores.shape
+    rng = np.random.default_rng(seed)
+    seed_weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+    row_weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+    total = ((seed_weights @ weights) * row_weights).sum(axis=1)
+    return ((seed_weights @ (scores * weights)) * row_weights).sum(axis=1) / np.where(total > 0, total, np.nan)
+
+
+def share_repaired(tax: np.ndarray, repaired: np.ndarray, weights: np.ndarray, seed: int) -> Interval | None:
+    """How much of a loss is made good: mean of `repaired` / mean of `tax`, rows and seeds resampled together.
+
+    Args:
+        tax: (S, R) how much worse each row became; paired by seed and row with `repaired`.
+        repaired: (S, R) how much of that is gone.
+        weights: (R,) of the rows.
+
+    Returns:
+        None if the interval of the mean tax is not above 0: then there is nothing to make good.
+    """
+    weights = np.broadcast_to(weights, tax.shape)
+    if over_rows_and_seeds(tax, weights, seed).cell.low <= 0:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):  # of few rows, some resamples have no tax
+        shares = _means_of_resamples(repaired, weights, seed) / _means_of_resamples(tax, weights, seed)
+    low, high = np.nanpercentile(shares, [2.5, 97.5])
+    return Interval(float((repaired * weights).sum() / (tax * weights).sum()), float(low), float(high), tax.shape[1])

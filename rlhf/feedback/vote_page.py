@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.comparisons import Comparison, Prompt, Task
+from rlhf.comparisons import Comparison, Prompt, Rating, Task
 from rlhf.errors import InputError
 from rlhf.feedback.agreement import measure_agreement
 from rlhf.feedback.assignment import Assignment, NotAsked, TaskView, VotingSettings
@@ -181,6 +181,20 @@ class People:
             blocks.close(verbose=False)
         self.finished = assignment.everybody_is_done()
         return self._comparisons(tasks, file.votes, assignment)
+
+    def ratings(self, tasks: list[Task]) -> list[list[Rating]]:
+        """The ratings in the votes file, first answers only; none where a person left a rating out."""
+        given: dict[str, list[Rating]] = {task.id: [] for task in tasks}
+        sizes = {task.id: len(task.completions) for task in tasks}
+        for vote in VoteFile(self.path).votes:
+            if vote.repeat or vote.skipped or len(vote.ratings or []) != sizes.get(vote.task):
+                continue
+            given[vote.task] += [
+                Rating(number, rating, vote.labeler)
+                for number, rating in enumerate(vote.ratings or [])
+                if rating is not None
+            ]
+        return [given[task.id] for task in tasks]
 
     def _comparisons(self, tasks: list[Task], votes: list[Vote], assignment: Assignment) -> list[list[Comparison]]:
         known = {task.id: len(task.completions) for task in tasks}

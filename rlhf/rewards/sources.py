@@ -61,14 +61,14 @@ def resolve_reward(
         flag: the flag that gave the name, for error messages.
         allow_functions: `name` may also be `judge`, or the import path of a function, like
             `my_package.my_module.my_function`.
-        base: the policy's base model, which the reward adapter of a decoder has to share.
+        base: the policy's base model; a reward adapter of another decoder is announced, as it needs its own in memory.
         columns: the dataset's columns, which a function may need.
         trust_remote_code: see `resolve`.
         judge: the flags of `judge`; default: their defaults.
 
     Raises:
         InputError: see `resolve_judge`; or if there is no such function, its module can't be imported, it takes other
-            arguments than a reward function, or the model is a language model or an adapter of another base.
+            arguments than a reward function, or the model is a language model.
     """
     if name == STARTER:
         return RewardSource(name, None, starter_reward)
@@ -189,9 +189,9 @@ def _resolve_reward_model(name: str, flag: str, base: str | None, trust_remote_c
             "classifier (SEQ_CLS). Train one with recipes/reward.py."
         )
     elif base is not None and source.base != base and is_decoder(base_config(source)):
-        raise InputError(
-            f"{flag} {name}: this adapter belongs to the base {source.base}, the policy to {base}. Train "
-            "a reward adapter on the policy's base, or merge this one into a full model (merge_and_unload)."
+        print(
+            f"{flag} {name}: an adapter of {Path(source.base).name}, which is loaded beside the policy's own base "
+            f"{Path(base).name}. A reward adapter of the policy's base would share its memory."
         )
     labels = score_labels(source)
     if labels > 2:

@@ -40,8 +40,9 @@ FREE_FLAGS = {
 # Flags that name local files or folders whose content belongs to the run.
 CONTENT_FLAGS = (
     "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
-    "ptx_dataset_name", "templates", "models", "tokenizer_name", "base_config", "sft_config", "collect_config",
-    "reward_config", "ppo_config", "compare_config", "judge_model_name_or_path", "rubric",
+    "ptx_dataset_name", "templates", "models", "few_shot", "comparisons", "tokenizer_name", "base_config",
+    "sft_config", "collect_config", "reward_config", "ppo_config", "compare_config", "judge_model_name_or_path",
+    "rubric",
 )  # fmt: skip
 # what a finished run must still have, with and without LoRA; a large model's weights are several files
 MODEL: dict[str, tuple[str, ...]] = {

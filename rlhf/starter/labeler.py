@@ -5,12 +5,13 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rlhf.comparisons import (
     Comparison,
     PreferencePair,
     Prompt,
+    Rating,
     Task,
     bradley_terry,
     make_task,
@@ -79,6 +80,76 @@ class SimulatedLabeler:
             certainty = probability if preferred == "first" else 1 - probability
             comparisons.append(sure._replace(preferred=preferred, certainty=certainty))
         return comparisons
+
+
+class Scale(NamedTuple):
+    """A simulated person's scale from 1 to 7, which nobody else knows.
+
+    The person feels `score + offset + noise`. Five classes of equal width divide the feelings from -`spread` to
+    +`spread`; 1 and 7 are what lies beyond.
+    """
+
+    name: str
+    offset: float  # above 0: a mild person
+    spread: float  # small: one who is quick to give a 1 or a 7
+    noise: float = 0.2  # standard deviation, in units of the score
+
+    def rating(self, feeling: float) -> int:
+        """The class of a feeling.
+
+        >>> [Scale("ada", offset=0.0, spread=0.5).rating(feeling) for feeling in (-0.6, -0.5, 0.0, 0.29, 0.31, 0.9)]
+        [1, 2, 4, 5, 6, 7]
+        """
+        cuts = [self.spread * (2 * number / 5 - 1) for number in range(6)]
+        return 1 + sum(feeling >= cut for cut in cuts)
+
+
+SCALES = (Scale("Ada", 0.0, 0.7), Scale("Ben", 0.25, 0.9), Scale("Cleo", -0.25, 0.5))
+
+
+@dataclass
+class SimulatedRaters:
+    """Simulated people who compare completions and rate each from 1 to 7, each person by a scale of their own.
+
+    What a person feels about a completion depends on the seed, the person, the prompt and the completion alone.
+
+    Args:
+        score: completions -> gold scores.
+    """
+
+    seed: int = 0
+    scales: tuple[Scale, ...] = SCALES
+    score: Callable[[list[str]], list[float]] = gold_scores
+    name: str = "simulated"
+    finished: bool = True
+
+    def compare(self, tasks: list[Task]) -> list[list[Comparison]]:
+        return [
+            [
+                comparison
+                for scale in self.scales
+                for comparison in prefer_higher(self._feelings(scale, task), scale.name)
+            ]
+            for task in tasks
+        ]
+
+    def ratings(self, tasks: list[Task]) -> list[list[Rating]]:
+        return [
+            [
+                Rating(number, scale.rating(feeling), scale.name)
+                for scale in self.scales
+                for number, feeling in enumerate(self._feelings(scale, task))
+            ]
+            for task in tasks
+        ]
+
+    def _feelings(self, scale: Scale, task: Task) -> list[float]:
+        feelings = []
+        for completion, score in zip(task.completions, self.score(task.completions), strict=True):
+            key = repr((self.seed, scale.name, task.prompt, completion))
+            noise = random.Random(zlib.crc32(key.encode())).gauss(0, scale.noise)
+            feelings.append(score + scale.offset + noise)
+        return feelings
 
 
 def starter_preferences(config: str | None = None, seed: int = 0) -> dict[str, list[PreferencePair]]:
