@@ -45,6 +45,7 @@ from rlhf.rewards import (
     RewardArgument,
     RewardLog,
     call_rewards,
+    gathered_means,
     need_scores,
     reward_functions,
     reward_names,
@@ -323,7 +324,7 @@ class RLOOTrainer(WholeCheckpoints, TRLRLOOTrainer):
             count: completions of this process.
         """
         noted = self._noted if self.model.training else self._noted_in_evaluation
-        for name, value in log.gathered_means().items():
+        for name, value in gathered_means(log.means()).items():
             noted.setdefault(name, []).append(value)
         table, extra = self._logs["extra"], log.gathered_extra(count)
         before, rows = len(self._logs["prompt"]), count * self.accelerator.num_processes

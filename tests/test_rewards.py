@@ -30,6 +30,7 @@ from rlhf.rewards import (
     RewardModel,
     call_rewards,
     completion_text,
+    gathered_means,
     resolve_reward,
     resolve_rewards,
     total_scores,
@@ -307,7 +308,7 @@ def test_what_is_logged_is_averaged_and_of_the_right_length():
         log.log_metric("length", value)
     log.log_extra("verdict", (text for text in TEXTS))
     log.check(3)
-    assert log.gathered_means() == {"length": 3.0} and log.gathered_extra(3) == {"verdict": TEXTS}
+    assert gathered_means(log.means()) == {"length": 3.0} and log.gathered_extra(3) == {"verdict": TEXTS}
     with pytest.raises(RewardError, match=r"log_extra\('verdict', ...\) .*3 values for 2 completions"):
         log.check(2)
 
@@ -462,3 +463,29 @@ def test_what_has_no_score_is_not_compared():
     assert total_scores(functions, [[1.0, None], [None, [0.5, 0.25]]], [2.0, 4.0], TEXTS[:2]) == [2.0, 3.0]
     with pytest.raises(RewardError, match=r"'length', '<lambda>': returned None for the completion 'bb' \(number 1"):
         total_scores(functions, [[1.0, None], [1.0, None]], [1.0, 1.0], TEXTS[:2])
+
+
+def test_processes_meet_behind_the_passes_of_reward_models(sft, tokenizer, prompts, tmp_path, monkeypatch):
+    """Among the passes, one that needs more of them under FSDP2 would wait for the other forever."""
+    inside, met = [False], []
+
+    def watched(function, *models):
+        inside[0] = True
+        result = function()
+        inside[0] = False
+        return result
+
+    def gather(own):
+        met.append(inside[0])
+        return own
+
+    def noting(prompts, completions, log_metric, **_):
+        log_metric("length", 2.0)
+        return [0.0] * len(prompts)
+
+    monkeypatch.setattr("rlhf.ppo.trainer.whole", watched)
+    monkeypatch.setattr("rlhf.rewards.log.gather_object", gather)
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, [noting], total_episodes=8)
+    ppo.train()
+    assert met == [False]
+    assert logged(ppo)[0]["length"] == 2.0

@@ -67,7 +67,7 @@ def collect_rewards(
         by_function,
         total.masked_fill(~scored, math.nan),
         per_token,
-        log.gathered_means() if functions else {},
+        log.means(),
         log.extra,
     )
 

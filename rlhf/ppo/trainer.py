@@ -61,7 +61,14 @@ from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
 from rlhf.ppo.update import UpdateSettings, clip_gradients, minibatches, ptx_batches, update
 from rlhf.ppo.upstream import OnlineTrainerState
 from rlhf.ppo.value_function import check_value_function, load_value_function
-from rlhf.rewards import RewardArgument, RewardScale, need_scores, reward_functions
+from rlhf.rewards import (
+    RewardArgument,
+    RewardFunction,
+    RewardScale,
+    gathered_means,
+    need_scores,
+    reward_functions,
+)
 
 
 class PPOTrainer(TrainerConventions):
@@ -297,12 +304,17 @@ class PPOTrainer(TrainerConventions):
     def rewards(self, rollout: Rollout) -> Rewards:
         """The rewards of the completions."""
         self._scale_ensembles(rollout)
-        rewards = whole(
-            lambda: collect_rewards(rollout, self.reward_funcs, self.reward_weights, self.state), self.model
-        )
+        rewards = self._collect(rollout, self.reward_funcs, self.reward_weights)
         scored = int(self.processes.sum((~rewards.scores.isnan()).sum()))
         need_scores(self.reward_funcs, scored, self.processes.number * len(rollout.prompts))
         return rewards
+
+    def _collect(self, rollout: Rollout, functions: list[RewardFunction], weights: list[float]) -> Rewards:
+        """What reward functions give. Processes meet behind the passes of the models, of which they may need different
+        numbers, and not among them.
+        """
+        found = whole(lambda: collect_rewards(rollout, functions, weights, self.state), self.model)
+        return found._replace(metrics=gathered_means(found.metrics or {}) if functions else {})
 
     def measure_ensembles(self) -> None:
         """Set the scales of ensembles from the first batch before it is trained on: an evaluation comes before it."""
@@ -315,8 +327,8 @@ class PPOTrainer(TrainerConventions):
         for ensemble in self.ensembles():
             if ensemble.scales is None:
                 ones = [1.0] * len(ensemble.members)
-                score = functools.partial(collect_rewards, rollout, ensemble.members, ones, self.state)
-                own = [scores.tolist() for scores in whole(score, self.model).by_function.values()]
+                found = self._collect(rollout, ensemble.members, ones)
+                own = [scores.tolist() for scores in found.by_function.values()]
                 everywhere = zip(*gather_object([own]), strict=True)
                 ensemble.measure([list(itertools.chain(*parts)) for parts in everywhere])
 
@@ -406,7 +418,7 @@ class PPOTrainer(TrainerConventions):
         rewards = self.rewards(rollout)
         logprobs, _, reference = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
         weights = [1.0] * len(self.eval_reward_funcs)
-        held_out = whole(lambda: collect_rewards(rollout, self.eval_reward_funcs, weights, self.state), self.model)
+        held_out = self._collect(rollout, self.eval_reward_funcs, weights)
         metrics = evaluation_metrics(rollout, rewards, held_out, logprobs - reference, self.processes)
         save_samples(args, self.state.global_step, prefix, sample_table(rollout, rewards, 32))
         return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -28,7 +28,7 @@ class Rewards(NamedTuple):
     by_function: dict[str, torch.Tensor]  # (B,) each, by name of the reward function; NaN where it gave no score
     scores: torch.Tensor  # (B,) their weighted sum; NaN where none of them gave a score
     per_token: torch.Tensor | None  # (B, T) the part of the sum that functions gave per token
-    metrics: dict[str, float] | None = None  # what the functions logged, means over all processes
+    metrics: dict[str, float] | None = None  # what the functions logged: means on this process, then over all
     extra: dict[str, list[Any]] | None = None  # the columns that the functions logged, B values each
 
 

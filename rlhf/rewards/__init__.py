@@ -13,7 +13,7 @@ from rlhf.rewards.calling import (
 )
 from rlhf.rewards.ensemble import Combination, RewardEnsemble, RewardScale, combine
 from rlhf.rewards.judge import JudgeReward, JudgeSource, resolve_judge
-from rlhf.rewards.log import RewardLog, with_own
+from rlhf.rewards.log import RewardLog, gathered_means, with_own
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.rubrics import JUDGE, JudgeArguments
 from rlhf.rewards.sources import (
@@ -55,6 +55,7 @@ __all__ = [
     "check_scores",
     "combine",
     "completion_text",
+    "gathered_means",
     "load_reward",
     "load_rewards",
     "need_scores",

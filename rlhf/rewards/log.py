@@ -53,19 +53,20 @@ class RewardLog:
         kept = {name: [value for value in values if value == value] for name, values in self.metrics.items()}
         return {name: sum(values) / len(values) if values else math.nan for name, values in kept.items()}
 
-    def gathered_means(self) -> dict[str, float]:
-        """The mean over the processes of each metric's mean. A metric may be missing on some processes."""
-        everywhere = gather_object([self.means()])
-        names = sorted({name for means in everywhere for name in means})
-        by_name = {name: [means[name] for means in everywhere if not math.isnan(means.get(name, math.nan))]
-                   for name in names}  # fmt: skip
-        return {name: sum(values) / len(values) for name, values in by_name.items() if values}
-
     def gathered_extra(self, count: int) -> dict[str, list[Any]]:
         """The columns over all processes in their order, each of which has `count` rows; None where one is missing."""
         everywhere = gather_object([self.extra])
         names = sorted({name for extra in everywhere for name in extra})
         return {name: [value for extra in everywhere for value in extra.get(name, [None] * count)] for name in names}
+
+
+def gathered_means(own: dict[str, float]) -> dict[str, float]:
+    """The mean over the processes of each metric's mean. A metric may be missing on some processes."""
+    everywhere = gather_object([own])
+    names = sorted({name for means in everywhere for name in means})
+    by_name = {name: [means[name] for means in everywhere if not math.isnan(means.get(name, math.nan))]
+               for name in names}  # fmt: skip
+    return {name: sum(values) / len(values) for name, values in by_name.items() if values}
 
 
 def with_own(metrics: dict[str, float], own: dict[str, float] | None) -> dict[str, float]:
