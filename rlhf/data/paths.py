@@ -143,7 +143,8 @@ def check_paths(values: dict[str, Any], runs: dict[str, str]) -> None:
     """
     for flag in (*PATH_FLAGS, *runs):
         # a YAML file may hold anything
-        for word in values[flag] if isinstance(values.get(flag), list) and flag == "models" else [values.get(flag)]:
+        several = isinstance(values.get(flag), list) and flag in ("models", "comparisons")
+        for word in values[flag] if several else [values.get(flag)]:
             if word is not None and not isinstance(word, str):
                 raise InputError(f"--{flag} {word}: needs a name or a path; found {type(word).__name__}.")
     for flag, message in runs.items():
