@@ -115,6 +115,7 @@ MISTAKES = {
     "compression": ("eval/compression.py", ["--models", f"mine={GONE}"]),
     "curves": ("eval/curves.py", ["--models", f"ppo={GONE}"]),
     "transfer": ("eval/transfer.py", ["--models", f"scratch={GONE}"]),
+    "instructgpt": ("eval/instructgpt.py", ["--comparisons", f"small={GONE}"]),
     "overoptimization": ("eval/overoptimization.py", ["--model_name_or_path", GONE]),
     "report": ("eval/report.py", ["--output_dir", GONE]),
 }  # fmt: skip

@@ -20,7 +20,7 @@ PATH_FLAGS = (
 )  # fmt: skip
 CONFIG_FLAGS = ("collect_config", "reward_config", "ppo_config", "compare_config", "sft_config", "base_config")
 RUN_FILE = "run.json"  # of a run folder, see rlhf/run/folders.py
-SEVERAL = ("models", "reward_model_path", "dataset_name")  # flags that take several names
+SEVERAL = ("models", "reward_model_path", "dataset_name", "comparisons")  # flags that take several names
 
 
 def words_of(value: Any) -> list[Any]:
