@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from conftest import count_a, ppo_trainer
+from conftest import LORA, count_a, ppo_config, ppo_trainer
 from safetensors.torch import load_file
 
 from rlhf.errors import InputError
 from rlhf.models.adapters import active_adapter
+from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.sources import resolve
+from rlhf.ppo import PPOTrainer
 from rlhf.ppo.config import VALUE_FILE
-from rlhf.ppo.value_function import load_value_function, save_value_function
-from rlhf.rewards import RewardScale
+from rlhf.ppo.model import PolicyAndValue
+from rlhf.ppo.value_function import check_value_function, load_value_function, save_value_function
+from rlhf.rewards import RewardScale, load_reward, resolve_reward
 
 
 def twice_as_many(prompts, completions, **_):
@@ -43,12 +47,65 @@ def test_a_run_starts_with_the_value_function_of_another(value_function, sft, to
         torch.testing.assert_close(scored.values[row, :count], hidden @ weight + bias, rtol=1e-4, atol=1e-4)
 
 
+def on_reward_model(sft, reward_adapter, tokenizer, prompts, folder, **changes):
+    """A trainer whose value function is a head on the frozen reward adapter of the policy's base."""
+    policy = load_policy(resolve(sft), LORA, tokenizer)
+    reward = load_reward(resolve_reward(str(reward_adapter)), LORA, policy=policy)
+    args = ppo_config(folder, value_function="reward", **changes)
+    return PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[reward])
+
+
+def test_a_head_on_the_reward_model_starts_as_the_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path):
+    ppo = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path)
+    rollout = ppo.rollout([ppo.train_dataset[n] for n in range(8)])
+    scored, scale = ppo.score(rollout), ppo.reward_scale
+    separate = load_reward_model(resolve(reward_adapter), LORA, tokenizer, trainable=False)
+    for row in range(8):  # the classifier of plain transformers on each beginning of the reply
+        ids, count = rollout.input_ids[row][rollout.attention_mask[row].bool()], int(rollout.completion_mask[row].sum())
+        with torch.no_grad():
+            raw = [float(separate(ids[None, : len(ids) - n]).logits) for n in range(count, 0, -1)]
+        expected = (torch.tensor(raw) - scale.mean) / scale.std
+        torch.testing.assert_close(scored.values[row, :count], expected, rtol=1e-4, atol=1e-4)
+        assert not scored.values[row, count:].any()
+
+
+def test_a_head_on_the_reward_model_learns_and_the_reward_model_does_not(
+    sft, reward_adapter, tokenizer, prompts, tmp_path, monkeypatch
+):
+    """What is read once per rollout gives the same run as reading it again in each step."""
+    once = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path / "once")
+    reward = {name: p.detach().clone() for name, p in once.model.named_parameters() if ".reward." in name}
+    assert once.model.value_parameters() == {"value_head.weight", "value_head.bias"}
+    once.train()
+    ends = {name: p.detach().clone() for name, p in once.model.named_parameters()}
+    assert len(reward) > 4 and all(torch.equal(ends[name], reward[name]) for name in reward)
+    monkeypatch.setattr(PolicyAndValue, "frozen_states", lambda *_: None)
+    again = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path / "again")
+    start = again.model.value_head.weight.detach().clone()
+    again.train()
+    for name, parameter in again.model.named_parameters():
+        torch.testing.assert_close(parameter, ends[name], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ends["value_head.weight"], start)
+
+
+def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path):
+    with pytest.raises(InputError, match="--value_function reward: needs a LoRA policy, and a reward adapter"):
+        ppo_trainer(sft, tokenizer, prompts, tmp_path, value_function="reward")
+    head, other = (ppo_trainer(sft, tokenizer, prompts, tmp_path).model for _ in range(2))
+    other.value_adapter = "reward"
+    weights = {name: p.detach() for name, p in head.named_parameters() if name in head.value_parameters()}
+    save_value_function(tmp_path, weights, RewardScale(0.0, 1.0), head)
+    check_value_function(str(tmp_path), head)
+    with pytest.raises(InputError, match="the adapter None that its head reads"):
+        check_value_function(str(tmp_path), other)
+
+
 def test_the_head_is_put_on_the_new_scale(sft, tokenizer, prompts, tmp_path):
     """Raw scores 10 + 4 V are (10 + 4 V - 6) / 2 = 2 V + 2 on a scale with mean 6 and standard deviation 2."""
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     head = ppo.model.value_head
     weights = {"value_head.weight": torch.ones_like(head.weight), "value_head.bias": torch.tensor([0.5])}
-    save_value_function(tmp_path, weights, RewardScale(10.0, 4.0))
+    save_value_function(tmp_path, weights, RewardScale(10.0, 4.0), ppo.model)
     load_value_function(str(tmp_path), ppo.model, RewardScale(6.0, 2.0))
     assert head.weight.unique().tolist() == [2.0]
     assert head.bias.tolist() == [3.0]  # 2 * 0.5 + 2
@@ -57,6 +114,7 @@ def test_the_head_is_put_on_the_new_scale(sft, tokenizer, prompts, tmp_path):
 def test_other_folders_and_forms_are_refused(sft, tokenizer, prompts, tmp_path):
     with pytest.raises(InputError, match=r"--value_model_path .*nowhere: has no value_function.safetensors"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, value_model_path=str(tmp_path / "nowhere"))
-    save_value_function(tmp_path, {"value_head.weight": torch.ones(1, 3)}, RewardScale(0.0, 1.0))
+    other = ppo_trainer(sft, tokenizer, prompts, tmp_path).model
+    save_value_function(tmp_path, {"value_head.weight": torch.ones(1, 3)}, RewardScale(0.0, 1.0), other)
     with pytest.raises(InputError, match="another form or size"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, value_model_path=str(tmp_path))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from trl import ModelConfig
 
-from rlhf.models.adapters import REFERENCE, active_adapter, trunk
+from rlhf.models.adapters import REFERENCE, REWARD, active_adapter, trunk
 from rlhf.models.generation import draw_tokens
 from rlhf.models.logprobs import Entropy, token_logprobs
 from rlhf.models.prefix import WORTH_IT, before_head, forward_behind_prefix, take
@@ -151,7 +151,10 @@ class PPOPasses:
         """What PolicyAndValue.forward returns."""
         trained, length = self.models.trained, self.args.response_length
         logprobs, entropies, hidden = self.completion_logprobs(self.policy, rows, tokens, entropy)
-        if trained.value_adapter is not None:
+        if trained.value_adapter == REWARD and torch.is_grad_enabled():  # read before the update
+            width = self.policy.config.get_text_config().hidden_size
+            hidden = torch.zeros(rows, length, width, dtype=hidden.dtype)
+        elif trained.value_adapter is not None:
             with active_adapter(self.policy, trained.value_adapter):
                 states = self.forward(trunk(self.policy), rows, tokens)[0]
             hidden = take(states, torch.zeros(rows, length, dtype=torch.long))

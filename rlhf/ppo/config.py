@@ -60,8 +60,8 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
             (Ziegler et al., section 2.2); None keeps it fixed.
         target_kl: ends an update when the policy has moved this far from the policy that sampled (mean of squared log
             ratios / 2, in nats per token).
-        value_function: `head` on the policy's trunk, or an `adapter` of its own with a head (LoRA only). A
-            `value_model` passed to PPOTrainer takes precedence.
+        value_function: a `head` on the policy's trunk; or with LoRA an `adapter` of its own with a head, or a head on
+            the frozen adapter of the `reward` model. A `value_model` passed to PPOTrainer takes precedence.
         value_model_path: output folder of a finished PPO run, whose value function this one starts as.
         value_learning_rate: of the value function's own parameters; None: `learning_rate`.
         value_warmup_steps: number of initial updates that train only the value function.
@@ -143,8 +143,11 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
     target_kl: PositiveFloat | None = field(
         default=None, metadata={"help": "End an update early when its approxkl exceeds this."}
     )
-    value_function: Literal["head", "adapter"] = field(
-        default="head", metadata={"help": "Value function: a head on the policy's trunk, or an adapter of its own."}
+    value_function: Literal["head", "adapter", "reward"] = field(
+        default="head",
+        metadata={
+            "help": "Value function: a head on the policy's trunk, an adapter of its own, or a head on the reward's."
+        },
     )
     value_model_path: str | None = field(
         default=None, metadata={"help": "A finished PPO run, whose value function this one starts as."}

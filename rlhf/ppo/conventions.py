@@ -396,7 +396,7 @@ class TrainerConventions(TRLPPOTrainer):
         self._save_policy(folder, weights)
         if self.args.should_save and self.reward_scale is not None:
             values = {name: weight.contiguous() for name, weight in weights.items() if name in own}
-            save_value_function(Path(folder), values, self.reward_scale)
+            save_value_function(Path(folder), values, self.reward_scale, self.model)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

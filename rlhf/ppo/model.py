@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.models.adapters import active_adapter, trunk
+from rlhf.models.adapters import REWARD, active_adapter, trunk
 from rlhf.models.logprobs import Entropy, token_logprobs
 from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
 from rlhf.models.seq2seq import decoder_outputs
@@ -64,7 +64,7 @@ class PolicyAndValue(Shardable):
         policy: a causal or an encoder-decoder language model, or a PeftModel of one.
         value_model: a sequence classifier with one output, trained beside the policy.
         value_adapter: without a `value_model`, the policy's adapter that becomes the value function, with a head. None
-            puts the head on the policy's own trunk.
+            puts the head on the policy's own trunk. A frozen adapter, the reward model's, is read once per rollout.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class PolicyAndValue(Shardable):
         temperature: float,
         with_values: bool = True,
         entropy_gradient: bool = False,
+        value_states: torch.Tensor | None = None,
     ) -> TokenOutputs:
         """Log-probabilities, values and (in training mode) entropy of completion tokens, T of the longest completion.
 
@@ -112,11 +113,23 @@ class PolicyAndValue(Shardable):
             rows: prompts and completions without a gap between them.
             with_values: False returns 0 for the values and saves their computation.
             entropy_gradient: let gradients through the entropy, for an entropy bonus.
+            value_states: (B, T, d) what `frozen_states` gave for these rows.
         """
         entropy: Entropy = "graph" if entropy_gradient else "value" if self.training else "none"
         found, hidden = _policy_outputs(self.policy, rows, temperature, entropy, share=not self.in_step)
-        values = self._values(hidden, rows) if with_values else torch.zeros_like(found[0])
+        if value_states is not None:
+            values = self._head(value_states)
+        else:
+            values = self._values(hidden, rows) if with_values else torch.zeros_like(found[0])
         return TokenOutputs(*found, values)
+
+    @torch.no_grad()
+    def frozen_states(self, rows: Rows) -> torch.Tensor | None:
+        """The hidden states (B, T, d) that the value function's head reads, if training doesn't change them."""
+        if self.value_adapter != REWARD:
+            return None
+        with active_adapter(self.policy, REWARD):
+            return _trunk_hidden(self.policy, rows, share=not self.in_step)
 
     def _values(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Values (B, T) float32; `hidden` (B, T, d) are the policy's hidden states before each completion token."""
@@ -130,6 +143,9 @@ class PolicyAndValue(Shardable):
                 hidden = _trunk_hidden(self.policy, rows, share=not self.in_step)
         elif self.warming_up:
             hidden = hidden.detach()
+        return self._head(hidden)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 

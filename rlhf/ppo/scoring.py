@@ -118,7 +118,7 @@ def shape_scores(
 def start_value_head(
     model: PolicyAndValue, functions: list[RewardFunction], weights: list[float], scale: RewardScale
 ) -> None:
-    """Start an adapter value function as the reward model, as in InstructGPT, but on the scale of the scores.
+    """Start a value function on an adapter as the reward model, as in InstructGPT, but on the scale of the scores.
 
     Other value functions start at 0, and so does this one if no reward function is an adapter of the policy. In place
     of an ensemble it starts as the first of its models.
@@ -144,15 +144,22 @@ def logprobs_and_values(
     *,
     batch_size: int,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logprobs, values and reference logprobs, (B, T) float32. Rows of similar length are computed together."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Logprobs, values and reference logprobs, (B, T) float32, and the frozen states of the value function if it has
+    some, (B, T, d). Rows of similar length are computed together.
+    """
     model.eval()
+    kept: torch.Tensor | None = None
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
         packed = pack(rollout, rows)
-        policy = model(packed, temperature)
+        states = model.frozen_states(packed)
+        policy = model(packed, temperature, value_states=states)
+        if states is not None:
+            kept = states.new_zeros(*rollout.completion_mask.shape, states.shape[-1]) if kept is None else kept
+            kept[rows, : states.shape[1]] = states
         reference = reference_logprobs(model.policy, ref_model, ref_adapter_name, packed, temperature)
         mask = rollout.completion_mask[rows, : policy.logprobs.shape[1]]
         for result, part in zip(results, (policy.logprobs, policy.values, reference), strict=True):
             result[rows, : part.shape[1]] = part * mask
-    return results[0], results[1], results[2]
+    return results[0], results[1], results[2], kept

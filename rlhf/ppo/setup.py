@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.encoding import tokens_needed
 from rlhf.errors import InputError
-from rlhf.models.adapters import VALUE, add_value_adapter, recompute_with_same_adapter
+from rlhf.models.adapters import REWARD, VALUE, add_value_adapter, recompute_with_same_adapter
 from rlhf.models.tokenizers import end_ids
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import Model
@@ -150,6 +150,13 @@ def policy_and_value(model: Model, value_model: Model | None, adapter_name: str,
             raise InputError("--value_function adapter: needs a LoRA policy. Use 'head', or pass a value_model.")
         add_value_adapter(model, adapter_name)
         value_adapter = VALUE
+    if args.value_function == "reward" and value_model is None:
+        if not isinstance(model, PeftModel) or REWARD not in model.peft_config:
+            raise InputError(
+                "--value_function reward: needs a LoRA policy, and a reward adapter of its base (--reward_model_path). "
+                "Use 'head'."
+            )
+        value_adapter = REWARD
     if args.activation_checkpointing:
         checkpoint_activations(model, args)
         checkpoint_activations(value_model, args)

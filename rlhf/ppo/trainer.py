@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -283,9 +284,9 @@ class PPOTrainer(TrainerConventions):
             missing_eos_score=args.missing_eos_score,
         )
         with self._timed("logprobs"):
-            logprobs, values, reference = self._logprobs_and_values(rollout, args.per_device_train_batch_size)
+            logprobs, values, reference, states = self._logprobs_and_values(rollout, args.per_device_train_batch_size)
         weights = self.sampling_weights(rollout, logprobs, reference)
-        return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards, weights)
+        return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards, weights, states)
 
     def sampling_weights(
         self, rollout: Rollout, logprobs: torch.Tensor, reference: torch.Tensor
@@ -416,7 +417,7 @@ class PPOTrainer(TrainerConventions):
         uniforms = draw_uniforms(0, numbers, args.response_length, -1, self.accelerator.device)
         rollout = self._sample([rows[number % len(rows)] for number in numbers], uniforms)
         rewards = self.rewards(rollout)
-        logprobs, _, reference = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
+        logprobs, _, reference, _ = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
         weights = [1.0] * len(self.eval_reward_funcs)
         held_out = self._collect(rollout, self.eval_reward_funcs, weights)
         metrics = evaluation_metrics(rollout, rewards, held_out, logprobs - reference, self.processes)
@@ -434,7 +435,7 @@ class PPOTrainer(TrainerConventions):
 
     def _logprobs_and_values(
         self, rollout: Rollout, batch_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         compute = functools.partial(
             logprobs_and_values, self.model, self.ref_model, self.ref_adapter_name, rollout,
             batch_size=batch_size, temperature=self.args.temperature,
@@ -442,7 +443,7 @@ class PPOTrainer(TrainerConventions):
         with mixed_precision(self.accelerator, self.model.policy):
             return whole(compute, self.model, self.reference)
 
-    def _forward(self, rows: Rows, temperature: float, **settings: bool) -> TokenOutputs:
+    def _forward(self, rows: Rows, temperature: float, **settings: Any) -> TokenOutputs:
         self.model_wrapped.train()
         with autocast(self.accelerator):
             return self.model_wrapped(rows, temperature, **settings)

@@ -43,6 +43,7 @@ class Scored(NamedTuple):
     per_token: torch.Tensor | None = None  # (B, T) the part of `scores` that belongs to single tokens
     rewards: Rewards | None = None  # what the reward functions gave
     sampling_weights: torch.Tensor | None = None  # (B, T) of the policy loss; see rlhf/ppo/mismatch.py
+    value_states: torch.Tensor | None = None  # (B, T, d) what the value head reads, if the update doesn't change it
 
 
 class Advantages(NamedTuple):

@@ -215,7 +215,8 @@ def micro_batch_losses(
     """The losses of some rows under the current model."""
     packed = pack(rollout, rows)
     length = int(packed.lengths.max())
-    new = forward(packed, settings.temperature, entropy_gradient=settings.entropy_coef > 0)
+    states = None if scored.value_states is None else scored.value_states[rows, :length]
+    new = forward(packed, settings.temperature, entropy_gradient=settings.entropy_coef > 0, value_states=states)
     return ppo_loss(
         new,
         scored.logprobs[rows, :length],

@@ -13,25 +13,31 @@ from rlhf.ppo.sharding import put
 from rlhf.rewards import RewardScale
 
 
-def save_value_function(folder: Path, weights: dict[str, torch.Tensor], scale: RewardScale) -> None:
-    """Write the value function's tensors, and the scale of the scores that it predicts.
+def save_value_function(
+    folder: Path, weights: dict[str, torch.Tensor], scale: RewardScale, model: PolicyAndValue
+) -> None:
+    """Write the value function's tensors, what its head reads, and the scale of the scores that it predicts.
 
     Args:
         weights: by the names of PolicyAndValue, on the CPU.
     """
-    save_file(weights, folder / VALUE_FILE, metadata={name: str(value) for name, value in scale._asdict().items()})
+    metadata = {"mean": str(scale.mean), "std": str(scale.std), "reads": str(model.value_adapter)}
+    save_file(weights, folder / VALUE_FILE, metadata=metadata)
 
 
 def check_value_function(path: str, model: PolicyAndValue) -> None:
     """Raise InputError if the value function in a folder has another form or size than the model's."""
     with safe_open(value_file(path), "pt") as saved:
+        reads = (saved.metadata() or {}).get("reads")
         found = {(name, *saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     own = model.value_parameters()
     wanted = {(name, *getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if name in own}
     differ = sorted(name for name, *_ in found ^ wanted)
+    if reads != str(model.value_adapter):
+        differ.insert(0, f"the adapter {reads} that its head reads")
     if differ:
         raise InputError(
-            f"--value_model_path {path}: its value function has another form or size than this run's, see {differ[0]}. "
+            f"--value_model_path {path}: its value function has another form or size than this run's: see {differ[0]}. "
             "Give the base, the --value_function and the lora flags of that run."
         )
 
@@ -46,7 +52,7 @@ def load_value_function(path: str, model: PolicyAndValue, scale: RewardScale) ->
     """
     file = value_file(path)
     with safe_open(file, "pt") as saved:
-        old = RewardScale(**{name: float(value) for name, value in saved.metadata().items()})
+        old = RewardScale(*(float(saved.metadata()[name]) for name in RewardScale._fields))
     weights = load_file(file)
     for name, parameter in model.named_parameters():
         if name in weights:
