@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +22,7 @@ class ChatServer(ThreadingHTTPServer):
         self.unknown: dict[str, str] = {}  # fields that it refuses, and in what words
         self.failures: list[tuple[int, str]] = []  # status and body of the next answers
         self.failure: tuple[int, str] | None = None  # of all answers
-        self.delay = 0.0
+        self.together: threading.Barrier | None = None  # of so many questions that are answered at the same time
         self.lock = threading.Lock()
         self.under_way = self.most_under_way = 0
         self.bodies: list[dict[str, Any]] = []
@@ -61,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
             failure = server.failures.pop(0) if server.failures else server.failure
-        time.sleep(server.delay)
+        if server.together is not None:
+            server.together.wait(120)
         with server.lock:
             server.under_way -= 1
         if self.path != "/v1/chat/completions":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_a_judge_that_may_write_more_can_think_first():
 def test_questions_are_asked_at_the_same_time_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(rlhf.rewards.server_judge, "REQUESTS", 4)
     with chat_server(lambda q: ("3", None)) as server:
-        judge, server.delay = judge_by(judge_base_url=server.url), 0.05
+        judge, server.together = judge_by(judge_base_url=server.url), threading.Barrier(4)
         scores, _ = rate(judge, ["Hi"] * 12, ["Ho"] * 12)
     assert scores == [3.0] * 12 and server.most_under_way == 4
 
