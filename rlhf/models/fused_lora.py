@@ -70,7 +70,7 @@ class FusedLora(Linear):
             adapter not in self.lora_variant
             and type(self.lora_dropout[adapter]) is nn.Identity
             and all(type(part) is nn.Linear and not part._forward_pre_hooks and not part._forward_hooks
-                    and not isinstance(part.weight, DTensor) for part in parts)
+                    and not isinstance(part.weight, DTensor) and not hasattr(part.weight, "ds_id") for part in parts)
             and self.lora_B[adapter].bias is None
             and not self.base_layer.weight.requires_grad
             and (self.base_layer.bias is None or not self.base_layer.bias.requires_grad)

@@ -1,5 +1,6 @@
 """The value function of a run as a file, and as the start of another run."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.sharding import put
 from rlhf.rewards import RewardScale
 
+ABOUT = "value_function"  # the file's metadata
+
 
 def save_value_function(
     folder: Path, weights: dict[str, torch.Tensor], scale: RewardScale, model: PolicyAndValue
@@ -21,19 +24,20 @@ def save_value_function(
     Args:
         weights: by the names of PolicyAndValue, on the CPU.
     """
-    metadata = {"mean": str(scale.mean), "std": str(scale.std), "reads": str(model.value_adapter)}
-    save_file(weights, folder / VALUE_FILE, metadata=metadata)
+    # one entry: safetensors writes several in any order
+    about = json.dumps({"reads": model.value_adapter, "scale": scale})
+    save_file(weights, folder / VALUE_FILE, metadata={ABOUT: about})
 
 
 def check_value_function(path: str, model: PolicyAndValue) -> None:
     """Raise InputError if the value function in a folder has another form or size than the model's."""
     with safe_open(value_file(path), "pt") as saved:
-        reads = (saved.metadata() or {}).get("reads")
+        reads = json.loads((saved.metadata() or {}).get(ABOUT, '{"reads": "unknown"}'))["reads"]
         found = {(name, *saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
     own = model.value_parameters()
     wanted = {(name, *getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if name in own}
     differ = sorted(name for name, *_ in found ^ wanted)
-    if reads != str(model.value_adapter):
+    if reads != model.value_adapter:
         differ.insert(0, f"the adapter {reads} that its head reads")
     if differ:
         raise InputError(
@@ -52,7 +56,7 @@ def load_value_function(path: str, model: PolicyAndValue, scale: RewardScale) ->
     """
     file = value_file(path)
     with safe_open(file, "pt") as saved:
-        old = RewardScale(*(float(saved.metadata()[name]) for name in RewardScale._fields))
+        old = RewardScale(*json.loads(saved.metadata()[ABOUT])["scale"])
     weights = load_file(file)
     for name, parameter in model.named_parameters():
         if name in weights:

@@ -56,7 +56,7 @@ def computed(folder: str, rollout: Rollout, device: str, dtype: torch.dtype) -> 
     rollout = rollout._replace(
         **{name: part.to(device) for name, part in rollout._asdict().items() if isinstance(part, torch.Tensor)}
     )
-    logprobs, values, reference = logprobs_and_values(
+    logprobs, values, reference, _ = logprobs_and_values(
         module, policy, None, rollout, batch_size=8, temperature=0.7
     )  # fmt: skip
     fixed = [torch.randn(logprobs.shape, generator=generator).to(device) * rollout.completion_mask for _ in range(2)]
