@@ -67,8 +67,10 @@ def trainer_of(
         rows: prompts with `input_ids`.
         settings: of PPOConfig; ours is told `activation_checkpointing`, TRL's the older name of it.
     """
+    from peft.tuners.lora import Linear
     from trl import ModelConfig
 
+    from rlhf.models.fused_lora import FusedLora
     from rlhf.models.loading import load_causal_lm, load_reward_model
     from rlhf.models.sources import resolve
     from rlhf.models.tokenizers import load_tokenizer
@@ -99,6 +101,9 @@ def trainer_of(
     from rlhf.ppo.upstream import TRLPPOConfig, TRLPPOTrainer, need_trl_ppo
 
     need_trl_ppo()
+    for module in policy.modules():
+        if type(module) is FusedLora:
+            module.__class__ = Linear  # PEFT's own, which users of stock TRL have
     value, reward_model = (load_reward_model(source, whole, tokenizer) for _ in range(2))
     reward_model.requires_grad_(False)
     rows = rows.select_columns(["input_ids"])
