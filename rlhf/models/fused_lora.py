@@ -2,7 +2,7 @@
 
 PEFT's layer casts, multiplies by the scaling and adds in passes of their own over the layer's whole output. Here the
 low-rank part is added by the product that computes it, forward and backward, and the backward keeps nothing but the
-input and its low-rank image. docs/ppo.md has what that saves.
+input and its low-rank image. That saves memory above all (docs/ppo.md).
 """
 
 from typing import Any, TypeVar
