@@ -100,6 +100,24 @@ def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path)
         check_value_function(str(tmp_path), other)
 
 
+def test_a_held_out_reward_model_never_reaches_the_value_function(sft, reward_adapter, tokenizer, prompts, tmp_path):
+    for value_function in ("reward", "adapter"):
+        policy = load_policy(resolve(sft), LORA, tokenizer)
+        held_out = load_reward(resolve_reward(str(reward_adapter)), LORA, policy=policy)
+        assert held_out.adapter == "reward"
+        args = ppo_config(tmp_path, value_function=value_function)
+        given = {"train_dataset": prompts, "reward_funcs": [count_a], "eval_reward_funcs": [held_out]}
+        if value_function == "reward":
+            with pytest.raises(InputError, match="--value_function reward: needs"):
+                PPOTrainer(args, tokenizer, policy, **given)
+        else:
+            ppo = PPOTrainer(args, tokenizer, policy, **given)
+            weights = dict(ppo.model.named_parameters())
+            copied = [name for name in weights if ".value." in name]
+            assert copied
+            assert all(torch.equal(weights[name], weights[name.replace(".value.", ".default.")]) for name in copied)
+
+
 def test_the_head_is_put_on_the_new_scale(sft, tokenizer, prompts, tmp_path):
     """Raw scores 10 + 4 V are (10 + 4 V - 6) / 2 = 2 V + 2 on a scale with mean 6 and standard deviation 2."""
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)

@@ -207,9 +207,8 @@ def add_frozen_adapter(policy: PeftModel, source: Source, name: str) -> torch.nn
     return head.requires_grad_(False)
 
 
-def add_value_adapter(policy: PeftModel, active: str) -> None:
-    """Add a trainable adapter `value`: a copy of the reward adapter if there is one, else of the adapter `active`."""
-    origin = REWARD if REWARD in policy.peft_config else active
+def add_value_adapter(policy: PeftModel, origin: str) -> None:
+    """Add a trainable adapter `value`: a copy of the adapter `origin`."""
     config = copy.deepcopy(policy.peft_config[origin])
     config.inference_mode, config.modules_to_save = False, None
     weights = get_peft_model_state_dict(policy, adapter_name=origin)

@@ -58,7 +58,7 @@ def ppo_models(
     )
     reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
     adapter = policy.active_adapter if isinstance(policy, PeftModel) else "default"
-    return PPOModels(policy_and_value(policy, None, adapter, args), reference, scoring, others)
+    return PPOModels(policy_and_value(policy, None, adapter, args, REWARD in scoring), reference, scoring, others)
 
 
 class PPOPasses:

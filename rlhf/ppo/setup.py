@@ -135,11 +135,14 @@ def set_value_learning_rate(
             group["lr"] = value_learning_rate
 
 
-def policy_and_value(model: Model, value_model: Model | None, adapter_name: str, args: PPOConfig) -> PolicyAndValue:
+def policy_and_value(
+    model: Model, value_model: Model | None, adapter_name: str, args: PPOConfig, reward_trains: bool
+) -> PolicyAndValue:
     """The module to train: the policy, and `value_model` or else the value function that `args.value_function` names.
 
     Args:
         adapter_name: the policy's adapter, from which an adapter of the value function takes its shape.
+        reward_trains: the adapter `reward` is trained on, not held out for evaluation (see `trains_on_reward`).
 
     Raises:
         InputError: if the value function needs an adapter and the policy is not a PeftModel.
@@ -148,10 +151,10 @@ def policy_and_value(model: Model, value_model: Model | None, adapter_name: str,
     if args.value_function == "adapter" and value_model is None:
         if not isinstance(model, PeftModel):
             raise InputError("--value_function adapter: needs a LoRA policy. Use 'head', or pass a value_model.")
-        add_value_adapter(model, adapter_name)
+        add_value_adapter(model, REWARD if reward_trains else adapter_name)
         value_adapter = VALUE
     if args.value_function == "reward" and value_model is None:
-        if not isinstance(model, PeftModel) or REWARD not in model.peft_config:
+        if not reward_trains:
             raise InputError(
                 "--value_function reward: needs a LoRA policy, and a reward adapter of its base (--reward_model_path). "
                 "Use 'head'."
@@ -172,6 +175,15 @@ def same_for_each(given: object, tokenizer: PreTrainedTokenizerBase) -> list[Pre
 def one_reward(functions: list[RewardFunction], args: PPOConfig) -> list[RewardFunction]:
     """Several reward models as one ensemble."""
     return functions if len(functions) < 2 else [RewardEnsemble(functions, args.reward_ensemble, args.uwo_coef)]
+
+
+def trains_on_reward(functions: list[RewardFunction]) -> bool:
+    """Whether one of these rewards is, or an ensemble has, the first reward adapter on the policy's base.
+
+    Without such a reward, that adapter may be held out for evaluation, and the value function must not see it.
+    """
+    models = [one for function in functions for one in getattr(function, "members", [function])]
+    return any(getattr(model, "adapter", None) == REWARD for model in models)
 
 
 def reward_weights(functions: list[RewardFunction], args: PPOConfig) -> list[float]:

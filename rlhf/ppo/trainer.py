@@ -56,6 +56,7 @@ from rlhf.ppo.setup import (
     set_sizes,
     set_value_learning_rate,
     stop_ids,
+    trains_on_reward,
 )
 from rlhf.ppo.sharding import group_value_function, prepare, processes, say_gathered, shard, whole
 from rlhf.ppo.types import Advantages, Rewards, Rollout, Scored, UpdateStats
@@ -180,7 +181,9 @@ class PPOTrainer(TrainerConventions):
         )
         self.ref_model, self.ref_adapter_name = roles.reference, args.ref_adapter_name
         self.stop_token_ids = stop_ids(args, policy, roles.tokenizer)
-        self.model = policy_and_value(policy, roles.value, self.model_adapter_name, args)
+        self.model = policy_and_value(
+            policy, roles.value, self.model_adapter_name, args, trains_on_reward(self.reward_funcs)
+        )
         for module in (self.model, self.ref_model):
             if module is not None:
                 disable_dropout(module)
