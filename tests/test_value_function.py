@@ -13,7 +13,7 @@ from rlhf.ppo import PPOTrainer
 from rlhf.ppo.config import VALUE_FILE
 from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.value_function import check_value_function, load_value_function, save_value_function
-from rlhf.rewards import RewardScale, load_reward, resolve_reward
+from rlhf.rewards import RewardModel, RewardScale, load_reward, resolve_reward
 
 
 def twice_as_many(prompts, completions, **_):
@@ -104,7 +104,7 @@ def test_a_held_out_reward_model_never_reaches_the_value_function(sft, reward_ad
     for value_function in ("reward", "adapter"):
         policy = load_policy(resolve(sft), LORA, tokenizer)
         held_out = load_reward(resolve_reward(str(reward_adapter)), LORA, policy=policy)
-        assert held_out.adapter == "reward"
+        assert isinstance(held_out, RewardModel) and held_out.adapter == "reward"
         args = ppo_config(tmp_path, value_function=value_function)
         given = {"train_dataset": prompts, "reward_funcs": [count_a], "eval_reward_funcs": [held_out]}
         if value_function == "reward":

@@ -98,7 +98,8 @@ def folders(roles, files, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_four_roles_of_one_base_train_as_on_one_process(folders, kind):
-    assert_same_run(folders[None], folders[kind], (1e-5, 1e-3))
+    # an ensemble divides scores by their spread, here a few hundredths, and rounding with them
+    assert_same_run(folders[None], folders[kind], (1e-4, 1e-3))
     adapters = [load_file(folders[name] / "adapter_model.safetensors") for name in (None, kind)]
     assert set(adapters[0]) == set(adapters[1])
     assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-5) for name in adapters[0])
