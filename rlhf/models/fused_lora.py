@@ -58,6 +58,9 @@ class FusedLora(Linear):
         dtype = torch.get_autocast_dtype(kind) if mixed else base.weight.dtype
         if not mixed and (x.dtype != dtype or (torch.is_grad_enabled() and down.dtype != dtype)):
             return super().forward(x)  # PEFT trains the low-rank part in the adapter's own precision then
+        if dtype == torch.float32 or hasattr(base.weight, "ds_id"):
+            # float32 rounds as in PEFT, whichever strategy trains; ZeRO-3, whose hooks some passes lack, does so always
+            return super().forward(x)
         with torch.autocast(kind, enabled=False):
             weights = (p if p is None else p.to(dtype) for p in (base.weight, base.bias, down, up))
             output = _LowRankProduct.apply(x.to(dtype).flatten(0, -2), *weights, self.scaling[active[0]])
@@ -70,7 +73,7 @@ class FusedLora(Linear):
             adapter not in self.lora_variant
             and type(self.lora_dropout[adapter]) is nn.Identity
             and all(type(part) is nn.Linear and not part._forward_pre_hooks and not part._forward_hooks
-                    and not isinstance(part.weight, DTensor) and not hasattr(part.weight, "ds_id") for part in parts)
+                    and not isinstance(part.weight, DTensor) for part in parts)
             and self.lora_B[adapter].bias is None
             and not self.base_layer.weight.requires_grad
             and (self.base_layer.bias is None or not self.base_layer.bias.requires_grad)
