@@ -184,8 +184,8 @@ def _policy_outputs(
     caught = []
 
     def select(hidden: torch.Tensor) -> torch.Tensor:
-        if len(hidden) < len(exists):  # the pass over the shared prefix; its logits are not needed
-            return hidden[:, -1:]
+        if len(hidden) < len(exists):  # the pass over the shared prefix needs no logits
+            return hidden[:, :0]
         caught.append(take(hidden, positions - (rows.input_ids.shape[1] - hidden.shape[1])))
         return caught[-1][exists][None]
 
