@@ -69,10 +69,12 @@ class Rater(Protocol):
 
 
 def prefer_higher(scores: list[float], labeler: str, temperature: float | None = None) -> list[Comparison]:
-    """Comparisons of all pairs of a task's completions by their scores; equal scores are a tie.
+    """Comparisons of all pairs of a task's completions by their scores; equal scores, or a NaN, are a tie.
 
     >>> [comparison.preferred for comparison in prefer_higher([0.5, 2.0, 2.0], "judge")]
     ['second', 'second', 'tie']
+    >>> prefer_higher([0.5, float("nan")], "judge", temperature=1.0)[0][2:4]
+    ('tie', None)
 
     Args:
         temperature: of the Bradley–Terry model that the scores belong to. It gives each answer its certainty, 1 / (1 +
@@ -82,8 +84,9 @@ def prefer_higher(scores: list[float], labeler: str, temperature: float | None =
     for first, second in itertools.combinations(range(len(scores)), 2):
         difference = scores[first] - scores[second]
         preferred: Literal["first", "second", "tie"]
-        preferred = "tie" if difference == 0 else "first" if difference > 0 else "second"
-        certainty = bradley_terry(abs(difference), temperature) if temperature is not None else None
+        preferred = "first" if difference > 0 else "second" if difference < 0 else "tie"
+        unknown = temperature is None or math.isnan(difference)
+        certainty = None if unknown else bradley_terry(abs(difference), temperature or 0.0)
         answers.append(Comparison(first, second, preferred, certainty, labeler))
     return answers
 

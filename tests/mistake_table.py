@@ -742,6 +742,8 @@ JUDGED = "--reward_funcs judge --judge_model_name_or_path made/lm"
 RUBRIC = "rubric.yaml"
 for name, command, wrong, *says in (
     ("a principle without a judge", "recipes/ppo", "--principle 'Be kind.'", "--principle", "--reward_funcs judge"),
+    ("a principle without a judge", "recipes/collect", "--principle 'Be kind.'", "--principle", "--labeler judge"),
+    ("a principle without a judge", "eval/compare", "--principle 'Be kind.'", "--principle", "--judges"),
     ("a judge's address without one", "recipes/rloo", "--judge_base_url http://127.0.0.1:1/v1", "--judge_base_url"),
     ("an empty principle", "recipes/ppo", f"{JUDGED} --principle ' '", "--principle"),
     ("an empty principle", "recipes/collect", "--labeler judge --principle ''", "--principle"),

@@ -43,6 +43,19 @@ def test_a_function_prefers_what_it_scores_higher(tokenizer, tmp_path, monkeypat
     assert labeler.name == "reward taste.longer"
 
 
+def test_a_reply_without_a_score_ties_with_every_other(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "shy.py").write_text(
+        "def rate(completions, **columns):\n"
+        "    texts = [completion[0]['content'] for completion in completions]\n"
+        "    return [None if text == 'a' else float(len(text)) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first, second = ScoreLabeler(["shy.rate"], MODEL_ARGS, tokenizer).compare(tasks())
+    assert [c.preferred for c in first] == ["tie", "second", "tie"]
+    assert [c.preferred for c in second] == ["tie"]
+    assert "no score for 1 of 5 replies" in capsys.readouterr().out
+
+
 class OneSided(torch.nn.Module):
     """A judge that says A with a set probability, whatever it reads."""
 

@@ -12,7 +12,7 @@ from eval.metrics import metric
 from eval.stats.intervals import Interval, interval
 from rlhf.comparisons import Comparison, Labeler, Prompt, Rater, Task, make_task
 from rlhf.errors import InputError
-from rlhf.feedback.labelers import LabelerSettings, make_labeler
+from rlhf.feedback.labelers import LabelerSettings, check_judge_flags, make_labeler
 from rlhf.starter.labeler import SimulatedLabeler, SimulatedRaters
 
 JUDGES = ("gold", "simulated", "reward", "judge", "human")
@@ -49,6 +49,7 @@ def make_judges(
     unknown = [name for name in names if name not in JUDGES]
     if unknown:
         raise InputError(f"--judges {unknown[0]}: unknown. Judges are {', '.join(JUDGES)}.")
+    check_judge_flags(names, settings, "judge to --judges")
     simulated: dict[str, Labeler] = {
         "gold": SimulatedLabeler(temperature=0.0, name="gold"),
         "simulated": SimulatedRaters(seed),

@@ -1,6 +1,7 @@
 """The labelers behind `--labeler`: a simulation, a score, a judge model, people."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,8 @@ from rlhf.rewards import (
     resolve_reward_functions,
     total_scores,
 )
-from rlhf.rewards.rubrics import LEAST_ANSWERED, LETTERS, choice_question
+from rlhf.rewards.judge import refuse_judge_flags
+from rlhf.rewards.rubrics import JUDGE, LEAST_ANSWERED, LETTERS, choice_question
 from rlhf.run.ranges import NonNegativeFloat
 from rlhf.starter.labeler import SimulatedLabeler
 from rlhf.starter.model import STARTER
@@ -72,6 +74,12 @@ def check_labeler_kind(name: str) -> None:
         raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
 
 
+def check_judge_flags(names: list[str], settings: LabelerSettings, add: str) -> None:
+    """Raise InputError for flags of a judge if none of these labelers asks one; `add` would."""
+    if JUDGE not in names and not ("reward" in names and JUDGE in (settings.reward_funcs or [])):
+        refuse_judge_flags(settings, add)
+
+
 def make_labeler(
     name: str,
     settings: LabelerSettings,
@@ -90,6 +98,8 @@ def make_labeler(
         InputError: for an unknown labeler, model or function.
     """
     check_labeler_kind(name)
+    if isinstance(settings, LabelerArguments):
+        check_judge_flags([name], settings, "--labeler judge")
     if name == "simulated" and isinstance(settings, LabelerArguments):
         return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
     if name == "reward":
@@ -107,7 +117,8 @@ def make_labeler(
 class ScoreLabeler:
     """Prefers the reply that reward models or functions score higher; several scores are added.
 
-    A reward model is a Bradley–Terry model, so the difference of its scores gives the certainty. Functions give none.
+    A reward model is a Bradley–Terry model, so the difference of its scores gives the certainty. Functions give none. A
+    reply without a score, which a judge may give, is neither better nor worse than another.
     """
 
     finished = True
@@ -137,7 +148,10 @@ class ScoreLabeler:
             completions,
             self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
         )
-        totals = iter(total_scores(functions, columns, [1.0] * len(functions), completions))
+        scores = total_scores(functions, columns, [1.0] * len(functions), completions, need_all=False)
+        if silent := sum(map(math.isnan, scores)):
+            print(f"{self.name}: no score for {silent} of {len(scores)} replies; their comparisons count as ties.")
+        totals = iter(scores)
         return [prefer_higher([next(totals) for _ in task.completions], self.name, self.temperature) for task in tasks]
 
 

@@ -253,12 +253,17 @@ def need_scores(functions: Sequence[RewardFunction], scored: int, completions: i
 
 
 def total_scores(
-    functions: Sequence[RewardFunction], scores: list[list[Score]], weights: list[float], completions: list[Completion]
+    functions: Sequence[RewardFunction],
+    scores: list[list[Score]],
+    weights: list[float],
+    completions: list[Completion],
+    need_all: bool = True,
 ) -> list[float]:
     """The weighted sum of the functions' scores for each completion. Rewards per token are added; None adds nothing.
 
     Args:
         scores: as `call_rewards` returns them.
+        need_all: False gives NaN to a completion for which all functions returned None.
 
     Raises:
         RewardError: if all functions returned None for a completion, so that it can't be compared with others.
@@ -266,6 +271,9 @@ def total_scores(
     totals = []
     for number, (completion, row) in enumerate(zip(completions, zip(*scores, strict=True), strict=True)):
         if all(score is None for score in row):
+            if not need_all:
+                totals.append(math.nan)
+                continue
             names = ", ".join(map(repr, reward_names(functions)))
             raise RewardError(
                 f"Reward functions {names}: returned None for the completion {completion_text(completion)[:200]!r} "

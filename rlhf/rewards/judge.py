@@ -67,11 +67,15 @@ def resolve_judge(args: JudgeArguments, trust_remote_code: bool = False) -> Judg
     return JudgeSource(criteria, source, None)
 
 
-def refuse_judge_flags(args: JudgeArguments) -> None:
-    """Raise InputError for flags of a judge where none judges."""
+def refuse_judge_flags(args: JudgeArguments, add: str = f"--reward_funcs {JUDGE}") -> None:
+    """Raise InputError for flags of a judge where none judges.
+
+    Args:
+        add: what would make one judge.
+    """
     for flag in fields(JudgeArguments):
         if getattr(args, flag.name) != flag.default:
-            raise InputError(f"--{flag.name}: is a judge's, and no reward is one. Add --reward_funcs {JUDGE}.")
+            raise InputError(f"--{flag.name}: is a judge's, and none judges. Add {add}.")
 
 
 class JudgeReward:
