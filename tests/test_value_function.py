@@ -48,10 +48,10 @@ def test_a_run_starts_with_the_value_function_of_another(value_function, sft, to
 
 
 def on_reward_model(sft, reward_adapter, tokenizer, prompts, folder, **changes):
-    """A trainer whose value function is a head on the frozen reward adapter of the policy's base."""
+    """A trainer whose value function is by default a head on the frozen reward adapter of the policy's base."""
     policy = load_policy(resolve(sft), LORA, tokenizer)
     reward = load_reward(resolve_reward(str(reward_adapter)), LORA, policy=policy)
-    args = ppo_config(folder, value_function="reward", **changes)
+    args = ppo_config(folder, **changes)
     return PPOTrainer(args, tokenizer, policy, train_dataset=prompts, reward_funcs=[reward])
 
 
@@ -88,6 +88,29 @@ def test_a_head_on_the_reward_model_learns_and_the_reward_model_does_not(
     assert not torch.allclose(ends["value_head.weight"], start)
 
 
+@pytest.mark.parametrize(("value_function", "reads", "rate"), [(None, "reward", 1e-2), ("head", None, 1e-3)])
+def test_by_default_the_head_reads_the_reward_model_and_learns_ten_times_as_fast(
+    value_function, reads, rate, sft, reward_adapter, tokenizer, prompts, tmp_path
+):
+    """Adam's first step is as long as the rate."""
+    settings = {
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-12,
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "max_steps": 1,
+    }
+    ppo = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, value_function=value_function, **settings)
+    assert ppo.model.value_adapter == reads
+    rollout = ppo.rollout([ppo.train_dataset[n] for n in range(8)])
+    scored = ppo.score(rollout)
+    start = ppo.model.value_head.bias.item()
+    ppo.update(rollout, scored, ppo.advantages(rollout, scored))
+    assert abs(ppo.model.value_head.bias.item() - start) == pytest.approx(rate, rel=0.05)
+    functions = ppo_trainer(sft, tokenizer, prompts, tmp_path)  # none of its rewards is a model
+    assert functions.model.value_adapter is None
+
+
 def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path):
     with pytest.raises(InputError, match="--value_function reward: needs a LoRA policy, and a reward adapter"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, value_function="reward")
@@ -101,7 +124,7 @@ def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path)
 
 
 def test_a_held_out_reward_model_never_reaches_the_value_function(sft, reward_adapter, tokenizer, prompts, tmp_path):
-    for value_function in ("reward", "adapter"):
+    for value_function in ("reward", "adapter", None):
         policy = load_policy(resolve(sft), LORA, tokenizer)
         held_out = load_reward(resolve_reward(str(reward_adapter)), LORA, policy=policy)
         assert isinstance(held_out, RewardModel) and held_out.adapter == "reward"
@@ -110,6 +133,8 @@ def test_a_held_out_reward_model_never_reaches_the_value_function(sft, reward_ad
         if value_function == "reward":
             with pytest.raises(InputError, match="--value_function reward: needs"):
                 PPOTrainer(args, tokenizer, policy, **given)
+        elif value_function is None:
+            assert PPOTrainer(args, tokenizer, policy, **given).model.value_adapter is None
         else:
             ppo = PPOTrainer(args, tokenizer, policy, **given)
             weights = dict(ppo.model.named_parameters())

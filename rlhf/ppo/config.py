@@ -61,9 +61,11 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
         target_kl: ends an update when the policy has moved this far from the policy that sampled (mean of squared log
             ratios / 2, in nats per token).
         value_function: a `head` on the policy's trunk; or with LoRA an `adapter` of its own with a head, or a head on
-            the frozen adapter of the `reward` model. A `value_model` passed to PPOTrainer takes precedence.
+            the frozen adapter of the `reward` model. None: `reward` where a reward adapter shares the policy's base,
+            else `head`. A `value_model` passed to PPOTrainer takes precedence.
         value_model_path: output folder of a finished PPO run, whose value function this one starts as.
-        value_learning_rate: of the value function's own parameters; None: `learning_rate`.
+        value_learning_rate: of the value function's own parameters; None: `learning_rate`, and ten times that for a
+            head on the reward model, which alone has to follow the rising returns.
         value_warmup_steps: number of initial updates that train only the value function.
         entropy_coef: weight of an entropy bonus in the loss.
         ptx_coef, ptx_dataset_name: PPO-ptx: adds the language model loss on this dataset with this weight (InstructGPT,
@@ -143,17 +145,21 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
     target_kl: PositiveFloat | None = field(
         default=None, metadata={"help": "End an update early when its approxkl exceeds this."}
     )
-    value_function: Literal["head", "adapter", "reward"] = field(
-        default="head",
+    value_function: Literal["head", "adapter", "reward"] | None = field(
+        default=None,
         metadata={
-            "help": "Value function: a head on the policy's trunk, an adapter of its own, or a head on the reward's."
+            "help": "A head on the policy's trunk, an adapter of its own, or a head on the reward adapter. Default: "
+            "reward, if it shares the base; else head."
         },
     )
     value_model_path: str | None = field(
         default=None, metadata={"help": "A finished PPO run, whose value function this one starts as."}
     )
     value_learning_rate: PositiveFloat | None = field(
-        default=None, metadata={"help": "Learning rate of the value function. Default: learning_rate."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the value function. Default: learning_rate; on the reward adapter, 10 times it."
+        },
     )
     value_warmup_steps: NonNegativeInt = field(
         default=0, metadata={"help": "Number of initial updates that train only the value function."}

@@ -21,6 +21,10 @@ from rlhf.rewards import RewardEnsemble, RewardFunction
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
+# Times learning_rate: the rate of a head on frozen states. With less it falls behind the returns, which rise from
+# update to update; the policy doesn't feel it, as the head shares nothing with it.
+FROZEN_STATES_RATE = 10
+
 
 def _has_token_scores(classifier: Model) -> bool:
     """Whether a sequence classifier scores hidden states, as a decoder's does. Others pool them first."""
@@ -112,18 +116,19 @@ def check_optimizers(optimizers: tuple[Optimizer | None, LRScheduler | None], mo
         optimizer.add_param_group({"params": missing})
 
 
-def set_value_learning_rate(
-    model: PolicyAndValue, optimizer: Optimizer, value_learning_rate: float | None, own_optimizer: bool
-) -> None:
+def set_value_learning_rate(model: PolicyAndValue, optimizer: Optimizer, args: PPOConfig, own_optimizer: bool) -> None:
     """Give the value function groups of its own in the optimizer, with their rate, before there is a scheduler.
 
     Args:
         own_optimizer: the user made it.
 
     Raises:
-        InputError: if the user made it: it has its rates.
+        InputError: for `value_learning_rate` if the user made it: it has its rates.
     """
-    if value_learning_rate is None:
+    rate = args.value_learning_rate
+    if rate is None and model.value_adapter == REWARD and not own_optimizer:
+        rate = FROZEN_STATES_RATE * args.learning_rate
+    if rate is None:
         return
     if own_optimizer:
         raise InputError("--value_learning_rate: has no effect on an optimizer of your own. Give the value function a "
@@ -132,7 +137,7 @@ def set_value_learning_rate(
     split_value_groups(optimizer, {parameter for name, parameter in model.named_parameters() if name in own})
     for group in optimizer.param_groups:
         if group.pop(VALUE_GROUP):
-            group["lr"] = value_learning_rate
+            group["lr"] = rate
 
 
 def policy_and_value(
@@ -153,7 +158,8 @@ def policy_and_value(
             raise InputError("--value_function adapter: needs a LoRA policy. Use 'head', or pass a value_model.")
         add_value_adapter(model, REWARD if reward_trains else adapter_name)
         value_adapter = VALUE
-    if args.value_function == "reward" and value_model is None:
+    reads_reward = args.value_function == "reward" or (args.value_function is None and reward_trains)
+    if reads_reward and value_model is None:
         if not reward_trains:
             raise InputError(
                 "--value_function reward: needs a LoRA policy, and a reward adapter of its base (--reward_model_path). "

@@ -199,7 +199,7 @@ class PPOTrainer(TrainerConventions):
         say_gathered(self.accelerator, self.model, self.reference)
         own_optimizer = self.optimizer is not None
         self.create_optimizer()
-        set_value_learning_rate(self.model, self.optimizer, args.value_learning_rate, own_optimizer)
+        set_value_learning_rate(self.model, self.optimizer, args, own_optimizer)
         group_value_function(self.accelerator, self.model, self.optimizer, self.lr_scheduler, args.value_warmup_steps)
         self.create_scheduler(args.num_total_batches)
         self.has_begun = False
