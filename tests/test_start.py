@@ -113,6 +113,7 @@ MISTAKES = {
     "chat": ("recipes/chat.py", ["--models", GONE]),
     "compare": ("eval/compare.py", ["--models", "base=starter", f"sft={GONE}"]),
     "compression": ("eval/compression.py", ["--models", f"mine={GONE}"]),
+    "front": ("eval/front.py", ["--models", f"mine={GONE}"]),
     "curves": ("eval/curves.py", ["--models", f"ppo={GONE}"]),
     "transfer": ("eval/transfer.py", ["--models", f"scratch={GONE}"]),
     "instructgpt": ("eval/instructgpt.py", ["--comparisons", f"small={GONE}"]),
