@@ -11,7 +11,7 @@ from trl import ModelConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from eval.drawing.tables import disagreement_line
-from eval.measuring.front import front_of, largest_disagreement, mean_difference, score_by_each, undominated
+from eval.measuring.front import Scores, front_of, largest_disagreement, mean_difference, score_by_each, undominated
 from eval.measuring.replies import Replies
 from rlhf.errors import InputError
 from rlhf.rewards import load_reward, resolve_reward
@@ -69,16 +69,19 @@ def test_a_model_that_is_as_good_by_both_and_better_by_one_dominates():
 
 
 def test_prompts_without_opinion_do_not_count():
-    scores = {"a": [[1.0, 2.0, 3.0], [-1.0, None, -3.0]], "b": [[3.0, 3.0, 3.0], [None, -1.0, -2.0]]}
+    scores: dict[str, list[Scores]] = {
+        "a": [[1.0, 2.0, 3.0], [0.0, None, -3.0]],  # an opinion of 0 counts
+        "b": [[3.0, 3.0, 3.0], [None, -1.0, -2.0]],
+    }
     found = front_of(scores, ["x", "y"])
-    assert [[cell["mean"], cell["n"]] for cell in found["models"]["a"]] == [[2.0, 3], [-2.0, 2]]
+    assert [[cell["mean"], cell["n"]] for cell in found["models"]["a"]] == [[2.0, 3], [-1.5, 2]]
     assert [[cell["mean"], cell["n"]] for cell in found["models"]["b"]] == [[3.0, 3], [-1.5, 2]]
     gaps = found["differences"]["b_minus_a"]
     assert [[cell["mean"], cell["n"]] for cell in gaps] == [[1.0, 3], [1.0, 1]]  # both have one on the last prompt only
     assert found["front"] == ["b"] and gaps[0]["low"] == pytest.approx(0.0) and gaps[0]["high"] == pytest.approx(2.0)
     assert mean_difference([1.0, None], [None, 1.0]) is None
     with pytest.raises(InputError, match=r"--reward_funcs: y has no opinion on any of 2 replies of b"):
-        front_of({"a": scores["a"], "b": [[1.0, 2.0], [None, None]]}, ["x", "y"])
+        front_of({**scores, "b": [[1.0, 2.0], [None, None]]}, ["x", "y"])
 
 
 def test_rewards_per_token_are_added_up():

@@ -71,7 +71,7 @@ print(parse(__file__, Odd))
 
 
 def test_commands_declare_the_same_flags_before_and_after_slow_imports(tmp_path):
-    assert len(COMMANDS) == 23
+    assert len(COMMANDS) == 24
     (tmp_path / "recipes").mkdir()
     odd = tmp_path / "recipes" / "odd.py"
     odd.write_text(ODD)
