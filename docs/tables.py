@@ -3,10 +3,10 @@
     python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt outputs/front
     python docs/tables.py write
 
-`keep` reads the run folders of `make demo`, `make road`, `make instructgpt` and of docs/rewards.md's two rewards into
+`keep` reads the run folders of `make demo`, `make road`, `make instructgpt` and `make front` into
 docs/results/<folder>.json: commands, metrics and results of every run, with versions and machine. `write` (`make docs`)
 fills the regions between `<!-- table: name -->` and `<!-- end -->` from docs/results/*.json, and draws docs/demo.png
-(with results of `make instructgpt` also docs/instructgpt.png and docs/tax.png; of two rewards, docs/front.png). The
+(with results of `make instructgpt` also docs/instructgpt.png and docs/tax.png; of `make front`, docs/front.png). The
 other files of docs/results say where their numbers are from.
 """
 
@@ -60,13 +60,12 @@ def keep(folder: Path) -> Results:
     runs = {str(path.relative_to(folder)): read_run(path) for path in outer}
     if any("instructgpt" in run for run in runs.values()):  # one run has the numbers of the fifty others
         runs = {name: run if "instructgpt" in run else {"command": run["command"]} for name, run in runs.items()}
-    made = "docs/rewards.md" if any("front" in run for run in runs.values()) else f"make {folder.name}"
     day = datetime.fromtimestamp(max(file.stat().st_mtime for file in files), timezone.utc)
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     packages = {name: version(name) for name in PACKAGES if find_spec(name)}
     return {
-        "source": f"{made} at commit {commit}",
+        "source": f"make {folder.name} at commit {commit}",
         "date": day.date().isoformat(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **packages},

@@ -15,7 +15,8 @@ from eval.measuring.front import Scores, front_of, largest_disagreement, mean_di
 from eval.measuring.replies import Replies
 from rlhf.errors import InputError
 from rlhf.rewards import load_reward, resolve_reward
-from rlhf.starter.kindness import SAD, kind
+from rlhf.starter.conversations import starter_dataset
+from rlhf.starter.kindness import SAD, is_sad, kind
 from rlhf.starter.labeler import gold_scores
 
 sys.path.append(str(ROOT / "docs"))
@@ -176,7 +177,7 @@ def test_the_report_and_the_docs_show_it(measured, tmp_path):
     assert "Two rewards" in page and "Mean scores by two rewards" in page and "data:image/png" in page
     assert page.count('data-column="') == 3  # the replies, without the scores beside them
     kept = tables.keep(folder.parent)
-    assert kept["source"].startswith("docs/rewards.md at commit") and tables.keep(folder)["runs"]["."]["front"]
+    assert kept["source"].startswith("make ") and tables.keep(folder)["runs"]["."]["front"]
     (tmp_path / "docs/results").mkdir(parents=True)
     for name in ("front", "demo"):
         content = kept if name == "front" else tables.load("demo")
@@ -226,3 +227,13 @@ def test_ppo_weighs_both_rewards_and_evaluates_by_both(sft, reward_adapter, plac
     assert [row["score"] for row in rows] == pytest.approx(weighted, abs=1e-4)
     assert found["eval_held_out/kind"] == found["eval_rewards/kind/mean"] == pytest.approx(np.mean(known))
     assert found["eval_held_out/starter_reward"] == pytest.approx(np.mean(gold_scores([r["completion"] for r in rows])))
+
+
+def test_every_second_message_of_moods_is_sad():
+    rows = starter_dataset("ppo", "moods")
+    for split, number in (("train", 512), ("test", 64)):
+        sad = is_sad([row["prompt"][-1]["content"] for row in rows[split]])
+        assert sad == [True, False] * (number // 2)
+    assert not {row["prompt"][-1]["content"] for row in rows["test"]} & {
+        row["prompt"][-1]["content"] for row in rows["train"]
+    }

@@ -6,6 +6,15 @@ from rlhf.starter.labeler import gold_scores
 SAD = -0.2  # a message is sad if its VADER compound is at most this
 
 
+def is_sad(messages: list[str]) -> list[bool]:
+    """Whether each message is sad.
+
+    >>> is_sad(["My dog died.", "Hello there."])
+    [True, False]
+    """
+    return [mood <= SAD for mood in gold_scores(messages)]
+
+
 def kind(prompts: list[Prompt], completions: list[str | Messages], **columns: object) -> list[float | None]:
     """A reward function: sad messages get no cheerful replies.
 
@@ -19,9 +28,9 @@ def kind(prompts: list[Prompt], completions: list[str | Messages], **columns: ob
         -max(0, cheerfulness of the completion), in [-1, 0], where the message is sad. None, no opinion, elsewhere. Both
         are measured by `gold_scores`. The rule was made for this project.
     """
-    moods = gold_scores([_last_said(prompt, "user") for prompt in prompts])
+    sad = is_sad([_last_said(prompt, "user") for prompt in prompts])
     cheer = gold_scores([_last_said(completion, "assistant") for completion in completions])
-    return [min(0.0, -own) if mood <= SAD else None for mood, own in zip(moods, cheer, strict=True)]
+    return [min(0.0, -own) if so else None for so, own in zip(sad, cheer, strict=True)]
 
 
 def _last_said(text: str | Messages, role: str) -> str:
