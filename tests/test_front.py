@@ -17,7 +17,7 @@ from rlhf.errors import InputError
 from rlhf.rewards import load_reward, resolve_reward
 from rlhf.starter.conversations import starter_dataset
 from rlhf.starter.kindness import SAD, is_sad, kind
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 sys.path.append(str(ROOT / "docs"))
 import tables

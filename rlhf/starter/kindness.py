@@ -1,7 +1,7 @@
 """Kindness: a second reward for the starter, which the first one, cheerfulness (`gold_scores`), works against."""
 
 from rlhf.comparisons import Messages, Prompt
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 SAD = -0.2  # a message is sad if its VADER compound is at most this
 
