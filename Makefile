@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEV := $(VENV)/.dev-done
 
-.PHONY: setup chromium demo road instructgpt docs bench gpu plan optimum engines strategies kills families templates \
+.PHONY: setup chromium demo road instructgpt front docs bench gpu plan optimum engines strategies kills families templates \
 	mistakes people test test-current lint format
 
 setup: $(SETUP)
@@ -37,8 +37,12 @@ instructgpt: setup
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[starter,eval]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/instructgpt.sh outputs/instructgpt $(DEMO)
 
-# fills the tables of README.md and docs/ from docs/results; after a new `make demo`, `make road` or
-# `make instructgpt`, first: python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt
+# PPO with several weights of a second reward, after make demo; make front DEMO=outputs/demo, in outputs/front
+front: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/front.sh outputs/front $(DEMO)
+
+# fills the tables of README.md and docs/ from docs/results; after a new run of one of these, for example make demo,
+# first: python docs/tables.py keep outputs/demo (or outputs/road, outputs/instructgpt, outputs/front)
 docs: setup
 	$(BIN)/python docs/tables.py write
 

@@ -1,13 +1,13 @@
 """The measured numbers of README.md and docs/: kept from finished runs, written as tables and as one picture.
 
-    python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt
+    python docs/tables.py keep outputs/demo outputs/road outputs/instructgpt outputs/front
     python docs/tables.py write
 
-`keep` reads the run folders of `make demo`, `make road` and `make instructgpt` into docs/results/<folder>.json:
-commands, metrics and results of every run, with versions and machine. `write` (`make docs`) fills the regions between
-`<!-- table: name -->` and `<!-- end -->` from docs/results/*.json, and draws docs/demo.png (with results of `make
-instructgpt` also docs/instructgpt.png and docs/tax.png). The other files of docs/results say where their numbers are
-from.
+`keep` reads the run folders of `make demo`, `make road`, `make instructgpt` and `make front` into
+docs/results/<folder>.json: commands, metrics and results of every run, with versions and machine. `write` (`make docs`)
+fills the regions between `<!-- table: name -->` and `<!-- end -->` from docs/results/*.json, and draws docs/demo.png
+(with results of `make instructgpt` also docs/instructgpt.png and docs/tax.png; of `make front`, docs/front.png). The
+other files of docs/results say where their numbers are from.
 """
 
 import json
@@ -28,15 +28,16 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from eval.drawing.figures import BLUE, GREEN, GREY, ORANGE, save_figure, sizes_figure, tax_figure
-from eval.drawing.tables import instructgpt_tables
+from eval.drawing.figures import BLUE, GREEN, GREY, ORANGE, front_figure, save_figure, sizes_figure, tax_figure
+from eval.drawing.tables import disagreement_line, front_rows, instructgpt_tables
 from eval.metrics import FORMATS
 
 Results = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/*.md")
 # what is kept of a run beside its command and metrics, and which of its entries the tables have no use for
-KEPT_FILES = ("results", "overoptimization", "evaluation", "transfer", "curves", "scaling", "rounds", "instructgpt")
+KEPT_FILES = ("results", "overoptimization", "evaluation", "transfer", "curves", "scaling", "rounds", "instructgpt",
+              "front")  # fmt: skip
 NOT_KEPT = {"values", "weights", "reliability", "by_length_difference", "x", "commands", "versions"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "lm_eval")
 SHOWN_FLAGS = ("avx2", "avx512_bf16", "amx_bf16", "sve_bf16")
@@ -147,6 +148,11 @@ def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
 def columns(rows: list[Results], layout: dict[str, tuple[str, str]]) -> list[str]:
     """A table with a row for each of `rows`; `layout` has key and style of each column, by heading."""
     return markdown(list(layout), [[show(row.get(key), style) for key, style in layout.values()] for row in rows])
+
+
+def minus_signs(text: str) -> str:
+    """A text with minus signs in front of its numbers, in place of hyphens."""
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "−", text)
 
 
 def plain(text: str) -> str:
@@ -403,8 +409,7 @@ def instructgpt_table(results: Results, title: str) -> list[str]:
     """One of the tables of instructgpt.json, with its note."""
     found = results["runs"]["figure"]["instructgpt"]
     table = next(table for table in instructgpt_tables(found) if table.title == title)
-    rows = [[re.sub(r"(?<![\w.])-(?=[\d.])", "−", cell) for cell in row] for row in table.rows]
-    return [*markdown(table.heading, rows), "", table.note]
+    return [*markdown(table.heading, [[minus_signs(cell) for cell in row] for row in table.rows]), "", table.note]
 
 
 def instructgpt_figures(results: Results) -> list[str]:
@@ -414,6 +419,30 @@ def instructgpt_figures(results: Results) -> list[str]:
         f"![Win rate against the largest SFT model, and mean rating, by model size ({names})](instructgpt.png)",
         "",
         "![What PPO and PPO-ptx make worse, against the gold score that they reach](tax.png)",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ two rewards
+
+
+def find_front(results: Results) -> Results:
+    """The content of front.json."""
+    return next(run["front"] for run in results["runs"].values() if "front" in run)
+
+
+def front(results: Results) -> list[str]:
+    """The picture of two rewards, its numbers, and the reply that the rewards disagree on most."""
+    found = find_front(results)
+    heading, rows = front_rows(found)
+    names = " and ".join(found["rewards"])
+    return [
+        f"![Models by {names}, with 95% intervals](front.png)",
+        "",
+        *markdown(heading, [[minus_signs(cell) for cell in row] for row in rows]),
+        "",
+        minus_signs(plain(disagreement_line(found))),
+        "",
+        *setup(results),
     ]
 
 
@@ -450,6 +479,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "road-scaling": (("road",), road_scaling),
     "road-rloo": (("road",), road_rloo),
     "road-star": (("road",), road_star),
+    "front": (("front",), front),
     "instructgpt-setup": (("instructgpt",), setup),
     "instructgpt-figures": (("instructgpt",), instructgpt_figures),
     "instructgpt-sizes": (("instructgpt",), lambda results: instructgpt_table(results, "Models of several sizes")),
@@ -523,6 +553,8 @@ def write(root: Path = ROOT) -> list[Path]:
         found = load("instructgpt", root)["runs"]["figure"]["instructgpt"]
         for name, figure in (("instructgpt", sizes_figure(found)), ("tax", tax_figure(found))):
             save_figure(figure, root / "docs" / f"{name}.png")
+    if is_kept("front", root):
+        save_figure(front_figure(find_front(load("front", root))), root / "docs" / "front.png")
     return changed
 
 

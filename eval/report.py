@@ -169,7 +169,8 @@ def samples_of(folders: list[Path]) -> JsonObject | None:
                 rows = [
                     {"prompt": row["prompt"] if isinstance(row["prompt"], str) else
                      "\n".join(message["content"] for message in row["prompt"]),
-                     "replies": {name: text for name, text in row.items() if name != "prompt"}}
+                     "replies": {name: text for name, text in row.items()
+                                 if name != "prompt" and isinstance(text, str)}}  # the front's have scores too
                     for row in read_jsonl(folder / "samples.jsonl")
                 ]  # fmt: skip
             return {"models": list(rows[0]["replies"]), "rows": rows} if rows else None

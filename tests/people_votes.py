@@ -24,7 +24,7 @@ from test_people import Page
 from rlhf.comparisons import bradley_terry
 from rlhf.feedback.labelers import LabelerArguments
 from rlhf.starter.conversations import starter_dataset
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PEOPLE = ("ada", "ben", "cleo")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from eval.drawing.tables import instructgpt_tables
 from eval.measuring.alignment import PPO, SFT, TAXED, Kind, SeedTable, Size, repair_of, tax_of, wins
 from eval.stats.intervals import Interval
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 sys.path.append(str(ROOT / "docs"))
 import tables

@@ -71,7 +71,7 @@ print(parse(__file__, Odd))
 
 
 def test_commands_declare_the_same_flags_before_and_after_slow_imports(tmp_path):
-    assert len(COMMANDS) == 23
+    assert len(COMMANDS) == 24
     (tmp_path / "recipes").mkdir()
     odd = tmp_path / "recipes" / "odd.py"
     odd.write_text(ODD)
@@ -113,6 +113,7 @@ MISTAKES = {
     "chat": ("recipes/chat.py", ["--models", GONE]),
     "compare": ("eval/compare.py", ["--models", "base=starter", f"sft={GONE}"]),
     "compression": ("eval/compression.py", ["--models", f"mine={GONE}"]),
+    "front": ("eval/front.py", ["--models", f"mine={GONE}"]),
     "curves": ("eval/curves.py", ["--models", f"ppo={GONE}"]),
     "transfer": ("eval/transfer.py", ["--models", f"scratch={GONE}"]),
     "instructgpt": ("eval/instructgpt.py", ["--comparisons", f"small={GONE}"]),

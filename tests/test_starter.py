@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoTokenizer
 from rlhf.errors import InputError
 from rlhf.rewards import completion_text
 from rlhf.starter import conversations as starter
-from rlhf.starter.labeler import gold_scores, starter_preferences
+from rlhf.starter.labeler import starter_preferences
 from rlhf.starter.model import starter_model
+from rlhf.starter.scorer import gold_scores
 
 
 def test_parts_share_no_prompt_and_have_the_promised_sizes():

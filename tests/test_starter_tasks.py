@@ -7,7 +7,7 @@ from datasets import ClassLabel
 
 from rlhf.errors import InputError
 from rlhf.starter.conversations import starter_pairs
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 from rlhf.starter.tasks import CLUSTERS, KEPT_OUT, TASKS, starter_task
 from rlhf.tasks.instructions import FOLDER, read_templates
 

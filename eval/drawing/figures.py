@@ -1,4 +1,4 @@
-"""The pictures of a run: training curves, calibration, win rates, over-optimization, rounds, in-context learning.
+"""The pictures of a run: training curves, calibration, win rates, over-optimization, two rewards, rounds, in context.
 
 Each function takes plain data from the run's folder and returns a matplotlib Figure.
 """
@@ -252,6 +252,27 @@ def curves_figure(curves: list[JsonObject]) -> Figure:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("√KL" if axis is axes[2] else "episodes", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def front_figure(results: JsonObject) -> Figure:
+    """Models by two rewards; the front, which no other model dominates, is a line.
+
+    Args:
+        results: content of front.json.
+    """
+    figure, (axis,) = _grid(1, height=3.6)
+    figure.set_figwidth(6)
+    models, on_front = results["models"], results["front"]
+    for name, (first, second) in models.items():
+        (x, across), (y, along) = _means_and_errors([first]), _means_and_errors([second])
+        color = BLUE if name in on_front else GREY
+        axis.errorbar(x, y, along, across, fmt="o", markersize=4, linewidth=0.9, color=color, capsize=2)
+        axis.annotate(name, (x[0], y[0]), xytext=(4, 4), textcoords="offset points", fontsize=8, color=color)
+    line = sorted([cell["mean"] for cell in models[name]] for name in on_front)
+    axis.plot([x for x, _ in line], [y for _, y in line], color=BLUE, linewidth=1, zorder=0)
+    axis.set_xlabel(results["rewards"][0], fontsize=8)
+    axis.set_ylabel(results["rewards"][1], fontsize=8)
     return figure
 
 

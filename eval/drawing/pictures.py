@@ -11,6 +11,7 @@ from eval.drawing.figures import (
     comparison_figure,
     compression_figure,
     curves_figure,
+    front_figure,
     in_context_figure,
     overoptimization_figure,
     positions_figure,
@@ -47,6 +48,9 @@ PICTURES = (
     Picture("overoptimization.json", "overoptimization.png", lambda found: found, overoptimization_figure,
             "Scores against distance from the start, with 95% intervals and the curves of Gao et al. (2022). Where the "
             "gold score turns down while the proxy rises, the reward model has stopped telling the truth."),
+    Picture("front.json", "front.png", lambda found: found, front_figure,
+            "Mean scores by two rewards, with 95% intervals. No other model dominates one on the line, that is, is as "
+            "good as it by both rewards and better by one."),
     Picture("rounds.json", "rounds.png", lambda found: found, rounds_figure,
             "Held-out scores after each round, with 95% intervals."),
     Picture("curves.json", "curves.png", lambda found: found["curves"], curves_figure,

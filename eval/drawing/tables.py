@@ -148,6 +148,36 @@ def _reward_bench(results: JsonObject, _: str) -> list[ReportTable]:
     return [ReportTable("Accuracy of the reward model by category", note, *reward_bench_rows(results))]
 
 
+def front_rows(front: JsonObject) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of front.json."""
+    first, rewards = next(iter(front["models"])), front["rewards"]
+    rows = []
+    for name, cells in front["models"].items():
+        gaps = front["differences"].get(f"{name}_minus_{first}", [None, None])
+        numbers = [*(_write(cell, ".3f") for cell in cells), *(_write(gap, "+.3f") for gap in gaps)]
+        rows.append([name, *numbers, "yes" if name in front["front"] else "no"])
+    return ["", *rewards, *(f"{reward}, minus {first}" for reward in rewards), "on the front"], rows
+
+
+def disagreement_line(front: JsonObject) -> str:
+    """What front.json says of the reply that the rewards disagree on most."""
+    found = front["disagreement"]
+    if found is None:
+        return "The two rewards agree on all replies."
+    prompt = found["prompt"] if isinstance(found["prompt"], str) else found["prompt"][-1]["content"]
+    places = [
+        f"rank {rank:g} of {found['of']} by {reward} ({number(score)})"
+        for rank, reward, score in sorted(zip(found["ranks"], front["rewards"], found["scores"], strict=True))
+    ]
+    said = f"{found['model']} replies to {prompt!r}: {found['reply']!r}"
+    return f"The rewards disagree most here, {' and '.join(places)}: {said}"
+
+
+def _front(front: JsonObject, _: str) -> list[ReportTable]:
+    note = f"95% bootstrap intervals over prompts; differences are paired. {disagreement_line(front)}"
+    return [ReportTable("Two rewards", note, *front_rows(front))]
+
+
 def few_shot_rows(few_shot: JsonObject) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table of few_shot.json."""
     rows = [
@@ -239,6 +269,7 @@ TABLES: dict[str, Callable[[JsonObject, str], list[ReportTable]]] = {
     "overoptimization.json": _overoptimization,
     "transfer.json": _transfer,
     "reward_bench.json": _reward_bench,
+    "front.json": _front,
     "rounds.json": _rounds,
     SCALING_FILE: lambda scaling, _: [ReportTable(*table) for table in scaling_tables(scaling)],
     "agreement.json": _agreement,

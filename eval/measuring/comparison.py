@@ -30,7 +30,7 @@ from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source
 from rlhf.rewards import RewardSource, load_reward
 from rlhf.run.files import read_json, write_json
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 # all sampled replies with their token ids, so that an interrupted evaluation continues with the same ones
 REPLIES_FILE = "replies.json"

@@ -26,8 +26,8 @@ from rlhf.rewards.ensemble import Combination, RewardEnsemble
 from rlhf.rewards.judge import JudgeReward, JudgeSource, refuse_judge_flags, resolve_judge
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.rubrics import JUDGE, JudgeArguments
-from rlhf.starter.labeler import gold_scores
 from rlhf.starter.model import STARTER
+from rlhf.starter.scorer import gold_scores
 
 
 def starter_reward(prompts: list[Prompt], completions: list[Completion], **columns: object) -> list[float]:

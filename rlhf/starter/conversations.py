@@ -115,27 +115,38 @@ def _texts(config: str | None) -> DatasetDict:
     return DatasetDict({"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})})
 
 
+def _half_sad(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Sad messages and others in turns, for rewards that judge replies to sad messages."""
+    from rlhf.starter.kindness import is_sad  # it needs the scorer, whose module reads this one
+
+    sad = is_sad([message for message, _ in pairs])
+    groups = [[pair for pair, so in zip(pairs, sad, strict=True) if so is wanted] for wanted in (True, False)]
+    return [pair for both in zip(*groups, strict=False) for pair in both]
+
+
 def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
     """Human conversations as rows {`prompt`: messages, `completion`: messages} with splits `train` and `test`.
 
     Args:
         part: `sft`, `preference`, `ppo`, `held_out` (which has only `test`) or `pretrain` (which has rows {`text`}).
-        config: `small` (the default; a laptop trains on it in minutes) or `full` (all rows of the part).
+        config: `small` (the default; a laptop trains on it in minutes), `full` (all rows of the part), or `moods`: as
+            many rows as `small`, every second message is sad (rlhf/starter/kindness.py).
 
     Raises:
         InputError: if `chitchat-dataset` is not installed or `config` is unknown.
     """
-    if config not in (None, "small", "full"):
-        raise InputError(f"--dataset_config of 'starter' is 'small' or 'full', found {config!r}.")
+    if config not in (None, "small", "full", "moods"):
+        raise InputError(f"--dataset_config of 'starter' is 'small', 'full' or 'moods', found {config!r}.")
     if part == "pretrain":
         return _texts(config)
     _, train, test = PARTS[part]
+    pairs = _half_sad(_parts()[part]) if config == "moods" else _parts()[part]
     rows = [
         {
             "prompt": [{"role": "user", "content": message}],
             "completion": [{"role": "assistant", "content": reply}],
         }
-        for message, reply in _parts()[part]
+        for message, reply in pairs
     ]
     splits = {"test": rows[:test]}
     if train:

@@ -1,11 +1,10 @@
-"""The starter's gold score, VADER sentiment, and the simulated labeler that follows it."""
+"""The simulated labeler and people, who follow the starter's gold score."""
 
-import functools
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from rlhf.comparisons import (
     Comparison,
@@ -20,25 +19,7 @@ from rlhf.comparisons import (
 )
 from rlhf.errors import InputError
 from rlhf.starter.conversations import starter_dataset
-
-
-def gold_scores(completions: list[str]) -> list[float]:
-    """The starter's scorer: VADER's compound sentiment in [-1, 1], one per completion ("prefers upbeat replies").
-
-    Source: Hutto & Gilbert, "VADER", ICWSM 2014, as the package `vaderSentiment` (MIT) implements it.
-    """
-    return [_analyzer().polarity_scores(completion)["compound"] for completion in completions]
-
-
-@functools.cache
-def _analyzer() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        raise InputError(
-            "The starter's scorer needs vaderSentiment. Install it with: pip install vaderSentiment"
-        ) from None
-    return SentimentIntensityAnalyzer()  # it reads its lexicon, which takes as long as to score 100 replies
+from rlhf.starter.scorer import gold_scores
 
 
 @dataclass

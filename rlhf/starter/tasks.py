@@ -30,7 +30,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from rlhf.errors import InputError
 from rlhf.starter.conversations import starter_pairs
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 Pairs = list[tuple[str, str]]  # (message, reply)
 Row = dict[str, Any]

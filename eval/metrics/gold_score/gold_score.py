@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from eval.stats.intervals import interval
-from rlhf.starter.labeler import gold_scores
+from rlhf.starter.scorer import gold_scores
 
 DESCRIPTION = """Mean VADER compound sentiment of the replies, in [-1, 1]."""
 
