@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEV := $(VENV)/.dev-done
 
-.PHONY: setup chromium demo road instructgpt front docs bench gpu plan optimum engines strategies kills families templates \
+.PHONY: setup chromium demo road instructgpt front docs bench gpu plan optimum settings tasks engines strategies kills families templates \
 	mistakes people test test-current lint format
 
 setup: $(SETUP)
@@ -61,6 +61,15 @@ plan: $(DEV)
 
 optimum: $(DEV)
 	$(BIN)/python tests/optimum_ppo.py
+
+# PPO of the demo with other value functions, rates and reward models, over seeds, after make demo; hours
+settings: $(DEV)
+	$(BIN)/python tests/ppo_settings.py
+	$(BIN)/python tests/ppo_settings.py --keep
+
+# PPO on small tasks with a known optimum, ten seeds: what value functions and options are worth; an hour
+tasks: $(DEV)
+	$(BIN)/python tests/ppo_tasks.py --keep
 
 # PPO with a real vLLM server on the CPU, in an environment of its own; compared with the own loop
 engines: $(DEV)

@@ -185,17 +185,14 @@ def rows_of(output: Path, table: str) -> list[dict[str, Any]]:
     return [row(name, curves, reference) for name, curves in found.items()]
 
 
-def keep(output: Path) -> None:
-    """Write docs/results/<table>.json of each table."""
+def write_results(name: str, made_by: str, columns: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
+    """Write docs/results/<name>.json, of which docs/tables.py makes a table."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    for table in TABLES:
-        if rows := rows_of(output, table):
-            results = {"source": f"make settings at commit {commit}", "commands": ["make settings"]}
-            file = ROOT / "docs" / "results" / f"{table}.json"
-            content = {**results, "columns": COLUMNS, "rows": rows}
-            file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"Written: {file.relative_to(ROOT)}")
+    content = {"source": f"{made_by} at commit {commit}", "commands": [made_by], "columns": columns, "rows": rows}
+    file = ROOT / "docs" / "results" / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"Written: {file.relative_to(ROOT)}")
 
 
 def main() -> None:
@@ -208,7 +205,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="run nothing; write docs/results")
     arguments = parser.parse_args()
     if arguments.keep:
-        return keep(arguments.output_dir)
+        for table in TABLES:
+            if rows := rows_of(arguments.output_dir, table):
+                write_results(table, "make settings", COLUMNS, rows)
+        return
     if not is_finished(arguments.demo / "reward"):
         parser.error(f"--demo {arguments.demo}: has no finished reward model. Run make demo first.")
     for table, settings in TABLES.items():
