@@ -53,6 +53,11 @@ def test_each_symptom_gets_its_sentence(name, symptom, words):
     assert words in said[0].text and said[0].step == 10
 
 
+def test_a_reward_may_rest_while_another_one_teaches():
+    assert run(last={"rewards/kind/std": 0.0}) == []
+    assert [said.name for said in run(last={"rewards/kind/std": 0.0, "rewards/r/std": 0.0})] == ["reward_saturated"]
+
+
 def test_every_rule_has_a_test():
     names = {mark for mark in test_each_symptom_gets_its_sentence.pytestmark[0].args[1] for mark in [mark[0]]}
     assert names == {rule.__name__.lstrip("_") for rule in RULES}

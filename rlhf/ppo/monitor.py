@@ -138,17 +138,16 @@ def _length_running_away(run: RunLog) -> str | None:
 def _reward_saturated(run: RunLog) -> str | None:
     if len(run.updates) < 3:
         return None
-    for key, now in run.updates[-1].items():
-        if key.startswith("rewards/") and key.endswith("/std"):
-            first = run.updates[0].get(key, now)
-            if now < 1e-6 or now < 0.1 * first:
-                name = key.split("/")[1]
-                return (
-                    f"Reward {name!r} gives nearly the same score to every completion (standard deviation {now:.2g}, "
-                    f"at first {first:.2g}): there is nothing left to learn from it. Stop here, or retrain the reward "
-                    "model on newer samples."
-                )
-    return None
+    now = {key: value for key, value in run.updates[-1].items() if key.startswith("rewards/") and key.endswith("/std")}
+    first = {key: run.updates[0].get(key, value) for key, value in now.items()}
+    if not now or any(value >= max(1e-6, 0.1 * first[key]) for key, value in now.items()):
+        return None  # one that has few opinions may give equal scores for a while; the others go on
+    key = next(iter(now))
+    return (
+        f"Reward {key.split('/')[1]!r} gives nearly the same score to every completion (standard deviation "
+        f"{now[key]:.2g}, at first {first[key]:.2g}): there is nothing left to learn from it. Stop here, or retrain the "
+        "reward model on newer samples."
+    )
 
 
 def _value_explains_nothing(run: RunLog) -> str | None:
