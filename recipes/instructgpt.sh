@@ -25,19 +25,21 @@ stage() {
 
 # all that follows SFT, for one size: its name, its base, its SFT model, and its coefficients of PPO-ptx
 align() {
-    local size=$1 base=$2 sft=$3 models seed coef pair
+    local size=$1 base=$2 sft=$3 models seed coef pair episodes=640
+    # of the starter, the reward model's own base, PPO's value function starts as the reward model: fewer do (demo.sh)
+    [[ $size == starter ]] && episodes=384
     shift 3
     models=("base=$base" "prompted=$base" "sft=$sft")
     stage "$size: the best of ten few-shot prompts for the base" \
         eval/few_shot.py --model_name_or_path "$base" --output_dir "$out/$size/few-shot"
     for seed in $seeds; do
         stage "$size: PPO, seed $seed" recipes/ppo.py --model_name_or_path "$sft" --reward_model_path "$reward" \
-            --seed "$seed" --save_total_limit 1 --output_dir "$out/$size/ppo-$seed"
+            --seed "$seed" --total_episodes "$episodes" --save_total_limit 1 --output_dir "$out/$size/ppo-$seed"
         models+=("ppo-$seed=$out/$size/ppo-$seed")
         for coef in "$@"; do
             stage "$size: PPO-ptx with a coefficient of $coef, seed $seed" \
                 recipes/ppo.py --model_name_or_path "$sft" --reward_model_path "$reward" --ptx_coef "$coef" \
-                --ptx_dataset_name starter --seed "$seed" --save_total_limit 1 \
+                --ptx_dataset_name starter --seed "$seed" --total_episodes "$episodes" --save_total_limit 1 \
                 --output_dir "$out/$size/ppo-ptx-$coef-$seed"
             models+=("ppo-ptx-$coef-$seed=$out/$size/ppo-ptx-$coef-$seed")
         done
