@@ -465,6 +465,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "length-control": (("demo",), lambda results: comparison(
         results, "win_rate/gold", "length_controlled_win_rate/gold", "reply_length")),
     "value-functions": (("value_functions",), own_table),
+    "ppo-tasks": (("ppo_tasks",), own_table),
+    "robustness": (("robustness",), own_table),
     "bench": (("bench",), own_table),
     "optimum": (("optimum",), own_table),
     "people": (("people",), own_table),

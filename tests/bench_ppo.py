@@ -57,8 +57,8 @@ def trainer_of(
 ) -> tuple[Any, Callable[[], dict[str, float]]]:
     """A trainer of ours or of TRL, ready to run, and a function that gives the seconds of each phase of an update.
 
-    With LoRA, ours gets a reward adapter of the same base and puts the value function on the policy's trunk; else both
-    get a reward model and a value model.
+    With LoRA, ours gets a reward adapter of the same base, which the value function reads by default; else both get a
+    reward model and a value model.
 
     Args:
         which: `ours` or `trl`.

@@ -1,7 +1,7 @@
 """PPO on small tasks with a known optimum, ten seeds each: what value functions and options are worth. `make tasks`.
 
     python tests/ppo_tasks.py                         # all, about an hour of one core; prints a line for each setting
-    python tests/ppo_tasks.py --tasks long --settings default rate --seeds 3
+    python tests/ppo_tasks.py --tasks long --settings "no value function" --seeds 3
     python tests/ppo_tasks.py --keep                  # also writes docs/results/ppo_tasks.json
 
 A tiny Llama over twenty words learns to write one of them, in 30 updates of 32 completions. The best mean reward is 1.
@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--keep", action="store_true", help="write docs/results/ppo_tasks.json")
     arguments = parser.parse_args()
+    if arguments.keep and (len(arguments.tasks), len(arguments.settings)) != (len(TASKS), len(SETTINGS)):
+        parser.error("--keep: replaces the whole table. Leave --tasks and --settings out.")
     rows = []
     for task in arguments.tasks:
         default: list[dict[str, float]] = []

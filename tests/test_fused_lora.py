@@ -139,8 +139,10 @@ def test_hooks_on_the_parts_of_a_layer_still_run():
     assert called == [True]
 
 
-def test_half_precision_trains_as_in_peft_and_samples_near_it(monkeypatch):
-    """PEFT keeps the adapter in float32. Without autocast its low-rank part is computed in float32 too."""
+def test_half_precision_trains_as_in_peft_and_a_frozen_adapter_is_near_it():
+    """PEFT keeps the adapter in float32. Without autocast its low-rank part is computed in float32 too. What is trained
+    samples as it trains, so that PPO's first ratio is 1.
+    """
     plain = adapted(torch.bfloat16)
     fused = fuse(copy.deepcopy(plain))
     assert next(p for name, p in fused.named_parameters() if "lora_A" in name).dtype == torch.float32
@@ -148,8 +150,9 @@ def test_half_precision_trains_as_in_peft_and_samples_near_it(monkeypatch):
     assert torch.equal(ours, logits)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     with torch.no_grad():
-        sampled = fused(IDS).logits.double()
-    assert 0 < (sampled - logits).abs().max() < 0.05
+        assert torch.equal(fused(IDS).logits.double(), logits)
+        frozen = fused.requires_grad_(False)(IDS).logits.double()
+    assert 0 < (frozen - logits).abs().max() < 0.05
 
 
 def test_a_layer_without_adapter_is_no_lora_layer():

@@ -111,6 +111,24 @@ def test_by_default_the_head_reads_the_reward_model_and_learns_ten_times_as_fast
     assert functions.model.value_adapter is None
 
 
+def test_a_checkpoint_keeps_its_value_function(sft, reward_adapter, tokenizer, prompts, tmp_path):
+    """A head on the trunk and one on the reward adapter have equal names and shapes."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, value_function="head", **settings).train()
+    settings["max_steps"] = 2
+    other = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, **settings)
+    with pytest.raises(InputError, match="has another value function. Give --value_function head"):
+        other.train(resume_from_checkpoint=True)
+    same = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, value_function="head", **settings)
+    assert same.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_an_evaluation_reads_no_values(sft, reward_adapter, tokenizer, prompts, tmp_path, monkeypatch):
+    ppo = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path)
+    monkeypatch.setattr(PolicyAndValue, "frozen_states", lambda *_: pytest.fail("read the reward adapter"))
+    assert ppo.evaluate_prompts(ppo.train_dataset, "eval")["eval_kl"] == pytest.approx(0.0, abs=1e-4)
+
+
 def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path):
     with pytest.raises(InputError, match="--value_function reward: needs a LoRA policy, and a reward adapter"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, value_function="reward")
@@ -119,7 +137,7 @@ def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path)
     weights = {name: p.detach() for name, p in head.named_parameters() if name in head.value_parameters()}
     save_value_function(tmp_path, weights, RewardScale(0.0, 1.0), head)
     check_value_function(str(tmp_path), head)
-    with pytest.raises(InputError, match="the adapter None that its head reads"):
+    with pytest.raises(InputError, match="a head on the policy.s trunk"):
         check_value_function(str(tmp_path), other)
 
 

@@ -56,8 +56,8 @@ class FusedLora(Linear):
         kind = x.device.type
         mixed = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if mixed else base.weight.dtype
-        if not mixed and (x.dtype != dtype or (torch.is_grad_enabled() and down.dtype != dtype)):
-            return super().forward(x)  # PEFT trains the low-rank part in the adapter's own precision then
+        if not mixed and (x.dtype != dtype or (down.requires_grad and down.dtype != dtype)):
+            return super().forward(x)  # PEFT computes what is trained in the adapter's own precision then
         if dtype == torch.float32 or hasattr(base.weight, "ds_id"):
             # float32 rounds as in PEFT, whichever strategy trains; ZeRO-3, whose hooks some passes lack, does so always
             return super().forward(x)

@@ -137,6 +137,7 @@ class PPOPasses:
     def logprobs(self, rows: int, tokens: int) -> None:
         """Log-probabilities and values of the policy, and the reference's log-probabilities."""
         self.models.trained.eval()
+        states = self.value_states()
         with self.stage.autocast(), self.casts():
             kept = self.outputs(rows, tokens, "none")
             if self.models.reference is not None:
@@ -145,7 +146,16 @@ class PPOPasses:
                 name = REFERENCE if REFERENCE in self.policy.peft_config else None
                 with active_adapter(self.policy, name):
                     self.completion_logprobs(self.policy, rows, tokens, "none")
-            del kept
+            del kept, states
+
+    def value_states(self) -> torch.Tensor | None:
+        """What a head on the reward adapter reads, of the whole batch of this process: kept until the next rollout."""
+        if self.models.trained.value_adapter != REWARD:
+            return None
+        local = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        width = self.policy.config.get_text_config().hidden_size
+        dtype = self.stage.launch.mixed or self.policy.dtype
+        return torch.zeros(local, self.args.response_length, width, dtype=dtype)
 
     def outputs(self, rows: int, tokens: int, entropy: Entropy) -> TokenOutputs:
         """What PolicyAndValue.forward returns."""
@@ -170,7 +180,7 @@ class PPOPasses:
 
         def choose(hidden: torch.Tensor) -> torch.Tensor:
             if len(hidden) < rows:  # the shared prefix
-                return hidden[:, -1:]
+                return hidden[:, :0]
             caught.append(take(hidden, torch.zeros(rows, length, dtype=torch.long)))
             return caught[-1].reshape(1, rows * length, -1).clone()
 
@@ -204,8 +214,10 @@ class PPOPasses:
 
     def step(self, rows: int, tokens: int, micro_batches: int) -> None:
         """An optimizer step on two microbatches, if there are several, or one."""
+        states = self.value_states()
         for _ in range(min(2, micro_batches)):
             self.backward(rows, tokens)
+        del states
         finish_step(self.stage, self.args.max_grad_norm)
 
 

@@ -20,6 +20,8 @@ from transformers import TrainingArguments
 
 from rlhf.data.datasets import Row
 from rlhf.errors import InputError
+from rlhf.models.adapters import REWARD
+from rlhf.ppo.model import PolicyAndValue
 from rlhf.ppo.sharding import load_optimizer_state, put
 from rlhf.rewards import RewardScale
 from rlhf.run.checkpoints import damage
@@ -40,6 +42,7 @@ class Progress(TypedDict):
     metrics: dict[str, float]  # of the last update
     reward_metrics: dict[str, list[float]]  # what reward functions logged since the last log
     callbacks: dict[str, Any]  # the state of each callback that has one
+    value_adapter: str | None  # which adapter the value function reads (PolicyAndValue)
 
 
 def random_state() -> dict[str, Any]:
@@ -106,7 +109,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, rank: int
+    folder: Path, model: PolicyAndValue, optimizer: Optimizer, scheduler: LRScheduler, rank: int
 ) -> Progress:
     """Restore model, optimizer, scheduler and this process's random state from a checkpoint.
 
@@ -123,12 +126,20 @@ def load_checkpoint(
     if made_by != processes:
         raise InputError(f"--resume_from_checkpoint {folder}: was made by {made_by} processes, not {processes}. Use "
                          "the same number.")  # fmt: skip
+    progress: Progress = read_json(folder / "ppo_state.json")
+    # a head on the trunk and one on the reward adapter have equal names and shapes; earlier versions had the first
+    if REWARD in (progress.get("value_adapter"), model.value_adapter) and (
+        progress.get("value_adapter") != model.value_adapter
+    ):
+        before = "reward" if progress.get("value_adapter") == REWARD else "head"
+        raise InputError(f"--resume_from_checkpoint {folder}: has another value function. Give --value_function "
+                         f"{before}, or another --output_dir for a new run.")  # fmt: skip
     load_weights(folder, model)
     states = torch.load(folder / "optimizer.pt", weights_only=True)
     load_optimizer_state(model, optimizer, states["optimizer"])
     scheduler.load_state_dict(for_groups(states["scheduler"], len(optimizer.param_groups)))
     restore_random_state(torch.load(folder / f"random_state_{rank}.pt", weights_only=True))
-    return read_json(folder / "ppo_state.json")
+    return progress
 
 
 def for_groups(schedule: dict[str, Any], count: int) -> dict[str, Any]:

@@ -369,6 +369,7 @@ class TrainerConventions(TRLPPOTrainer):
             "metrics": self.last_metrics,
             "reward_metrics": self.reward_metrics,
             "callbacks": OnlineTrainerState(stateful_callbacks=self._stateful_callbacks()).stateful_callbacks,
+            "value_adapter": self.model.value_adapter,
         }
 
     def _save_checkpoint(self, model: nn.Module | None = None, trial: None = None) -> None:

@@ -145,15 +145,15 @@ def _reward_saturated(run: RunLog) -> str | None:
     key = next(iter(now))
     return (
         f"Reward {key.split('/')[1]!r} gives nearly the same score to every completion (standard deviation "
-        f"{now[key]:.2g}, at first {first[key]:.2g}): there is nothing left to learn from it. Stop here, or retrain the "
-        "reward model on newer samples."
+        f"{now[key]:.2g}, at first {first[key]:.2g}): there is nothing left to learn from it. Stop here, or retrain "
+        "the reward model on newer samples."
     )
 
 
 def _value_explains_nothing(run: RunLog) -> str | None:
     recent = [entry["val/explained_variance"] for entry in run.updates[-5:]]
     mean = sum(recent) / len(recent)
-    if len(run.updates) >= 8 and mean < 0.05:
+    if len(run.updates) >= 8 and mean < 0.05 and any(recent):  # all 0: no value function, or one that isn't trained
         return (
             f"The value function explains nothing of the returns (explained variance {mean:.2f}, the mean of "
             f"{len(recent)} updates), so advantages are as noisy as without one. Raise value_learning_rate, or give it "

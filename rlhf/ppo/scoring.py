@@ -144,17 +144,21 @@ def logprobs_and_values(
     *,
     batch_size: int,
     temperature: float,
+    with_values: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Logprobs, values and reference logprobs, (B, T) float32, and the frozen states of the value function if it has
     some, (B, T, d). Rows of similar length are computed together.
+
+    Args:
+        with_values: False gives zeros for the values, without their computation.
     """
     model.eval()
     kept: torch.Tensor | None = None
     results = [torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for _ in range(3)]
     for rows in rollout.attention_mask.sum(1).argsort().split(batch_size):
         packed = pack(rollout, rows)
-        states = model.frozen_states(packed)
-        policy = model(packed, temperature, value_states=states)
+        states = model.frozen_states(packed) if with_values else None
+        policy = model(packed, temperature, with_values, value_states=states)
         if states is not None:
             kept = states.new_zeros(*rollout.completion_mask.shape, states.shape[-1]) if kept is None else kept
             kept[rows, : states.shape[1]] = states

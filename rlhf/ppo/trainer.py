@@ -420,7 +420,8 @@ class PPOTrainer(TrainerConventions):
         uniforms = draw_uniforms(0, numbers, args.response_length, -1, self.accelerator.device)
         rollout = self._sample([rows[number % len(rows)] for number in numbers], uniforms)
         rewards = self.rewards(rollout)
-        logprobs, _, reference, _ = self._logprobs_and_values(rollout, args.per_device_eval_batch_size)
+        size = args.per_device_eval_batch_size
+        logprobs, _, reference, _ = self._logprobs_and_values(rollout, size, with_values=False)
         weights = [1.0] * len(self.eval_reward_funcs)
         held_out = self._collect(rollout, self.eval_reward_funcs, weights)
         metrics = evaluation_metrics(rollout, rewards, held_out, logprobs - reference, self.processes)
@@ -437,11 +438,11 @@ class PPOTrainer(TrainerConventions):
         return sample() if self.engine.own_weights else whole(sample, self.model)
 
     def _logprobs_and_values(
-        self, rollout: Rollout, batch_size: int
+        self, rollout: Rollout, batch_size: int, with_values: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         compute = functools.partial(
             logprobs_and_values, self.model, self.ref_model, self.ref_adapter_name, rollout,
-            batch_size=batch_size, temperature=self.args.temperature,
+            batch_size=batch_size, temperature=self.args.temperature, with_values=with_values,
         )  # fmt: skip
         with mixed_precision(self.accelerator, self.model.policy):
             return whole(compute, self.model, self.reference)

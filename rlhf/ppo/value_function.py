@@ -38,7 +38,8 @@ def check_value_function(path: str, model: PolicyAndValue) -> None:
     wanted = {(name, *getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if name in own}
     differ = sorted(name for name, *_ in found ^ wanted)
     if reads != model.value_adapter:
-        differ.insert(0, f"the adapter {reads} that its head reads")
+        form = {None: "a head on the policy's trunk"}.get(reads, f"a head on the adapter {reads}")
+        differ.insert(0, form)
     if differ:
         raise InputError(
             f"--value_model_path {path}: its value function has another form or size than this run's: see {differ[0]}. "
