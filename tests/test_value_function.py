@@ -117,7 +117,7 @@ def test_a_checkpoint_keeps_its_value_function(sft, reward_adapter, tokenizer, p
     on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, value_function="head", **settings).train()
     settings["max_steps"] = 2
     other = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, **settings)
-    with pytest.raises(InputError, match="has another value function. Give --value_function head"):
+    with pytest.raises(InputError, match="has another value function"):
         other.train(resume_from_checkpoint=True)
     same = on_reward_model(sft, reward_adapter, tokenizer, prompts, tmp_path, value_function="head", **settings)
     assert same.train(resume_from_checkpoint=True).global_step == 2
@@ -137,7 +137,7 @@ def test_a_head_on_the_reward_model_needs_one(sft, tokenizer, prompts, tmp_path)
     weights = {name: p.detach() for name, p in head.named_parameters() if name in head.value_parameters()}
     save_value_function(tmp_path, weights, RewardScale(0.0, 1.0), head)
     check_value_function(str(tmp_path), head)
-    with pytest.raises(InputError, match="a head on the policy.s trunk"):
+    with pytest.raises(InputError, match="a head on the policy"):
         check_value_function(str(tmp_path), other)
 
 
