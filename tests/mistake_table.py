@@ -109,7 +109,8 @@ NUMBERS = {
     "recipes/reward": "per_device_train_batch_size=-3 learning_rate=inf max_length=-1 center_rewards_coefficient=-1 "
     "seed=4294967296 lora_dropout=nan dataset_probs=-1 dataset_probs=0",
     "recipes/ppo": "save_total_limit=-1 kl_coef=nan kl_coef=-1 gamma=7 lam=-1 cliprange=0 cliprange_value=-1 "
-    "vf_coef=nan num_ppo_epochs=0 num_mini_batches=0 response_length=0 temperature=0 temperature=nan total_episodes=0 "
+    "epsilon_high=0 vf_coef=nan num_ppo_epochs=0 num_mini_batches=0 response_length=0 temperature=0 temperature=nan "
+    "total_episodes=0 "
     "total_episodes=-5 score_clip=0 length_penalty=-1 missing_eos_score=nan missing_eos_penalty=-1 "
     "adaptive_kl_target=-2 adaptive_kl_horizon=0 target_kl=0 value_warmup_steps=-1 entropy_coef=inf ptx_coef=-1 "
     "stop_token_id=-1 num_sample_generations=-1 uwo_coef=-1 local_rollout_forward_batch_size=0",
@@ -240,7 +241,6 @@ for name, command, wrong, *says in (
     ("an odd loss", "recipes/sft", "--loss_type square", "--loss_type"),
     ("mini batches that don't divide", "recipes/ppo", "--num_mini_batches 3", "--num_mini_batches 3: must divide"),
     ("a run without a value function", "recipes/ppo", "--value_model_path nowhere", "--value_model_path nowhere: has"),
-    ("generations that do not divide", "recipes/ppo", "--num_generations 3", "--num_generations 3: must divide"),
     ("epochs of saving", "recipes/ppo", "--save_strategy epoch", "--save_strategy"),
     ("a token behind the vocabulary", "recipes/ppo", "--stop_token_id 9999999", "--stop_token_id 9999999"),
     ("generations that don't divide", "recipes/rloo", "--num_generations 3", "num_generations"),

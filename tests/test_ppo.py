@@ -28,7 +28,7 @@ from rlhf.models.loading import load_causal_lm, load_policy
 from rlhf.models.prefix import Rows
 from rlhf.models.sources import resolve
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.rollout import PromptSampler, prompt_order
+from rlhf.ppo.rollout import prompt_order
 from rlhf.ppo.upstream import TRLPPOTrainer
 from rlhf.rewards import completion_text
 
@@ -276,37 +276,6 @@ def test_settings_that_cannot_work_are_refused(sft, tokenizer, prompts, tmp_path
     broken.pad_token = broken.eos_token
     with pytest.raises(InputError, match="pad token"):
         PPOTrainer(ppo_config(tmp_path), broken, policy, train_dataset=prompts, reward_funcs=[count_a])
-
-
-def test_several_completions_of_a_prompt_follow_each_other_and_a_pass_is_every_prompt_once():
-    whole = [row for batch in PromptSampler(5, range(4), 4, 0, 20, seed=1, num_generations=2) for row in batch]
-    assert whole == [number for number in prompt_order(5, 0, 10, seed=1) for _ in range(2)]
-    resumed = [row for batch in PromptSampler(5, range(4), 4, 12, 20, seed=1, num_generations=2) for row in batch]
-    assert resumed == whole[12:]
-    halves = [list(PromptSampler(5, rows, 8, 0, 16, 1, 4)) for rows in (range(4), range(4, 8))]
-    assert [[*one, *other] for one, other in zip(*halves, strict=True)] == list(
-        PromptSampler(5, range(8), 8, 0, 16, 1, 4)
-    )
-
-
-def test_a_run_with_several_completions_per_prompt(sft, tokenizer, prompts, tmp_path):
-    seen = []
-
-    def note(prompts, completions, **_):
-        seen.append((prompts, [completion_text(completion) for completion in completions]))
-        return [0.0] * len(prompts)
-
-    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, [note], num_generations=4, total_episodes=None)
-    assert ppo.args.total_episodes == 3 * len(prompts) * 4  # three epochs by default
-    ppo.args.total_episodes = 8
-    ppo.train()
-    (asked, replies), *_ = seen
-    assert asked == [asked[0]] * 4 + [asked[4]] * 4
-    assert asked[0] != asked[4]
-    assert len(set(replies[:4])) > 1  # each is drawn anew
-    assert ppo.state.epoch == 2 / len(prompts)
-    with pytest.raises(InputError, match=r"--num_generations 3: must divide .* = 8"):
-        ppo_config(tmp_path, num_generations=3)
 
 
 def test_prompt_order_is_gapless_seeded_and_fresh_each_pass():

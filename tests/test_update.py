@@ -3,6 +3,7 @@
 import torch
 
 from rlhf.models.logprobs import token_logprobs
+from rlhf.ppo import PPOConfig
 from rlhf.ppo.model import TokenOutputs
 from rlhf.ppo.types import Advantages, Rollout, Scored, pack
 from rlhf.ppo.update import UpdateSettings, minibatches, ppo_loss, update
@@ -35,6 +36,25 @@ def test_loss_by_hand():
     assert sums.tokens == 2
     assert sums.means().entropy == 1.5
     assert (sums + sums).entropy == 6 and (sums + sums).means().entropy == 1.5
+
+
+def test_epsilon_high_moves_the_upper_end_alone():
+    ratio, ones = torch.tensor([[1.5, 1.25, 0.5]]), torch.ones(1, 3)
+    settings = SETTINGS._replace(epsilon_high=0.3)
+    sums = ppo_loss(
+        TokenOutputs(ratio.log(), ones, ones),
+        0 * ones,
+        ones,
+        torch.tensor([[1.0, 2.0, -3.0]]),
+        ones,
+        ones.bool(),
+        settings,
+    )
+    # max(-1.5, -1.3), max(-2.5, -2.5) within the range, max(3·0.5, 3·0.8): -1.3 - 2.5 + 2.4
+    assert torch.isclose(sums.policy_loss, torch.tensor(-1.4))
+    assert sums.clipped == 2
+    config = PPOConfig("out", bf16=False, use_cpu=True, cliprange=0.1, epsilon_high=0.3)
+    assert UpdateSettings.of(config, warming_up=False)[:4] == (0.1, 0.2, 0.1, 0.3)
 
 
 def test_logprobs_are_those_of_the_scaled_logits_in_float32():

@@ -44,7 +44,6 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
             `ref_adapter_name` the reference is the model with its adapters off.
         remove_unused_columns: defaults to False: the prompts' other columns go to the reward functions.
         adam_epsilon: defaults to 1e-5, as in OpenAI's lm-human-preferences.
-        num_generations: completions of each prompt in a batch, which counts completions; GRPOConfig's field.
         max_steps: number of updates; replaces `total_episodes` if above 0.
         num_sample_generations: how many times in a run a few sampled completions are printed.
         reward_funcs, eval_reward_funcs: names for the command line: import paths, reward models, or `judge` (see
@@ -58,6 +57,8 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
         missing_eos_score: replaces the score of a completion that never ended (-1 in lm-human-preferences).
         adaptive_kl_target, adaptive_kl_horizon: adjust `kl_coef` so that the KL of a completion stays near the target
             (Ziegler et al., section 2.2); None keeps it fixed.
+        epsilon_high: ratios are clipped to [1 - cliprange, 1 + epsilon_high]; None: 1 + cliprange. GRPOConfig's field.
+            A larger one lets rare tokens become likely faster ("clip-higher", https://arxiv.org/abs/2503.14476, eq. 8).
         target_kl: ends an update when the policy has moved this far from the policy that sampled (mean of squared log
             ratios / 2, in nats per token).
         value_function: a `head` on the policy's trunk; or with LoRA an `adapter` of its own with a head, or a head on
@@ -76,9 +77,6 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
             vanishes to first order, so it doesn't hold the policy near the reference.
     """
 
-    num_generations: PositiveInt = field(
-        default=1, metadata={"help": "Completions of each prompt. The batch size counts completions."}
-    )
     stop_token: Literal["eos"] | None = field(
         default="eos",
         metadata={
@@ -141,6 +139,9 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
     )
     adaptive_kl_horizon: PositiveInt = field(
         default=10_000, metadata={"help": "Episodes in which the adaptive kl_coef can change by about a fifth."}
+    )
+    epsilon_high: PositiveFloat | None = field(
+        default=None, metadata={"help": "Upper end of the clipping of ratios. Default: cliprange."}
     )
     target_kl: PositiveFloat | None = field(
         default=None, metadata={"help": "End an update early when its approxkl exceeds this."}
@@ -212,11 +213,6 @@ class PPOConfig(EngineArguments, JudgeArguments, TRLPPOConfig):
         if local_batch_size % self.num_mini_batches:
             raise InputError(
                 f"--num_mini_batches {self.num_mini_batches}: must divide per_device_train_batch_size × "
-                f"gradient_accumulation_steps = {local_batch_size}."
-            )
-        if local_batch_size % self.num_generations:
-            raise InputError(
-                f"--num_generations {self.num_generations}: must divide per_device_train_batch_size × "
                 f"gradient_accumulation_steps = {local_batch_size}."
             )
         if self.kl_estimator != "k1":

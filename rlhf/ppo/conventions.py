@@ -84,7 +84,7 @@ class TrainerConventions(TRLPPOTrainer):
         self.model.zero_grad()
         self.state = state = OnlineTrainerState(
             max_steps=args.num_total_batches,
-            num_train_epochs=args.total_episodes / self.episodes_per_epoch(),
+            num_train_epochs=args.total_episodes / self.train_dataset_len,
             is_local_process_zero=self.is_local_process_zero(),
             is_world_process_zero=self.is_world_process_zero(),
             stateful_callbacks=self._stateful_callbacks(),
@@ -162,14 +162,9 @@ class TrainerConventions(TRLPPOTrainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = PromptSampler(
-            self.train_dataset_len, self.own_rows(), args.batch_size, self.state.episode, args.total_episodes, seed,
-            args.num_generations,
-        )  # fmt: skip
+            self.train_dataset_len, self.own_rows(), args.batch_size, self.state.episode, args.total_episodes, seed
+        )
         return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
-
-    def episodes_per_epoch(self) -> int:
-        """Completions of a pass over the prompts."""
-        return self.train_dataset_len * self.args.num_generations
 
     def own_rows(self) -> range:
         """The row numbers of a batch that belong to this process."""
@@ -188,7 +183,7 @@ class TrainerConventions(TRLPPOTrainer):
         """Count the episodes and the step of an update."""
         self.state.episode += self.args.batch_size
         self.state.global_step += 1
-        self.state.epoch = self.state.episode / self.episodes_per_epoch()
+        self.state.epoch = self.state.episode / self.train_dataset_len
 
     def note_metrics(self, metrics: dict[str, float], scored: Scored, stats: UpdateStats) -> None:
         """Keep the numbers of an update for the log, and those that reward functions logged for their mean."""
@@ -339,7 +334,7 @@ class TrainerConventions(TRLPPOTrainer):
         progress = load_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, rank)
         state, scale = self.state, progress["reward_scale"]
         state.global_step, state.episode, state.log_history = progress["step"], progress["episode"], progress["log"]
-        state.epoch = state.episode / self.episodes_per_epoch()
+        state.epoch = state.episode / self.train_dataset_len
         state.best_metric, state.best_global_step, best = progress["best"]
         place = best and Path(self.args.output_dir) / Path(best).name  # the run folder may have moved
         state.best_model_checkpoint = str(place) if place and place.is_dir() else None

@@ -38,27 +38,18 @@ class PromptSampler(Sampler[list[int]]):
         batch_size: episodes of an update, on all processes.
         first_episode: the episode at which the run stands.
         total_episodes: where it ends.
-        num_generations: episodes of a prompt, which follow each other.
     """
 
     def __init__(
-        self,
-        rows: int,
-        own_rows: range,
-        batch_size: int,
-        first_episode: int,
-        total_episodes: int,
-        seed: int,
-        num_generations: int = 1,
+        self, rows: int, own_rows: range, batch_size: int, first_episode: int, total_episodes: int, seed: int
     ) -> None:
-        self.rows, self.own_rows, self.seed, self.num_generations = rows, own_rows, seed, num_generations
-        self.prompts = batch_size // num_generations
+        self.rows, self.own_rows, self.batch_size, self.seed = rows, own_rows, batch_size, seed
         self.episodes = range(first_episode, total_episodes, batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for episode in self.episodes:
-            order = prompt_order(self.rows, episode // self.num_generations, self.prompts, self.seed)
-            yield [order[number // self.num_generations] for number in self.own_rows]
+            order = prompt_order(self.rows, episode, self.batch_size, self.seed)
+            yield [order[number] for number in self.own_rows]
 
     def __len__(self) -> int:
         return len(self.episodes)

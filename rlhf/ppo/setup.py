@@ -244,8 +244,7 @@ def set_sizes(args: PPOConfig, dataset_length: int, processes: int) -> None:
     if args.max_steps > 0:
         args.total_episodes = args.max_steps * args.batch_size
     elif args.total_episodes is None:
-        episodes = args.num_train_epochs * dataset_length * args.num_generations
-        args.total_episodes = max(1, int(episodes / args.batch_size)) * args.batch_size
+        args.total_episodes = max(1, int(args.num_train_epochs * dataset_length / args.batch_size)) * args.batch_size
     elif args.total_episodes % args.batch_size or args.total_episodes < 1:
         below = args.total_episodes // args.batch_size * args.batch_size
         raise InputError(

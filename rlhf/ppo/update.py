@@ -25,6 +25,7 @@ class UpdateSettings(NamedTuple):
     cliprange: float
     cliprange_value: float
     vf_coef: float
+    epsilon_high: float | None = None
     entropy_coef: float = 0.0
     ptx_coef: float = 0.0
     temperature: float = 1.0
@@ -36,6 +37,7 @@ class UpdateSettings(NamedTuple):
         """The settings of a run. The value warm-up (`warming_up`) trains the value function alone."""
         return cls(
             cliprange=args.cliprange,
+            epsilon_high=args.epsilon_high,
             cliprange_value=args.cliprange_value,
             vf_coef=args.vf_coef,
             entropy_coef=args.entropy_coef,
@@ -58,7 +60,8 @@ def ppo_loss(
 ) -> LossSums:
     """Clipped policy and value losses minus the entropy bonus, summed over the masked tokens of (B, T) inputs.
 
-    Policy: -min(r A, clip(r, 1 - ε, 1 + ε) A), r = π/π_old; Schulman et al., eq. 7 (https://arxiv.org/abs/1707.06347).
+    Policy: -min(r A, clip(r, 1 - ε, 1 + ε_high) A), r = π/π_old; Schulman et al., eq. 7
+    (https://arxiv.org/abs/1707.06347), there with one ε.
     Value: max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²) / 2, as in
     https://github.com/openai/baselines/blob/ea25b9e8b234e6ee1bca43083f8f3cf974143998/baselines/ppo2/model.py#L68
 
@@ -67,7 +70,8 @@ def ppo_loss(
     """
     logratio = (new.logprobs - old_logprobs) * mask
     ratio = logratio.exp()
-    clipped_ratio = ratio.clamp(1 - settings.cliprange, 1 + settings.cliprange)
+    high = settings.cliprange if settings.epsilon_high is None else settings.epsilon_high
+    clipped_ratio = ratio.clamp(1 - settings.cliprange, 1 + high)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
     policy_loss = torch.max(unclipped, clipped) * mask
     if weights is not None:
