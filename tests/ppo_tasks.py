@@ -61,6 +61,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "ten times the value function's rate": {"value_learning_rate": 10.0},  # times learning_rate
     "no value function": {"vf_coef": 0.0, "lam": 1.0},
+    "λ 1": {"lam": 1.0},
+    "epsilon_high 0.28": {"epsilon_high": 0.28},
 }
 MULTIPLIED = "value_learning_rate"  # given as a multiple of learning_rate
 
