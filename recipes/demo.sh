@@ -3,8 +3,7 @@
 #
 #     make demo            (or, with the packages installed: bash recipes/demo.sh)
 #
-# Each stage reads recipes/configs/<stage>.yaml and hands its folder to the next. PPO takes 6 updates in place of the 10
-# there: its value function starts as the reward model, and learns as much in them (docs/ppo.md). After an interruption, run the same
+# Each stage reads recipes/configs/<stage>.yaml and hands its folder to the next. After an interruption, run the same
 # command again to continue: finished stages are skipped, an unfinished one resumes from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,8 +23,7 @@ stage "2/6 Preferences: two replies per prompt, compared by a simulated labeler 
 stage "3/6 Reward model: predict which reply the labeler prefers" \
     recipes/reward.py --model_name_or_path "$out/sft" --dataset_name "$out/preferences" --output_dir "$out/reward"
 stage "4/6 PPO: raise the reward and stay near the SFT model" \
-    recipes/ppo.py --model_name_or_path "$out/sft" --reward_model_path "$out/reward" --total_episodes 384 \
-    --save_steps 1 --output_dir "$out/ppo"
+    recipes/ppo.py --model_name_or_path "$out/sft" --reward_model_path "$out/reward" --output_dir "$out/ppo"
 stage "5/6 Evaluation on prompts that no stage has seen" \
     eval/compare.py --models base=starter "sft=$out/sft" "ppo=$out/ppo" --reward_model_path "$out/reward" \
     --output_dir "$out/comparison"

@@ -21,7 +21,7 @@ models=("sft=$demo/sft")
 for weight in ${WEIGHTS:-0 3 8 20}; do
     stage "PPO with $weight times kindness" recipes/ppo.py --model_name_or_path "$demo/sft" \
         --reward_model_path "$demo/reward" --reward_funcs rlhf.starter.kindness.kind --reward_weights 1 "$weight" \
-        --dataset_config moods --total_episodes 384 --save_total_limit 1 --output_dir "$out/ppo-$weight"
+        --dataset_config moods --save_total_limit 1 --output_dir "$out/ppo-$weight"
     models+=("kind_$weight=$out/ppo-$weight")
 done
 stage "Both rewards of held-out replies" \

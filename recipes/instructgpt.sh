@@ -26,8 +26,8 @@ stage() {
 # all that follows SFT, for one size: its name, its base, its SFT model, and its coefficients of PPO-ptx
 align() {
     local size=$1 base=$2 sft=$3 models seed coef pair episodes=640
-    # of the starter, the reward model's own base, PPO's value function starts as the reward model: fewer do (demo.sh)
-    [[ $size == starter ]] && episodes=384
+    # the value function starts as the reward model only on its own base, the starter, which needs fewer updates
+    if [[ $size == starter ]]; then episodes=384; fi
     shift 3
     models=("base=$base" "prompted=$base" "sft=$sft")
     stage "$size: the best of ten few-shot prompts for the base" \

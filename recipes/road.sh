@@ -68,7 +68,7 @@ stage "6/8 Scaling laws: sizes and budgets, a fit, a forecast, an LSTM" \
     recipes/scaling.py --tokenizer_name "$out/tokenizer-512" --output_dir "$out/scaling"
 
 stage "7/8 RLOO on the starter's score" recipes/rloo.py --output_dir "$out/rloo"
-stage "7/8 PPO on the same score" recipes/ppo.py --output_dir "$out/ppo"
+stage "7/8 PPO on the same score" recipes/ppo.py --total_episodes 640 --output_dir "$out/ppo"
 stage "7/8 RLOO and PPO in one picture" \
     eval/curves.py --models "ppo=$out/ppo" "rloo=$out/rloo" --output_dir "$out/curves"
 stage "7/8 RLOO and PPO on held-out prompts" \

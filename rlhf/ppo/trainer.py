@@ -92,8 +92,8 @@ class PPOTrainer(TrainerConventions):
             reward model; or a list of several, an ensemble (`args.reward_ensemble`).
         train_dataset: rows with `prompt` (text or messages) or `input_ids` (token ids of a prompt). Other columns go
             to the reward functions.
-        value_model: a sequence classifier with one output, trained as the value function. None: a head on the policy's
-            trunk, or an adapter of its own (`args.value_function`).
+        value_model: a sequence classifier with one output, trained as the value function. None: what
+            `args.value_function` says.
         data_collator: must be None; prompts are padded on the left.
         eval_dataset: prompts like those of `train_dataset`, or a dict of several such datasets by name.
         optimizers: an optimizer of the policy and its scheduler, which takes one step per update. The parameters of a
