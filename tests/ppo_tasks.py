@@ -53,7 +53,9 @@ TASKS = {
     "long, a reward per token": Task(48, lambda words, wanted: [(word == wanted) / 48 for word in words]),
     "long, noise of 0.2": Task(48, noisy),
     "all or nothing": Task(6, lambda words, wanted: float(share(words, wanted) >= 0.5)),
-    "cut off scores 0": Task(12, lambda words, wanted: share(words, wanted) if len(words) < 12 else 0.0, ends=True),
+    "cut off scores 0": Task(
+        12, lambda words, wanted: share(words[:-1], wanted) if words[-1] == "<eos>" else 0.0, ends=True
+    ),
     "eight prompts": Task(12, share, prompts=8),
     "eight prompts, all or nothing": Task(6, lambda words, wanted: float(share(words, wanted) >= 1 / 3), prompts=8),
 }
@@ -89,7 +91,7 @@ def learned(task: Task, setting: dict[str, Any], seed: int, folder: Path) -> dic
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | list[float]]:
         wanted = [prompt.split()[-1] if task.prompts > 1 else WANTED[0] for prompt in prompts]
-        words = [tokenizer.decode(ids, skip_special_tokens=True).split() for ids in completion_ids]
+        words = [tokenizer.convert_ids_to_tokens(ids) for ids in completion_ids]
         return [task.reward(*pair) for pair in zip(words, wanted, strict=True)]
 
     model = AutoModelForCausalLM.from_pretrained(path)
