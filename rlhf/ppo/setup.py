@@ -1,6 +1,7 @@
 """What PPOTrainer checks and prepares before it trains."""
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from datasets import Dataset
@@ -34,13 +35,13 @@ def _has_token_scores(classifier: Model) -> bool:
 def check_models(
     model: str | Model,
     ref_model: str | Model | None,
-    reward_model: str | Model | list[str | Model] | None,
+    reward_model: str | Model | Sequence[str | Model] | None,
     value_model: str | Model | None,
 ) -> None:
     """Raise InputError for models that can't play their roles together. Names stand for models of their own."""
     if ref_model is model and not isinstance(model, str):
         raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-    rewards = reward_model if isinstance(reward_model, list) else [reward_model]
+    rewards = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
     if isinstance(value_model, PreTrainedModel | PeftModel) and any(value_model is reward for reward in rewards):
         raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
     if isinstance(value_model, PreTrainedModel | PeftModel) and not _has_token_scores(value_model):
@@ -174,7 +175,7 @@ def policy_and_value(
 
 def same_for_each(given: object, tokenizer: PreTrainedTokenizerBase) -> list[PreTrainedTokenizerBase | None]:
     """The tokenizer for each reward model of `reward_model`: that of the policy."""
-    count = len(given) if isinstance(given, list) else 0 if given is None else 1
+    count = len(given) if isinstance(given, list | tuple) else 0 if given is None else 1
     return [tokenizer] * count
 
 
