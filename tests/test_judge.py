@@ -2,12 +2,15 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from chat_server import chat_server
-from conftest import TINY_PPO, assistant, run, save_tiny, user
+from conftest import ROOT, TINY_PPO, assistant, run, save_tiny, user
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
@@ -262,6 +265,48 @@ def test_a_server_that_is_gone_is_one_line(monkeypatch):
         with pytest.raises(InputError, match=r"does not answer \(Connection refused\). Start the server") as caught:
             ask()
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_answer_that_does_not_come_is_waited_for_twice(monkeypatch):
+    monkeypatch.setattr(rlhf.rewards.server_judge, "BACKOFF", 0.0)
+    ended = threading.Event()
+    with chat_server(lambda q: ("3" if "Hello" in q or ended.wait(60) else None, None)) as server:
+        judge = judge_by(judge_base_url=server.url)
+        monkeypatch.setattr(rlhf.rewards.server_judge, "TIMEOUTS", (10.0, 0.3))
+        with pytest.raises(RewardError, match="does not answer"):
+            rate(judge, PROMPTS[:1], REPLIES[:1])
+        ended.set()
+        assert len(server.questions()) == 2
+
+
+INTERRUPTED = """
+import sys
+from rlhf.errors import report_errors
+from rlhf.rewards.server_judge import ServerJudge
+with report_errors():
+    ServerJudge(sys.argv[1], "small", 16).answers([f"question {n}" for n in range(64)], tuple("1234567"))
+"""
+
+
+def test_ctrl_c_waits_for_no_answer():
+    asked, ended = threading.Event(), threading.Event()
+    waited = []
+
+    def rule(question):
+        if "question" in question:
+            asked.set()
+            waited.append(ended.wait(60))
+        return "3", None
+
+    with chat_server(rule) as server:
+        words = [sys.executable, "-c", INTERRUPTED, server.url]
+        child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        asked.wait(120)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate()[1]
+        assert child.returncode == 130 and "Interrupted. Run the same command" in said and not waited
+        ended.set()
+        assert len(server.questions()) <= 16
 
 
 def test_the_name_of_the_model_is_needed_where_a_server_has_several():
