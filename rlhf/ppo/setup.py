@@ -68,8 +68,16 @@ def stop_ids(args: PPOConfig, model: Model, tokenizer: PreTrainedTokenizerBase) 
     return end_ids(model, tokenizer) if args.stop_token == "eos" else args.stop_token_id or []
 
 
+def check_ptx_flags(args: PPOConfig) -> None:
+    """Raise InputError for texts to mix in that have no weight."""
+    if args.ptx_dataset_name is not None and args.ptx_coef == 0:
+        raise InputError(f"--ptx_dataset_name {args.ptx_dataset_name}: has no effect without --ptx_coef. Give its "
+                         "weight, or leave it out.")  # fmt: skip
+
+
 def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | None) -> None:
-    """Raise InputError if the datasets beside the prompts are missing where a setting needs them."""
+    """Raise InputError if the datasets beside the prompts are missing where a setting needs them, or have no effect."""
+    check_ptx_flags(args)
     if args.eval_strategy != "no" and held_out is None:
         raise InputError("--eval_strategy: needs an eval_dataset; this one has none. Give one, or use 'no'.")
     if args.ptx_coef > 0 and not ptx:
