@@ -162,7 +162,8 @@ def judges_of(
     """The judges that --judges names, else the default ones."""
     names = arguments.judges
     if names is None:
-        names = ["gold"] if dataset == STARTER else ["reward"] if arguments.reward_model_path else []
+        rewarded = arguments.reward_model_path or settings.reward_funcs
+        names = ["gold"] if dataset == STARTER else ["reward"] if rewarded else []
     if hidden := {"gold", "simulated"} & {*names} if dataset != STARTER else set():
         raise InputError(
             f"--judges {min(hidden)}: judges by the starter's hidden score, which no other dataset has. Give reward."

@@ -760,13 +760,26 @@ add("rewards", "no reward", "recipes/collect", "--labeler reward --reward_funcs 
 
 JUDGED = "--reward_funcs judge --judge_model_name_or_path made/lm"
 RUBRIC = "rubric.yaml"
+NEEDY = "def f(completions, answer):\n    return [1.0 for _ in completions]\n"
 for name, command, wrong, *says in (
     ("a principle without a judge", "recipes/ppo", "--principle 'Be kind.'", "--principle", "--reward_funcs judge"),
     ("a principle without a judge", "recipes/collect", "--principle 'Be kind.'", "--principle", "--labeler judge"),
     ("a principle without a judge", "eval/compare", "--principle 'Be kind.'", "--principle", "--judges"),
     ("a judge's address without one", "recipes/rloo", "--judge_base_url http://127.0.0.1:1/v1", "--judge_base_url"),
+    ("rewards of no labeler", "recipes/collect", "--labeler simulated", "--reward_funcs rewards.length: scores nothing",
+     "Add --labeler reward"),
+    ("rewards of no judge", "eval/compare", "--judges human", "--reward_funcs rewards.length: scores nothing",
+     "Add reward to --judges"),
+    ("rewards of no default judge", "eval/compare", "--judges - --dataset_name starter",
+     "--reward_funcs rewards.length: scores nothing", "Add reward to --judges"),
+    ("noise of no labeler", "recipes/collect", "--labeler_temperature 0.5", "--labeler_temperature 0.5: is the simul"),
+    ("a function that needs a column", "recipes/collect", "--reward_funcs needy.f",
+     "--reward_funcs needy.f: needs the argument 'answer'"),
+    ("a function that needs a column", "eval/compare", "--reward_funcs needy.f",
+     "--reward_funcs needy.f: needs the argument 'answer'"),
     ("an empty principle", "recipes/ppo", f"{JUDGED} --principle ' '", "--principle"),
-    ("an empty principle", "recipes/collect", "--labeler judge --principle ''", "--principle"),
+    ("an empty principle", "recipes/collect", "--reward_funcs - --labeler judge --principle ''",
+     "--principle"),
     ("a principle and a rubric", "recipes/ppo", f"{JUDGED} --principle x --rubric {RUBRIC}", "--principle and"),
     ("a missing rubric", "recipes/ppo", f"{JUDGED} --rubric gone.yaml", "--rubric gone.yaml"),
     ("a missing judge", "recipes/rloo", "--reward_funcs judge --judge_model_name_or_path ./gone",
@@ -776,13 +789,15 @@ for name, command, wrong, *says in (
     ("a judge that writes nothing", "recipes/ppo", f"{JUDGED} --judge_max_new_tokens 99", "--judge_max_new_tokens"),
     ("a judge's server that isn't there", "recipes/ppo", "--reward_funcs judge --judge_base_url http://127.0.0.1:1/v1",
      "--judge_base_url http://127.0.0.1:1/v1", "Connection refused"),
-    ("a judge's server that isn't there", "recipes/collect", "--labeler judge --judge_base_url http://127.0.0.1:1/v1",
+    ("a judge's server that isn't there", "recipes/collect",
+     "--reward_funcs - --labeler judge --judge_base_url http://127.0.0.1:1/v1", 
      "--judge_base_url http://127.0.0.1:1/v1", "Connection refused"),
     ("no address", "recipes/ppo", "--reward_funcs judge --judge_base_url 127.0.0.1:8000", "--judge_base_url 127.0.0.1"),
     ("a key in the address", "recipes/ppo", "--reward_funcs judge --judge_base_url http://me:secret@127.0.0.1:1/v1",
      "--judge_base_url: has more", "OPENAI_API_KEY"),
 ):  # fmt: skip
-    add("rewards", name, command, wrong, *says, files={RUBRIC: "kind: It is kind.\n"}, right="")
+    add("rewards", name, command, wrong, *says, right="",
+        files={RUBRIC: "kind: It is kind.\n", "needy.py": NEEDY})  # fmt: skip
 for name, content, word in (
     ("of a list", "- kind\n", "is no mapping"),
     ("of a wrong weight", "kind: {text: It is kind., weight: much}\n", "kind: a weight"),
