@@ -17,6 +17,7 @@ from eval.drawing.tables import instructgpt_tables
 from eval.measuring.alignment import PPO, SFT, TAXED, Kind, SeedTable, Size, _kinds, repair_of, tax_of, wins
 from eval.stats.intervals import Interval
 from rlhf.errors import InputError
+from rlhf.run.folders import Run
 from rlhf.starter.scorer import gold_scores
 
 sys.path.append(str(ROOT / "docs"))
@@ -183,9 +184,9 @@ def test_a_size_without_its_models_is_refused(finished, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["rloo", "star"])
 def test_a_model_of_another_recipe_is_no_base(recipe, tmp_path):
-    made = {"recipe": recipe, "command": "", "settings": {}, "finished": True}
+    made = Run(recipe=recipe, command="", settings={}, finished=True)
     (tmp_path / "run.json").write_text(json.dumps(made))
-    comparison = {**made, "recipe": "compare", "settings": {"models": [f"mine={tmp_path}"]}}
+    comparison = Run(recipe="compare", command="", settings={"models": [f"mine={tmp_path}"]}, finished=True)
     with pytest.raises(InputError, match=rf"^--comparisons x=y: mine is made by {recipe}\.py\. Compare models of pre"):
         _kinds(comparison, ["mine"], "--comparisons x=y")
 

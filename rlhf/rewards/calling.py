@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerState
 
 from rlhf.comparisons import Prompt
@@ -89,6 +90,11 @@ def check_reward_function(function: object, where: str, columns: Sequence[str] |
                 f"{where}: needs the argument {parameter.name!r}, which "
                 f"{found if columns else 'is not passed: labelers see no columns of the dataset'}. {rule}."
             )
+
+
+def reward_columns(rows: Dataset) -> dict[str, list[Any]]:
+    """The columns of a dataset that reward functions get by name."""
+    return {name: rows[name][:] for name in rows.column_names if name not in (*ARGUMENTS, *NOT_PASSED)}
 
 
 def call_rewards(
