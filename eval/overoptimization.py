@@ -124,8 +124,11 @@ def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, 
             typed = getattr(arguments, name) != getattr(OverOptimizationArguments, name)
             if not typed and (name != "uwo_coef" or arguments.reward_ensemble == "uwo"):
                 setattr(arguments, name, run.get(name, getattr(PPOConfig, name, None)))  # earlier runs lack some
+        judged = JUDGE in (arguments.reward_funcs or [])
+        if judged and arguments.judge_base_url is None and "judge_base_url" in run:
+            raise InputError("--judge_base_url: the run's judge was on a server. Give its address.")
         for flag in dataclasses.fields(JudgeArguments):
-            if JUDGE in (arguments.reward_funcs or []) and getattr(arguments, flag.name) == flag.default:
+            if judged and flag.name != "judge_base_url" and getattr(arguments, flag.name) == flag.default:
                 setattr(arguments, flag.name, run.get(flag.name, flag.default))
     arguments.max_new_tokens = arguments.max_new_tokens or run.get("response_length", PPOConfig.response_length)
     arguments.temperature = arguments.temperature or run.get("temperature", PPOConfig.temperature)

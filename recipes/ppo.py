@@ -68,9 +68,8 @@ def main() -> None:
     train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if plan.plan:
-        return print_plan(
-            plan_ppo(plan, training_args, model_args, (source, start), (reward_sources, eval_sources), train)
-        )
+        both = (reward_sources, eval_sources)
+        return print_plan(plan_ppo(plan, training_args, model_args, (source, start), both, train))
     need_engine(training_args, base_config(source), model_args.use_peft or start.adapter is not None)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)

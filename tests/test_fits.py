@@ -12,6 +12,7 @@ from trl import ScriptArguments
 from eval.overoptimization import OverOptimizationArguments, fill_in
 from eval.stats.fits import ScoredPoint, best_of_n, best_of_n_kl, curve, fit_curve, to_keep
 from eval.stats.intervals import Interval, interval, over_known
+from rlhf.errors import InputError
 from rlhf.run.files import write_jsonl
 
 
@@ -99,6 +100,15 @@ def test_what_is_not_given_is_the_runs():
     fill_in(args, data, run)
     assert (args.reward_model_path, args.reward_weights, args.reward_ensemble) == (["a", "b"], [3.0], "wco")
     assert args.uwo_coef == 0.1 and data.dataset_config is None
+
+
+def test_the_judge_of_a_run_on_a_server_needs_an_address():
+    run = {"reward_funcs": ["judge"], "judge_base_url": "an address", "judge_model_name_or_path": "small"}
+    with pytest.raises(InputError, match=r"^--judge_base_url: the run's judge was on a server"):
+        fill_in(OverOptimizationArguments(), ScriptArguments(), run)
+    args = OverOptimizationArguments(judge_base_url="http://127.0.0.1:1/v1")
+    fill_in(args, ScriptArguments(), run)
+    assert (args.judge_base_url, args.judge_model_name_or_path) == ("http://127.0.0.1:1/v1", "small")
 
 
 def test_overoptimization_of_a_run(tiny, tmp_path):

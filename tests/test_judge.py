@@ -16,16 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 import rlhf.rewards.server_judge
+from eval.compare import CompareArguments, judges_of
 from rlhf.comparisons import make_task
 from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
-from rlhf.feedback.labelers import JudgeLabeler
+from rlhf.feedback.labelers import JudgeLabeler, LabelerSettings
 from rlhf.models.sources import resolve
 from rlhf.rewards import JudgeArguments, RewardLog, call_rewards, load_reward, resolve_judge, resolve_reward
 from rlhf.rewards.answers import RewardError
 from rlhf.rewards.local_judge import load_judge
 from rlhf.rewards.rubrics import RATINGS, fenced, rating_question
 from rlhf.rewards.server_judge import BEGUN
+from rlhf.run.folders import start_run
 
 FULL = ModelConfig(dtype="float32")
 PRINCIPLE = "A good reply is short."
@@ -336,6 +338,33 @@ def test_a_server_compares_pairs_too():
         labeler = JudgeLabeler(resolve_judge(JudgeArguments(judge_base_url=server.url)), FULL)
         ((answer,),) = labeler.compare([make_task("train", "Hi", ["quiet", "loud"], ["m"] * 2)])
     assert (answer.preferred, answer.certainty, answer.labeler) == ("second", 1.0, "judge small")
+
+
+def test_a_run_goes_on_with_its_judge_at_another_address(tmp_path):
+    def begin(url):
+        args = JudgeArguments(judge_base_url=url)
+        resolve_judge(args)
+        start_run("recipes/any.py", str(tmp_path / "run"), args)
+
+    with chat_server(lambda q: ("3", None)) as server, chat_server(lambda q: ("3", None)) as moved:
+        begin(server.url)
+        (tmp_path / "run" / "result").write_text("")
+        begin(moved.url)
+        assert server.url not in (tmp_path / "run" / "run.json").read_text()
+        moved.models = [{"id": "large"}]
+        with pytest.raises(InputError, match=r"these differ: judge_model_name_or_path\)"):
+            begin(moved.url)
+        with pytest.raises(InputError, match=r"these differ: judge_base_url, judge_model_name_or_path\)"):
+            begin(None)
+
+
+def test_compare_records_the_judge_that_it_asks(tokenizer, reward_adapter, tmp_path):
+    settings = LabelerSettings()
+    args = CompareArguments(judges=["reward", "judge"], reward_model_path=reward_adapter)
+    with chat_server(lambda q: ("3", None)) as server:
+        settings.judge_base_url = server.url
+        judges_of(args, settings, "mine.jsonl", FULL, tokenizer)
+    assert settings.judge_model_name_or_path == "small" and settings.reward_funcs is None
 
 
 # ------------------------------------------------------------------------------------------------ flags and recipes
