@@ -781,7 +781,7 @@ for name, command, wrong, *says in (
      "--reward_funcs needy.f: needs the argument 'answer'"),
     ("a function that needs a column", "eval/few_shot", "--reward_funcs needy.f",
      "--reward_funcs needy.f: needs the argument 'answer'"),
-    ("a function that needs a column", "eval/overoptimization", "--eval_reward_funcs needy.f",
+    ("a function that needs a column", "eval/overoptimization", "--reward_funcs starter --eval_reward_funcs needy.f",
      "--eval_reward_funcs needy.f: needs the argument 'answer'"),
     ("a principle without a judge", "eval/front", "--principle 'Be kind.'", "--principle", "--reward_funcs judge"),
     ("a principle without a judge", "eval/few_shot", "--principle 'Be kind.'", "--principle", "--reward_funcs judge"),
