@@ -162,16 +162,20 @@ def judges_of(
     """The judges that --judges names, else the default ones."""
     names = arguments.judges
     if names is None:
-        names = ["gold"] if dataset == STARTER else ["reward"] if arguments.reward_model_path else []
+        rewarded = arguments.reward_model_path or settings.reward_funcs
+        names = ["gold"] if dataset == STARTER else ["reward"] if rewarded else []
     if hidden := {"gold", "simulated"} & {*names} if dataset != STARTER else set():
         raise InputError(
             f"--judges {min(hidden)}: judges by the starter's hidden score, which no other dataset has. Give reward."
         )
+    asked = settings
     if "reward" in names and settings.reward_funcs is None:
         if arguments.reward_model_path is None:
             raise InputError("--judges reward: needs --reward_funcs or --reward_model_path.")
-        settings = dataclasses.replace(settings, reward_funcs=[arguments.reward_model_path])
-    return make_judges(names, settings, model_args, tokenizer, arguments.output_dir, arguments.seed)
+        asked = dataclasses.replace(settings, reward_funcs=[arguments.reward_model_path])
+    judges = make_judges(names, asked, model_args, tokenizer, arguments.output_dir, arguments.seed)
+    settings.judge_model_name_or_path = asked.judge_model_name_or_path  # see resolve_judge
+    return judges
 
 
 def print_comparison(results: JsonObject, comparison: ComparedModels, reference: str) -> None:

@@ -12,8 +12,8 @@ A prompt is --num_fewshot training conversations as turns of a chat in front of 
 context for the longest held-out prompt.
 
 Writes prompt.json (the best prompt's turns, `messages`) and few_shot.json (every prompt's score, {mean, low, high, n},
-with 95% intervals over the messages). The best of several is partly luck, so its own score is too high; compare.py
-measures it on other prompts.
+with 95% intervals over the messages; replies without a score don't count). The best of several is partly luck, so its
+own score is too high; compare.py measures it on other prompts.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -22,10 +22,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_early(__file__)
 
 import functools
+import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
@@ -37,7 +40,7 @@ from eval.drawing.tables import few_shot_rows
 from eval.measuring.few_shot import conversations_of, draw_turns, with_turns
 from eval.measuring.replies import Replies, sample_replies, use_model
 from eval.report import write_report
-from eval.stats.intervals import Interval, interval
+from eval.stats.intervals import Interval, over_known
 from rlhf.comparisons import Messages, Prompt, as_message
 from rlhf.data.datasets import DatasetArguments, load_splits, load_test_split
 from rlhf.data.encoding import encode_prompt
@@ -46,7 +49,18 @@ from rlhf.errors import InputError, report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import context_length, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards import RewardSource, call_rewards, load_reward, resolve_reward_functions, total_scores
+from rlhf.rewards import (
+    JUDGE,
+    JudgeArguments,
+    RewardSource,
+    call_rewards,
+    load_reward,
+    need_scores,
+    resolve_reward_functions,
+    reward_columns,
+    total_scores,
+)
+from rlhf.rewards.judge import refuse_judge_flags
 from rlhf.run.files import write_json
 from rlhf.run.folders import command, finish_run, start_run
 from rlhf.run.processes import need_one_process
@@ -58,7 +72,7 @@ PROMPT_FILE = "prompt.json"
 
 
 @dataclass
-class FewShotArguments:
+class FewShotArguments(JudgeArguments):
     """How many prompts there are, and how they are tried."""
 
     num_prompts: PositiveInt = field(default=10, metadata={"help": "Few-shot prompts to try."})
@@ -66,7 +80,7 @@ class FewShotArguments:
     max_prompts: PositiveInt = field(default=64, metadata={"help": "Training messages to reply to behind each."})
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "What scores the replies: reward models (folder or Hub id) or import paths of functions."},
+        metadata={"help": "What scores the replies: reward models (folder or Hub id), functions, or 'judge'."},
     )
     output_dir: str = field(default="outputs/few-shot", metadata={"help": "Folder for prompt.json and the scores."})
     max_new_tokens: PositiveInt = field(default=32, metadata={"help": "Longest reply, in tokens."})
@@ -115,19 +129,26 @@ def score_replies(
     prompts: list[Prompt],
     model_args: ModelConfig,
     batch_size: int,
+    columns: Mapping[str, list[Any]],
 ) -> list[list[float]]:
-    """Scores of each few-shot prompt's replies; several rewards are added.
+    """Scores of each few-shot prompt's replies; several rewards are added. NaN: no reward scores it.
 
     Args:
         replies: of each few-shot prompt, one to each message.
         prompts: the messages without turns, as the rewards see them.
+        columns: the dataset's other columns, see `reward_columns`.
+
+    Raises:
+        RewardError: if a few-shot prompt has no scored reply.
     """
     functions = [load_reward(source, model_args, batch_size=batch_size) for source in sources]
     scores = []
     for one in replies:
         completions = [as_message(prompt, text) for prompt, text in zip(prompts, one.texts, strict=True)]
-        columns = call_rewards(functions, prompts, completions, one.ids)
-        scores.append(total_scores(functions, columns, [1.0] * len(functions), completions))
+        answers = call_rewards(functions, prompts, completions, one.ids, **columns)
+        scores.append(total_scores(functions, answers, [1.0] * len(functions), completions, need_all=False))
+        if all(map(math.isnan, scores[-1])):
+            need_scores(functions, 0, len(completions))
     return scores
 
 
@@ -151,12 +172,16 @@ def main() -> None:
     if args.reward_funcs is None and name != STARTER:
         raise InputError("--reward_funcs: needed for data other than the starter's. Give a reward model or a function.")
     rewards = args.reward_funcs or [STARTER]
-    scorers = resolve_reward_functions(rewards, "--reward_funcs", trust_remote_code=trust)
+    if JUDGE not in rewards:
+        refuse_judge_flags(args)
 
     # Data
     rng = random.Random(args.seed)
     asked, examples = split_training_rows(script_args, args, rng)
     conversations = conversations_of(examples, name)
+    scorers = resolve_reward_functions(
+        rewards, "--reward_funcs", columns=asked.column_names, trust_remote_code=trust, judge=args
+    )
 
     # Tokenizer
     source = resolve(model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=trust)
@@ -177,8 +202,9 @@ def main() -> None:
     replies = use_model(source, model_args, functools.partial(reply_behind, drawn, prompts, sampling))
 
     # Scores, report
-    scores = score_replies(scorers, replies, prompts, model_args, args.per_device_eval_batch_size)
-    cells = [interval(values) for values in scores]
+    size = args.per_device_eval_batch_size
+    scores = score_replies(scorers, replies, prompts, model_args, size, reward_columns(rows))
+    cells = [over_known(values) for values in scores]
     chosen = max(range(len(cells)), key=lambda number: cells[number].mean)
     result = {
         "score": " + ".join(Path(reward).name for reward in rewards),

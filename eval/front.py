@@ -43,7 +43,16 @@ from rlhf.errors import InputError, report_errors
 from rlhf.models.generation import Sampling
 from rlhf.models.sources import Source, context_length, named_models, refuse_single_model, resolve
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards import RewardSource, load_reward, resolve_reward_functions, reward_names
+from rlhf.rewards import (
+    JUDGE,
+    JudgeArguments,
+    RewardSource,
+    load_reward,
+    resolve_reward_functions,
+    reward_columns,
+    reward_names,
+)
+from rlhf.rewards.judge import refuse_judge_flags
 from rlhf.run.files import write_json, write_jsonl
 from rlhf.run.folders import finish_run, history_of, start_run
 from rlhf.run.processes import need_one_process
@@ -54,7 +63,7 @@ STARTER_REWARDS = [STARTER, "rlhf.starter.kindness.kind"]
 
 
 @dataclass
-class FrontArguments:
+class FrontArguments(JudgeArguments):
     """Which models are scored, and by what."""
 
     models: list[str] = field(
@@ -62,7 +71,7 @@ class FrontArguments:
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Two rewards: reward models (folder or Hub id) or import paths of functions."},
+        metadata={"help": "Two rewards: reward models (folder or Hub id), import paths of functions, or 'judge'."},
     )
     output_dir: str = field(default="outputs/front", metadata={"help": "Folder for the results."})
     max_new_tokens: PositiveInt = field(default=32, metadata={"help": "Longest reply, in tokens."})
@@ -73,17 +82,23 @@ class FrontArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a Hub model brings along."})
 
 
-def resolve_two(args: FrontArguments, dataset: str) -> list[RewardSource]:
+def resolve_two(args: FrontArguments, dataset: str, columns: list[str]) -> list[RewardSource]:
     """The two rewards.
 
+    Args:
+        columns: the dataset's.
+
     Raises:
-        InputError: if they are not two, or can't be found.
+        InputError: if they are not two, or can't be found, or there are flags of a judge and no judge.
     """
     names = args.reward_funcs or (STARTER_REWARDS if dataset == STARTER else [])
     if len({*names}) != 2 or len(names) != 2:
         found = f"found {len(names)}" if len(names) != 2 else "both are the same"
         raise InputError(f"{' '.join(['--reward_funcs', *names])}: {found}. Give two different rewards.")
-    return resolve_reward_functions(names, "--reward_funcs", trust_remote_code=args.trust_remote_code)
+    if JUDGE not in names:
+        refuse_judge_flags(args)
+    trust = args.trust_remote_code
+    return resolve_reward_functions(names, "--reward_funcs", columns=columns, trust_remote_code=trust, judge=args)
 
 
 def reply_to(
@@ -112,20 +127,21 @@ def main() -> None:
     need_one_process(__file__)
     refuse_single_model(model_args)
     dataset, trust = script_args.dataset_name, args.trust_remote_code
-    rewards = resolve_two(args, dataset)
     models = dict(named_models(args.models, taken=("prompt", "scores")))  # columns of samples.jsonl
     sources = {name: resolve(path, "--models", trust_remote_code=trust) for name, path in models.items()}
 
     # Data
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), args.max_prompts)))
+    rewards = resolve_two(args, dataset, test.column_names)
 
     # Tokenizer
     rows = {
         name: prompt_rows(test, dataset, load_tokenizer(source), args.max_new_tokens, context_length(source))
         for name, source in sources.items()
     }
-    prompts: list[Prompt] = rows[next(iter(rows))]["prompt"][:]
+    first = rows[next(iter(rows))]
+    prompts: list[Prompt] = first["prompt"][:]
     if not start_run(__file__, args.output_dir, script_args, args, model_args):
         return
 
@@ -138,7 +154,7 @@ def main() -> None:
 
     # Scores, report
     functions = [load_reward(reward, model_args, batch_size=args.per_device_eval_batch_size) for reward in rewards]
-    scores = {name: score_by_each(functions, prompts, own) for name, own in replies.items()}
+    scores = {name: score_by_each(functions, prompts, own, reward_columns(first)) for name, own in replies.items()}
     rows_of_samples = [
         {"prompt": prompt, **{name: own.texts[number] for name, own in replies.items()},
          "scores": {name: [column[number] for column in columns] for name, columns in scores.items()}}

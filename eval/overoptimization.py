@@ -8,7 +8,8 @@ Every checkpoint of the run replies to held-out prompts, and its replies are sco
 and by the truth: the starter's gold score, or for other datasets the first of --eval_reward_funcs. Best-of-n of the
 model that the run started from is scored the same way. Writes overoptimization.json, with both scores against sqrt(KL),
 the curves of Gao et al. 2022 fitted to them, and the checkpoint to keep; samples.jsonl; and a picture. Keep checkpoints
-with --save_total_limit when training. Flags that are not given are taken from the run.
+with --save_total_limit when training. Flags that are not given are taken from the run. Replies without a score don't
+count.
 """
 
 from rlhf.run.arguments import answer_early, parse
@@ -18,8 +19,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +33,7 @@ from eval.drawing.figures import overoptimization_figure, save_figure
 from eval.measuring.replies import ModelReplies, Replies, reply_logprobs, sample_replies, use_model
 from eval.report import write_report
 from eval.stats.fits import KEEP_RULE, CurveKind, ScoredPoint, best_of_n, best_of_n_kl, fit_curve, to_keep
-from eval.stats.intervals import Interval, JsonObject, interval
+from eval.stats.intervals import Interval, JsonObject, interval, over_known
 from rlhf.comparisons import Prompt, as_message
 from rlhf.data.datasets import load_test_split, refuse_columns
 from rlhf.data.encoding import OPTION_COLUMNS, encode_prompt
@@ -50,8 +54,10 @@ from rlhf.rewards import (
     call_rewards,
     load_reward,
     load_rewards,
+    need_scores,
     resolve_reward_functions,
     resolve_rewards,
+    reward_columns,
     reward_model_paths,
     total_scores,
 )
@@ -115,13 +121,20 @@ def fill_in(arguments: OverOptimizationArguments, script_args: ScriptArguments, 
     """Set the flags that were not given to the run's settings."""
     if not arguments.reward_model_path and not arguments.reward_funcs:
         for name in ("reward_model_path", "reward_funcs", "reward_weights", "reward_ensemble", "uwo_coef"):
-            setattr(arguments, name, run.get(name, getattr(PPOConfig, name, None)))  # earlier runs lack some
+            typed = getattr(arguments, name) != getattr(OverOptimizationArguments, name)
+            if not typed and (name != "uwo_coef" or arguments.reward_ensemble == "uwo"):
+                setattr(arguments, name, run.get(name, getattr(PPOConfig, name, None)))  # earlier runs lack some
+        judged = JUDGE in (arguments.reward_funcs or [])
+        if judged and arguments.judge_base_url is None and "judge_base_url" in run:
+            raise InputError("--judge_base_url: the run's judge was on a server. Give its address.")
         for flag in dataclasses.fields(JudgeArguments):
-            if JUDGE in (arguments.reward_funcs or []) and getattr(arguments, flag.name) == flag.default:
+            if judged and flag.name != "judge_base_url" and getattr(arguments, flag.name) == flag.default:
                 setattr(arguments, flag.name, run.get(flag.name, flag.default))
     arguments.max_new_tokens = arguments.max_new_tokens or run.get("response_length", PPOConfig.response_length)
     arguments.temperature = arguments.temperature or run.get("temperature", PPOConfig.temperature)
-    script_args.dataset_name = script_args.dataset_name or run.get("dataset_name", STARTER)
+    if script_args.dataset_name is None:
+        script_args.dataset_name = run.get("dataset_name", STARTER)
+        script_args.dataset_config = script_args.dataset_config or run.get("dataset_config")
     if script_args.dataset_name == STARTER:
         arguments.eval_reward_funcs = arguments.eval_reward_funcs or [STARTER]
     if not arguments.eval_reward_funcs:
@@ -139,20 +152,46 @@ class Scorer:
     """Scores replies by the truth (`gold`) and by the rewards of the training (`proxy`). Models are loaded once.
 
     The scales of an ensemble are those of the first replies that it scores: of the model that the run started from.
+
+    Args:
+        columns: the prompts' other columns, see `reward_columns`.
     """
 
     def __init__(
-        self, gold: RewardSource, proxies: list[RewardSource], flags: EnsembleFlags, model_args: ModelConfig
+        self,
+        gold: RewardSource,
+        proxies: list[RewardSource],
+        flags: EnsembleFlags,
+        model_args: ModelConfig,
+        columns: Mapping[str, list[Any]] | None = None,
     ) -> None:
+        self.columns = columns or {}
         self.functions = [load_reward(gold, model_args), *load_rewards(proxies, flags, model_args)]
         self.weights = flags.reward_weights or [1.0] * (len(self.functions) - 1)
 
     def __call__(self, prompts: list[Prompt], replies: Replies) -> tuple[list[float], list[float]]:
-        """Gold and proxy score of each reply."""
+        """Gold and proxy score of each reply; NaN: none.
+
+        Args:
+            prompts: all of them, each as often as it has replies.
+
+        Raises:
+            RewardError: if no reply has the one or the other.
+        """
         completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies.texts, strict=True)]
-        columns = call_rewards(self.functions, prompts, completions, replies.ids)
-        gold = total_scores(self.functions[:1], columns[:1], [1.0], completions)
-        return gold, total_scores(self.functions[1:], columns[1:], self.weights, completions)
+        repeated = {
+            name: [value for value in values for _ in range(len(prompts) // len(values))]
+            for name, values in self.columns.items()
+        }
+        answers = call_rewards(self.functions, prompts, completions, replies.ids, **repeated)
+        gold, proxy = (
+            total_scores(self.functions[part], answers[part], weights, completions, need_all=False)
+            for part, weights in ((slice(1), [1.0]), (slice(1, None), self.weights))
+        )
+        for functions, scores in ((self.functions[:1], gold), (self.functions[1:], proxy)):
+            if all(map(math.isnan, scores)):
+                need_scores(functions, 0, len(scores))
+        return gold, proxy
 
 
 def _sample_policy(
@@ -213,19 +252,22 @@ def measure_policies(
     for name, policy in policies.items():
         gold, proxy = scorer(prompts, policy.chosen)
         kl = [a - b for a, b in zip(policy.own.sums, under[name], strict=True)]
-        points.append(ScoredPoint(name, interval(kl), interval(gold), interval(proxy)))
+        points.append(ScoredPoint(name, interval(kl), over_known(gold), over_known(proxy)))
     return points, policies
 
 
 def best_of_n_points(prompts: list[Prompt], candidates: Replies, scorer: Scorer, most: int) -> list[ScoredPoint]:
-    """One point per n = 1, 2, 4, ... up to `most`, the number of candidates of each prompt."""
+    """One point per n = 1, 2, 4, ... up to `most`, the number of candidates of each prompt, and of the scored ones."""
     repeated = [prompt for prompt in prompts for _ in range(most)]
     gold, proxy = (np.asarray(scores).reshape(len(prompts), -1) for scores in scorer(repeated, candidates))
     points, n = [], 1
     while n <= most:
         kl = best_of_n_kl(n)
-        scores = [interval(best_of_n(proxy, values, n).tolist()) for values in (gold, proxy)]
-        points.append(ScoredPoint(f"best of {n}", Interval(kl, kl, kl, len(prompts)), *scores))
+        scores = [best_of_n(proxy, values, n) for values in (gold, proxy)]
+        if any(np.isnan(values).all() for values in scores):
+            break
+        cells = [over_known(values.tolist()) for values in scores]
+        points.append(ScoredPoint(f"best of {n}", Interval(kl, kl, kl, len(prompts)), *cells))
         n *= 2
     return points
 
@@ -263,20 +305,22 @@ def main() -> None:
     revision = run.get("model_revision")
     sources = {"start": resolve(start, "the run's --model_name_or_path", revision, trust_remote_code=trust)}
     sources |= {path.name: resolve(str(path), trust_remote_code=trust) for path in checkpoints(folder)}
-    proxies = resolve_rewards(arguments)
-    (truth,) = resolve_reward_functions(
-        arguments.eval_reward_funcs[:1], "--eval_reward_funcs", trust_remote_code=trust, judge=arguments
-    )
     test = load_test_split(script_args)
     test = test.select(range(min(len(test), arguments.max_prompts)))
+    proxies = resolve_rewards(arguments, columns=test.column_names)
+    (truth,) = resolve_reward_functions(
+        arguments.eval_reward_funcs[:1], "--eval_reward_funcs", columns=test.column_names, trust_remote_code=trust,
+        judge=arguments,
+    )  # fmt: skip
     tokenizer = load_tokenizer(sources["start"])
     room = context_length(sources["start"])
     refuse_columns(test, script_args.dataset_name, dict.fromkeys(OPTION_COLUMNS, "isn't used here. Remove it."))
-    prompts = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)["prompt"][:]
+    rows = prompt_rows(test, script_args.dataset_name, tokenizer, arguments.max_new_tokens, room)
+    prompts = rows["prompt"][:]
     if not start_run(__file__, arguments.output_dir, script_args, arguments, engine_args, model_args):
         return
 
-    scorer = Scorer(truth, proxies, arguments, model_args)
+    scorer = Scorer(truth, proxies, arguments, model_args, reward_columns(rows))
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.per_device_eval_batch_size, arguments.seed,
         make_sampler(engine_args, arguments.output_dir, list(sources.values())),

@@ -36,6 +36,7 @@ from rlhf.planning.report import print_plan
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.config import check_stop_tokens
 from rlhf.ppo.engine import need_engine
+from rlhf.ppo.setup import check_ptx_flags
 from rlhf.rewards import load_reward, load_rewards, resolve_reward_functions, resolve_rewards
 from rlhf.run.checkpoints import last_checkpoint
 from rlhf.run.folders import finish_run, start_run
@@ -46,6 +47,7 @@ MEASURED = ("objective/raw_scores", "objective/kl", "completions/mean_length")
 def main() -> None:
     # Arguments
     script_args, training_args, model_args, plan = parse(__file__, DatasetArguments, PPOConfig, ModelConfig, PlanConfig)
+    check_ptx_flags(training_args)
     push = take_push_request(training_args)
 
     # Data
@@ -66,9 +68,8 @@ def main() -> None:
     train, test = (prompt_rows(split, script_args.dataset_name, tokenizer, *sizes) for split in (train, test))
     ptx = language_model_rows(training_args.ptx_dataset_name, tokenizer, context_length(source))
     if plan.plan:
-        return print_plan(
-            plan_ppo(plan, training_args, model_args, (source, start), (reward_sources, eval_sources), train)
-        )
+        both = (reward_sources, eval_sources)
+        return print_plan(plan_ppo(plan, training_args, model_args, (source, start), both, train))
     need_engine(training_args, base_config(source), model_args.use_peft or start.adapter is not None)
     if not start_run(__file__, training_args.output_dir, script_args, training_args, model_args):
         return push_model(training_args.output_dir, push)

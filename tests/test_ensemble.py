@@ -125,11 +125,13 @@ def test_an_adapter_value_function_starts_as_the_first_model(sft, adapters, toke
     assert torch.allclose(ppo.model.value_head(hidden), expected, atol=1e-4)
 
 
-def test_a_list_of_reward_models_in_python_is_an_ensemble(sft, tiny, tokenizer, prompts, tmp_path):
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_reward_models_in_python_is_an_ensemble(kind, sft, tiny, tokenizer, prompts, tmp_path):
     models = [AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1) for _ in range(2)]
+    given = kind(models)
     policy = load_policy(resolve(sft), LORA, tokenizer)
     args = ppo_config(tmp_path, reward_ensemble="wco", reward_weights=[1.0, 0.5])
-    ppo = PPOTrainer(args, tokenizer, policy, reward_model=models, train_dataset=prompts, reward_funcs=[count_a])
+    ppo = PPOTrainer(args, tokenizer, policy, reward_model=given, train_dataset=prompts, reward_funcs=[count_a])
     (ensemble,) = ppo.ensembles()
     assert [member.model for member in members_of(ensemble)] == models and ensemble.how == "wco"
     assert ppo.reward_funcs == [ensemble, count_a]
@@ -138,7 +140,7 @@ def test_a_list_of_reward_models_in_python_is_an_ensemble(sft, tiny, tokenizer, 
     with pytest.raises(InputError, match=r"^--reward_ensemble wco: combines several models\. Pass a list"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, reward_ensemble="wco")
     with pytest.raises(InputError, match=r"^value_model is the reward model itself"):
-        PPOTrainer(args, tokenizer, policy, reward_model=models, train_dataset=prompts, value_model=models[1])
+        PPOTrainer(args, tokenizer, policy, reward_model=given, train_dataset=prompts, value_model=models[1])
 
 
 def test_over_optimization_measures_the_ensemble_of_the_run(sft, adapters, tokenizer, tmp_path):

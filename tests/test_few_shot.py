@@ -50,7 +50,9 @@ def chosen(sharp, files, tmp_path_factory):
     """The run folder of eval/few_shot.py with a reward that tells replies apart."""
     folder = tmp_path_factory.mktemp("few-shot")
     (folder / "taste.py").write_text(
-        "def letters(completions, **columns): return [float(len(c[0]['content']) % 7) for c in completions]"
+        "def letters(completions, completion):\n"  # the dataset's column
+        "    return [None, *(float(len(c[0]['content']) % 7) for c in completions[1:])]\n"
+        "def silent(completions, **columns): return [None for _ in completions]\n"
     )
     result = run("eval/few_shot.py", "--model_name_or_path", sharp, "--dataset_name", files / "sft.jsonl",
                  "--reward_funcs", "taste.letters", "--num_prompts", 3, "--num_fewshot", 2, *SAMPLING,
@@ -63,11 +65,19 @@ def test_the_best_of_several_prompts_is_chosen_and_said(chosen):
     found = json.loads((folder / "few_shot.json").read_text())
     means = [cell["mean"] for cell in found["scores"]]
     assert len(means) == 3 and found["chosen"] == means.index(max(means)) and len(set(means)) > 1
+    assert {cell["n"] for cell in found["scores"]} == {4}
     messages = json.loads((folder / "prompt.json").read_text())["messages"]
     assert messages == found["prompts"][found["chosen"]]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert "chosen" in said and messages[-1]["content"] in said
     assert "Few-shot prompts of out" in (folder / "report.html").read_text()
+
+
+def test_replies_without_any_score_are_one_line(chosen, sharp, files, tmp_path):
+    refused = run("eval/few_shot.py", "--model_name_or_path", sharp, "--dataset_name", files / "sft.jsonl",
+                  "--reward_funcs", "taste.silent", "--num_prompts", 1, "--num_fewshot", 1, *SAMPLING,
+                  "--output_dir", tmp_path / "out", cwd=chosen[0].parent, check=False)  # fmt: skip
+    assert refused.returncode == 2 and "error: Reward functions 'silent': returned None for all 5" in refused.stderr
 
 
 def test_a_model_of_compare_reads_the_turns(chosen, sharp, tokenizer, files, tmp_path):

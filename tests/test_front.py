@@ -5,14 +5,16 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_PPO, assistant, make_adapter, run, save_tiny, user
+from conftest import ROOT, TINY_PPO, assistant, make_adapter, present, run, save_tiny, user
 from scipy.stats import rankdata
 from trl import ModelConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from eval.drawing.tables import disagreement_line
-from eval.measuring.front import Scores, front_of, largest_disagreement, mean_difference, score_by_each, undominated
+from eval.front import FrontArguments, resolve_two
+from eval.measuring.front import front_of, largest_disagreement, score_by_each, undominated
 from eval.measuring.replies import Replies
+from eval.stats.intervals import Scores, mean_difference
 from rlhf.errors import InputError
 from rlhf.rewards import load_reward, resolve_reward
 from rlhf.starter.conversations import starter_dataset
@@ -27,7 +29,7 @@ SAYINGS = ["I'm sad that my dog died.", "Do you like tea?", "I hate this terribl
            "My exam was awful.", "Tell me about trains."]  # fmt: skip
 # `second` has no opinion on tea, and none on short replies
 REWARDS = """
-def first(completions, **columns): return [float(len(c[-1]["content"]) % 7) for c in completions]
+def first(completions, mood): return [float(len(c[-1]["content"]) % 7) for c, _ in zip(completions, mood, strict=True)]
 def second(prompts, completions, **columns):
     return [None if "tea" in p[-1]["content"] else -float(sum(map(ord, c[-1]["content"])) % 11)
             for p, c in zip(prompts, completions)]
@@ -120,7 +122,8 @@ def place(tokenizer, tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         save_tiny(folder / name, tokenizer, seed=seed, initializer_range=0.5)
     make_adapter(folder / "one", tokenizer, folder / "three")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": user(text)}) + "\n" for text in SAYINGS * 2))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": user(text), "mood": "?"}) + "\n"
+                                                  for text in SAYINGS * 2))  # fmt: skip
     (folder / "taste.py").write_text(REWARDS)
     return folder
 
@@ -207,6 +210,14 @@ def test_wrong_rewards_are_refused(words, says, place):
     lines = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert refused.returncode == 2 and len(lines) == 1 and says in lines[0]
     assert not (place / "refused/front.json").exists()
+
+
+def test_a_judge_rates_by_its_flags(tiny):
+    flags = {"judge_model_name_or_path": tiny, "principle": "Be kind."}
+    judge, _ = resolve_two(FrontArguments(reward_funcs=["judge", "starter"], **flags), "mine.jsonl", [])
+    assert present(judge.judge).criteria[0].text == "Be kind."
+    with pytest.raises(InputError, match=r"^--judge_model_name_or_path: is a judge's, and none judges"):
+        resolve_two(FrontArguments(**flags), "starter", [])
 
 
 def test_ppo_weighs_both_rewards_and_evaluates_by_both(sft, reward_adapter, place):

@@ -14,8 +14,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from eval.drawing.tables import instructgpt_tables
-from eval.measuring.alignment import PPO, SFT, TAXED, Kind, SeedTable, Size, repair_of, tax_of, wins
+from eval.measuring.alignment import PPO, SFT, TAXED, Kind, SeedTable, Size, _kinds, repair_of, tax_of, wins
 from eval.stats.intervals import Interval
+from rlhf.errors import InputError
+from rlhf.run.folders import Run
 from rlhf.starter.scorer import gold_scores
 
 sys.path.append(str(ROOT / "docs"))
@@ -178,6 +180,15 @@ def test_a_size_without_its_models_is_refused(finished, tmp_path):
     ):
         refused = run("eval/instructgpt.py", *words, *sizes, *more, check=False, cwd=finished.parent)
         assert refused.returncode == 2 and says in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize("recipe", ["rloo", "star"])
+def test_a_model_of_another_recipe_is_no_base(recipe, tmp_path):
+    made = Run(recipe=recipe, command="", settings={}, finished=True)
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    comparison = Run(recipe="compare", command="", settings={"models": [f"mine={tmp_path}"]}, finished=True)
+    with pytest.raises(InputError, match=rf"^--comparisons x=y: mine is made by {recipe}\.py\. Compare models of pre"):
+        _kinds(comparison, ["mine"], "--comparisons x=y")
 
 
 def test_kept_results_fill_the_tables(finished):

@@ -2,27 +2,32 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from chat_server import chat_server
-from conftest import TINY_PPO, assistant, run, save_tiny, user
+from conftest import ROOT, TINY_PPO, assistant, run, save_tiny, user
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 import rlhf.rewards.server_judge
+from eval.compare import CompareArguments, judges_of
 from rlhf.comparisons import make_task
 from rlhf.data.encoding import encode_conversation
 from rlhf.errors import InputError
-from rlhf.feedback.labelers import JudgeLabeler
+from rlhf.feedback.labelers import JudgeLabeler, LabelerSettings
 from rlhf.models.sources import resolve
 from rlhf.rewards import JudgeArguments, RewardLog, call_rewards, load_reward, resolve_judge, resolve_reward
 from rlhf.rewards.answers import RewardError
 from rlhf.rewards.local_judge import load_judge
 from rlhf.rewards.rubrics import RATINGS, fenced, rating_question
 from rlhf.rewards.server_judge import BEGUN
+from rlhf.run.folders import start_run
 
 FULL = ModelConfig(dtype="float32")
 PRINCIPLE = "A good reply is short."
@@ -264,6 +269,48 @@ def test_a_server_that_is_gone_is_one_line(monkeypatch):
         assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_answer_that_does_not_come_is_waited_for_twice(monkeypatch):
+    monkeypatch.setattr(rlhf.rewards.server_judge, "BACKOFF", 0.0)
+    ended = threading.Event()
+    with chat_server(lambda q: ("3" if "Hello" in q or ended.wait(60) else None, None)) as server:
+        judge = judge_by(judge_base_url=server.url)
+        monkeypatch.setattr(rlhf.rewards.server_judge, "TIMEOUTS", (10.0, 0.3))
+        with pytest.raises(RewardError, match="does not answer"):
+            rate(judge, PROMPTS[:1], REPLIES[:1])
+        ended.set()
+        assert len(server.questions()) == 2
+
+
+INTERRUPTED = """
+import sys
+from rlhf.errors import report_errors
+from rlhf.rewards.server_judge import ServerJudge
+with report_errors():
+    ServerJudge(sys.argv[1], "small", 16).answers([f"question {n}" for n in range(64)], tuple("1234567"))
+"""
+
+
+def test_ctrl_c_waits_for_no_answer():
+    asked, ended = threading.Event(), threading.Event()
+    waited = []
+
+    def rule(question):
+        if "question" in question:
+            asked.set()
+            waited.append(ended.wait(60))
+        return "3", None
+
+    with chat_server(rule) as server:
+        words = [sys.executable, "-c", INTERRUPTED, server.url]
+        child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        asked.wait(120)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate()[1]
+        assert child.returncode == 130 and "Interrupted. Run the same command" in said and not waited
+        ended.set()
+        assert len(server.questions()) <= 16
+
+
 def test_the_name_of_the_model_is_needed_where_a_server_has_several():
     with chat_server(lambda q: ("3", None)) as server:
         server.models = [{"id": "small"}, {"id": "large"}]
@@ -291,6 +338,33 @@ def test_a_server_compares_pairs_too():
         labeler = JudgeLabeler(resolve_judge(JudgeArguments(judge_base_url=server.url)), FULL)
         ((answer,),) = labeler.compare([make_task("train", "Hi", ["quiet", "loud"], ["m"] * 2)])
     assert (answer.preferred, answer.certainty, answer.labeler) == ("second", 1.0, "judge small")
+
+
+def test_a_run_goes_on_with_its_judge_at_another_address(tmp_path):
+    def begin(url):
+        args = JudgeArguments(judge_base_url=url)
+        resolve_judge(args)
+        start_run("recipes/any.py", str(tmp_path / "run"), args)
+
+    with chat_server(lambda q: ("3", None)) as server, chat_server(lambda q: ("3", None)) as moved:
+        begin(server.url)
+        (tmp_path / "run" / "result").write_text("")
+        begin(moved.url)
+        assert server.url not in (tmp_path / "run" / "run.json").read_text()
+        moved.models = [{"id": "large"}]
+        with pytest.raises(InputError, match=r"these differ: judge_model_name_or_path\)"):
+            begin(moved.url)
+        with pytest.raises(InputError, match=r"these differ: judge_base_url, judge_model_name_or_path\)"):
+            begin(None)
+
+
+def test_compare_records_the_judge_that_it_asks(tokenizer, reward_adapter, tmp_path):
+    settings = LabelerSettings()
+    args = CompareArguments(judges=["reward", "judge"], reward_model_path=reward_adapter)
+    with chat_server(lambda q: ("3", None)) as server:
+        settings.judge_base_url = server.url
+        judges_of(args, settings, "mine.jsonl", FULL, tokenizer)
+    assert settings.judge_model_name_or_path == "small" and settings.reward_funcs is None
 
 
 # ------------------------------------------------------------------------------------------------ flags and recipes

@@ -9,9 +9,10 @@ from transformers import LlamaConfig
 from trl import ModelConfig
 
 import rlhf.feedback.labelers
+from eval.compare import CompareArguments, judges_of
 from rlhf.comparisons import make_task
 from rlhf.errors import InputError
-from rlhf.feedback.labelers import JudgeLabeler, LabelerArguments, ScoreLabeler, make_labeler
+from rlhf.feedback.labelers import JudgeLabeler, LabelerArguments, LabelerSettings, ScoreLabeler, make_labeler
 from rlhf.models.sources import resolve
 from rlhf.rewards import JudgeSource, resolve_judge
 from rlhf.rewards.local_judge import LocalJudge, load_judge
@@ -125,12 +126,24 @@ def test_a_real_model_judges_from_its_probabilities(tiny, monkeypatch):
     ("settings", "flag"),
     [({"labeler": "nobody"}, "--labeler nobody"), ({"labeler": "judge", "principle": " "}, "--principle"),
      ({"labeler": "human", "overlap": 2.0}, "--overlap"),
-     ({"labeler": "reward", "reward_funcs": []}, "--reward_funcs")],
+     ({"labeler": "reward", "reward_funcs": []}, "--reward_funcs"),
+     ({"labeler": "reward", "reward_funcs": ["needy.right"]}, "--reward_funcs needy.right: needs .*, which is not"),
+     ({"labeler": "judge", "labeler_temperature": 0.3}, "--labeler_temperature 0.3: .* --labeler simulated"),
+     ({"reward_funcs": ["a.b", "c"]}, "--reward_funcs a.b c: scores nothing here. Add --labeler reward")],
 )  # fmt: skip
-def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path):
+def test_wrong_settings_are_named(settings, flag, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("def right(completions, answer): return [1.0 for _ in completions]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=flag):
         arguments = LabelerArguments(**settings)
         make_labeler(arguments.labeler, arguments, MODEL_ARGS, tokenizer, str(tmp_path), 0)
+
+
+def test_rewards_of_other_data_judge_by_default(tokenizer):
+    settings = LabelerSettings(reward_funcs=["starter"])
+    assert [*judges_of(CompareArguments(), settings, "mine.jsonl", MODEL_ARGS, tokenizer)] == ["reward"]
+    with pytest.raises(InputError, match=r"^--reward_funcs starter: scores nothing here\. Add reward to --judges"):
+        judges_of(CompareArguments(), settings, "starter", MODEL_ARGS, tokenizer)
 
 
 def test_replies_that_are_all_alike_make_no_finished_dataset(tiny, files, tmp_path):

@@ -68,9 +68,12 @@ def test_what_cant_be_mixed_is_refused(tokenizer):
         mix(MixtureArguments(["a", "b"]), found, lambda rows, name: preference_rows(rows, name, tokenizer, None))
     for message, names, settings in (
         (r"^--dataset_probs: 1 shares for 2 datasets", ["a", "b"], {"dataset_probs": [1.0]}),
+        (r"^--dataset_probs: shares are of several datasets; found a alone", ["a"], {"dataset_probs": [1.0]}),
+        (r"^--stopping_strategy all_exhausted: has no effect without --dataset_probs", ["a", "b"],
+         {"stopping_strategy": "all_exhausted"}),
         (r"^--dataset_name a: is given twice", ["a", "b", "a"], {}),
         (r"^--dataset_config small: belongs to one dataset, and here are 2", ["a", "b"], {"dataset_config": "small"}),
-    ):
+    ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             MixtureArguments(names, **settings)
 

@@ -107,6 +107,8 @@ def test_ptx_batches_pad_and_mask():
 def test_ptx_needs_texts(sft, tokenizer, prompts, tmp_path):
     with pytest.raises(InputError, match="--ptx_coef"):
         ppo_trainer(sft, tokenizer, prompts, tmp_path, ptx_coef=1.0)
+    with pytest.raises(InputError, match=r"^--ptx_dataset_name starter: has no effect without --ptx_coef"):
+        ppo_trainer(sft, tokenizer, prompts, tmp_path, ptx_dataset_name="starter")
 
 
 def test_entropy_bonus_by_hand_and_through_the_model(sft, tokenizer, prompts, tmp_path):

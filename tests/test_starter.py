@@ -36,6 +36,8 @@ def test_full_has_more_and_unknown_config_is_refused():
     assert len(starter.starter_dataset("ppo", "full")["train"]) > 10_000
     with pytest.raises(InputError, match="--dataset_config"):
         starter.starter_dataset("ppo", "huge")
+    with pytest.raises(InputError, match=r"^--dataset_config moods: .* Give 'small' or 'full'"):
+        starter.starter_dataset("pretrain", "moods")
 
 
 def test_tokenizer_has_a_pad_of_its_own_and_the_model_was_not_resized():

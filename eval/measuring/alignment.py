@@ -107,6 +107,9 @@ def _kinds(run: Run, names: list[str], where: str) -> dict[Kind, dict[int, str]]
 
     Args:
         names: of the models in its results.
+
+    Raises:
+        InputError: if another recipe made one, or two differ in nothing.
     """
     folders = dict(word.partition("=")[::2] for word in run["settings"]["models"])
     prompted = {word.partition("=")[0] for word in run["settings"].get("few_shot", [])}
@@ -114,6 +117,9 @@ def _kinds(run: Run, names: list[str], where: str) -> dict[Kind, dict[int, str]]
     for name in names:
         made = read_run(Path(folders[name]).expanduser()) if name in folders else None
         seed = 0 if made is None else made["settings"].get("seed", 42)  # transformers' default
+        if made is not None and made["recipe"] not in ("pretrain", "sft", "ppo"):
+            raise InputError(f"{where}: {name} is made by {made['recipe']}.py. Compare models of pretrain.py, sft.py "
+                             "and ppo.py.")  # fmt: skip
         kind = Kind(name if name not in folders else "prompted" if name in prompted else "base")
         if made is not None and made["recipe"] in ("sft", "ppo") and name not in prompted:
             coef = float(made["settings"].get("ptx_coef", 0.0))

@@ -2,34 +2,32 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from eval.measuring.replies import Replies
-from eval.stats.intervals import Interval, JsonObject, interval
+from eval.stats.intervals import Interval, JsonObject, Scores, mean_difference, over_known
 from rlhf.comparisons import Prompt, as_message
 from rlhf.errors import InputError
 from rlhf.rewards import RewardFunction, call_rewards
 
-Scores = list[float | None]  # of one reply to each prompt; None: no opinion
 
+def score_by_each(
+    functions: Sequence[RewardFunction],
+    prompts: list[Prompt],
+    replies: Replies,
+    columns: Mapping[str, list[Any]] | None = None,
+) -> list[Scores]:
+    """Each reward's scores of one reply to each prompt; None: no opinion. Rewards per token are added up.
 
-def score_by_each(functions: Sequence[RewardFunction], prompts: list[Prompt], replies: Replies) -> list[Scores]:
-    """Each reward's scores of one reply to each prompt. Rewards per token are added up."""
-    completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies.texts, strict=True)]
-    columns = call_rewards(functions, prompts, completions, replies.ids)
-    return [[math.fsum(score) if isinstance(score, list) else score for score in scores] for scores in columns]
-
-
-def mean_difference(scores: Scores, others: Scores) -> Interval | None:
-    """The mean of score - other score, paired, over the prompts on which both have an opinion; None if there is none.
-
-    >>> print(mean_difference([1.0, None, 3.0], [0.0, 5.0, 2.0]))
-    Interval(mean=1.0, low=1.0, high=1.0, n=2)
+    Args:
+        columns: the dataset's other columns, see `reward_columns`.
     """
-    pairs = [(a, b) for a, b in zip(scores, others, strict=True) if a is not None and b is not None]
-    return interval([a for a, _ in pairs]).minus(interval([b for _, b in pairs])) if pairs else None
+    completions = [as_message(prompt, text) for prompt, text in zip(prompts, replies.texts, strict=True)]
+    answers = call_rewards(functions, prompts, completions, replies.ids, **(columns or {}))
+    return [[math.fsum(score) if isinstance(score, list) else score for score in scores] for scores in answers]
 
 
 def undominated(means: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -62,10 +60,9 @@ def front_of(scores: Mapping[str, Sequence[Scores]], rewards: list[str]) -> Json
     cells: dict[str, list[Interval]] = {}
     for name, columns in scores.items():
         for reward, column in zip(rewards, columns, strict=True):
-            known = [score for score in column if score is not None]
-            if not known:
+            if all(score is None for score in column):
                 raise InputError(f"--reward_funcs: {reward} has no opinion on any of {len(column)} replies of {name}.")
-            cells.setdefault(name, []).append(interval(known))
+            cells.setdefault(name, []).append(over_known(column))
     gaps = {name: list(map(mean_difference, scores[name], scores[first])) for name in others}
     return {
         "rewards": rewards,

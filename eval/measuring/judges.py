@@ -12,7 +12,7 @@ from eval.metrics import metric
 from eval.stats.intervals import Interval, interval
 from rlhf.comparisons import Comparison, Labeler, Prompt, Rater, Task, make_task
 from rlhf.errors import InputError
-from rlhf.feedback.labelers import LabelerSettings, check_judge_flags, make_labeler
+from rlhf.feedback.labelers import LabelerSettings, check_labeler_flags, make_labeler
 from rlhf.starter.labeler import SimulatedLabeler, SimulatedRaters
 
 JUDGES = ("gold", "simulated", "reward", "judge", "human")
@@ -44,12 +44,12 @@ def make_judges(
     """The judges that --judges names; their models are found now and loaded when they are first asked.
 
     Raises:
-        InputError: for an unknown name, model or function.
+        InputError: for an unknown name, model or function, or flags of a judge that is not named.
     """
     unknown = [name for name in names if name not in JUDGES]
     if unknown:
         raise InputError(f"--judges {unknown[0]}: unknown. Judges are {', '.join(JUDGES)}.")
-    check_judge_flags(names, settings, "judge to --judges")
+    check_labeler_flags(names, settings, "{} to --judges")
     simulated: dict[str, Labeler] = {
         "gold": SimulatedLabeler(temperature=0.0, name="gold"),
         "simulated": SimulatedRaters(seed),

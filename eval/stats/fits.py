@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.special import comb
 
-from eval.stats.intervals import Interval, JsonObject
+from eval.stats.intervals import Interval, JsonObject, mean_difference
 
 CurveKind = Literal["best_of_n", "ppo"]
 RESAMPLES = 2000
@@ -18,8 +18,8 @@ class ScoredPoint(NamedTuple):
 
     name: str
     kl: Interval  # to the start, nats per reply
-    gold: Interval  # the truth
-    proxy: Interval  # the training reward
+    gold: Interval  # the truth; `over_known` of one reply to each prompt
+    proxy: Interval  # the training reward, likewise
 
     @property
     def sqrt_kl(self) -> float:
@@ -46,23 +46,28 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     """Expected value of the best of n replies by the proxy, from M >= n replies to each of N prompts.
 
     Averages over all subsets of n replies: the reply of rank i (from 0, worst first) is the best of C(i, n - 1) of the
-    C(M, n) subsets. Source: Nakano et al. 2021, WebGPT, appendix I (https://arxiv.org/abs/2112.09332).
+    C(M, n) subsets. Source: Nakano et al. 2021, WebGPT, appendix I (https://arxiv.org/abs/2112.09332). A reply without
+    a score is as if it had not been sampled.
 
     Args:
-        proxy: (N, M) scores that choose.
-        values: (N, M) scores that are averaged.
+        proxy: (N, M) scores that choose; NaN: none.
+        values: (N, M) scores that are averaged; NaN: none.
 
     Returns:
-        (N,) one expectation per prompt.
+        (N,) one expectation per prompt; NaN for prompts with fewer than n scored replies.
 
     >>> best_of_n(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 1).tolist()
     [0.5]
     >>> best_of_n(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0]]), 2).tolist()
     [1.0]
     """
-    replies = proxy.shape[1]
-    weights = comb(np.arange(replies), n - 1) / comb(replies, n)
-    return np.take_along_axis(values, np.argsort(proxy, axis=1, kind="stable"), axis=1) @ weights
+    known = ~np.isnan(proxy + values)
+    order = np.argsort(np.where(known, proxy, np.inf), axis=1, kind="stable")
+    ranked = np.take_along_axis(np.where(known, values, 0.0), order, axis=1)
+    rank, count = np.arange(proxy.shape[1]), known.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where count < n
+        weights = np.where(rank < count, comb(rank, n - 1), 0.0) / comb(count, n)
+    return (ranked * weights).sum(axis=1)
 
 
 def best_of_n_kl(n: int) -> float:
@@ -90,19 +95,21 @@ def fit_curve(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: in
 
     Args:
         distance: (P,) sqrt(KL) of each point, above 0.
-        gains: (P, N) gain of each prompt over the model that training started from, at each point.
+        gains: (P, N) gain of each prompt over the model that training started from, at each point; NaN: unknown.
 
     Returns:
-        None with fewer than 3 points.
+        None with fewer than 3 points that have gains.
     """
+    has_gains = ~np.isnan(gains).all(axis=1)
+    distance, gains = distance[has_gains], gains[has_gains]
     if len(distance) < 3:
         return None
     solve = np.linalg.pinv(_design(distance, kind))
-    means = gains.mean(1)
+    means = np.nanmean(gains, axis=1)
     alpha, beta = solve @ means
     prompts = np.random.default_rng(seed).integers(0, gains.shape[1], (RESAMPLES, gains.shape[1]))
-    resampled = np.stack([solve @ gains[:, chosen].mean(1) for chosen in prompts])
-    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    resampled = np.stack([solve @ np.nanmean(gains[:, chosen], axis=1) for chosen in prompts])
+    low, high = np.nanquantile(resampled, (0.025, 0.975), axis=0)
     rest = means - curve(distance, alpha, beta, kind)
     peak = None
     if beta > 1e-9 and alpha > 0:  # rounding alone makes no peak
@@ -118,7 +125,8 @@ def fit_curve(distance: np.ndarray, gains: np.ndarray, kind: CurveKind, seed: in
 def to_keep(points: list[ScoredPoint]) -> tuple[int, int]:
     """The checkpoint to keep: the one with the lowest KL that is not significantly worse than the best.
 
-    Significantly worse: the 95% interval of the difference in gold score, paired by prompt, lies below 0.
+    Significantly worse: the 95% interval of the difference in gold score, paired by prompt, lies below 0. Prompts count
+    where both replies have a score.
 
     Args:
         points: their gold scores are over the same prompts.
@@ -128,6 +136,12 @@ def to_keep(points: list[ScoredPoint]) -> tuple[int, int]:
     """
     best = max(range(len(points)), key=lambda number: points[number].gold.mean)
     for number in sorted(range(len(points)), key=lambda number: points[number].kl.mean):
-        if number == best or points[number].gold.minus(points[best].gold).high >= 0:
+        gap = mean_difference(_scores(points[number].gold), _scores(points[best].gold))
+        if number == best or gap is None or gap.high >= 0:
             return best, number
     return best, best
+
+
+def _scores(cell: Interval) -> list[float]:
+    assert cell.sample is not None
+    return cell.sample.values

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 RESAMPLES = 5000
 
 JsonObject = dict[str, Any]  # an object of a JSON file
+Scores = Sequence[float | None]  # of one reply to each prompt; None or NaN: it has none
 Transform = Literal["none", "exp"]  # of the weighted mean
 
 
@@ -145,6 +146,32 @@ def interval(
     """
     sample = Sample(list(values), [1.0] * len(values) if weights is None else list(weights), transform)
     return _bootstrap(_statistic(transform), sample[:2], seed, sample)
+
+
+def over_known(scores: Scores) -> Interval:
+    """`interval` of the scores that are there. Its sample has all of them, in their places, for `mean_difference`.
+
+    >>> print(over_known([1.0, math.nan, 1.0]))
+    Interval(mean=1.0, low=1.0, high=1.0, n=2)
+
+    Args:
+        scores: at least one is there.
+    """
+    known = interval([score for score in scores if score is not None and not math.isnan(score)])
+    values = [math.nan if score is None else score for score in scores]
+    return replace(known, sample=Sample(values, [1.0] * len(values), "none"))
+
+
+def mean_difference(scores: Scores, others: Scores) -> Interval | None:
+    """The mean of score - other score, paired, over the rows in which both are there; None if there is none.
+
+    >>> print(mean_difference([1.0, None, 3.0], [0.0, 5.0, 2.0]))
+    Interval(mean=1.0, low=1.0, high=1.0, n=2)
+    """
+    pairs = [
+        (a, b) for a, b in zip(scores, others, strict=True) if a is not None and b is not None and not math.isnan(a - b)
+    ]
+    return interval([a for a, _ in pairs]).minus(interval([b for _, b in pairs])) if pairs else None
 
 
 class SeedScores(NamedTuple):

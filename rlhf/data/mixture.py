@@ -30,7 +30,8 @@ class MixtureArguments(DatasetArguments):
         stopping_strategy: see `draw`; the words are those of `datasets.interleave_datasets`.
 
     Raises:
-        InputError: if the numbers of names and shares differ, a share is not above 0, or a name stands twice.
+        InputError: if the numbers of names and shares differ, a share is not above 0, a name stands twice, or a setting
+            has no effect.
     """
 
     dataset_name: list[str] | None | str = field(  # type: ignore[assignment] # noqa: RUF036 - parsed by the first
@@ -54,6 +55,11 @@ class MixtureArguments(DatasetArguments):
             self.dataset_name = names[0]
         if probs is not None and len(probs) != len(names):
             raise InputError(f"--dataset_probs: {len(probs)} shares for {len(names)} datasets. Give one for each.")
+        if probs is not None and len(names) == 1:
+            raise InputError(f"--dataset_probs: shares are of several datasets; found {names[0]} alone. Leave it out.")
+        if probs is None and self.stopping_strategy != MixtureArguments.stopping_strategy:
+            raise InputError(f"--stopping_strategy {self.stopping_strategy}: has no effect without --dataset_probs. "
+                             "Give both or neither.")  # fmt: skip
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"--dataset_name {twice[0]}: is given twice. Give it once, and its share as "
                              "--dataset_probs.")  # fmt: skip

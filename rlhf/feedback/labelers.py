@@ -74,10 +74,21 @@ def check_labeler_kind(name: str) -> None:
         raise InputError(f"--labeler {name}: unknown. Labelers are {', '.join(LABELERS)}.")
 
 
-def check_judge_flags(names: list[str], settings: LabelerSettings, add: str) -> None:
-    """Raise InputError for flags of a judge if none of these labelers asks one; `add` would."""
+def check_labeler_flags(names: list[str], settings: LabelerSettings, add: str) -> None:
+    """Raise InputError for flags of a labeler that is not among these.
+
+    Args:
+        add: what would add one, such as "--labeler {}".
+    """
     if JUDGE not in names and not ("reward" in names and JUDGE in (settings.reward_funcs or [])):
-        refuse_judge_flags(settings, add)
+        refuse_judge_flags(settings, add.format(JUDGE))
+    if settings.reward_funcs is not None and "reward" not in names:
+        raise InputError(f"{' '.join(['--reward_funcs', *settings.reward_funcs])}: scores nothing here. Add "
+                         f"{add.format('reward')}, or leave it out.")  # fmt: skip
+    temperature = getattr(settings, "labeler_temperature", LabelerArguments.labeler_temperature)  # judges have none
+    if temperature != LabelerArguments.labeler_temperature and "simulated" not in names:
+        raise InputError(f"--labeler_temperature {temperature}: is the simulated labeler's. Add "
+                         f"{add.format('simulated')}, or leave it out.")  # fmt: skip
 
 
 def make_labeler(
@@ -95,11 +106,11 @@ def make_labeler(
         folder: the run's folder, which gets people's votes.
 
     Raises:
-        InputError: for an unknown labeler, model or function.
+        InputError: for an unknown labeler, model or function, or flags of another labeler.
     """
     check_labeler_kind(name)
     if isinstance(settings, LabelerArguments):
-        check_judge_flags([name], settings, "--labeler judge")
+        check_labeler_flags([name], settings, "--labeler {}")
     if name == "simulated" and isinstance(settings, LabelerArguments):
         return SimulatedLabeler(temperature=settings.labeler_temperature, seed=seed)
     if name == "reward":
@@ -133,7 +144,9 @@ class ScoreLabeler:
         if not rewards:
             raise InputError("--reward_funcs: --labeler reward needs at least one reward model or function.")
         trust = settings is not None and settings.trust_remote_code
-        self.sources = resolve_reward_functions(rewards, "--reward_funcs", trust_remote_code=trust, judge=settings)
+        self.sources = resolve_reward_functions(
+            rewards, "--reward_funcs", columns=(), trust_remote_code=trust, judge=settings
+        )
         self.model_args, self.tokenizer = model_args, tokenizer
         self.temperature = 1.0 if all(source.model for source in self.sources) else None
         self.name = "reward " + " + ".join(Path(name).name for name in rewards)

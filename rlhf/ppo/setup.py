@@ -1,6 +1,7 @@
 """What PPOTrainer checks and prepares before it trains."""
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from datasets import Dataset
@@ -34,13 +35,13 @@ def _has_token_scores(classifier: Model) -> bool:
 def check_models(
     model: str | Model,
     ref_model: str | Model | None,
-    reward_model: str | Model | list[str | Model] | None,
+    reward_model: str | Model | Sequence[str | Model] | None,
     value_model: str | Model | None,
 ) -> None:
     """Raise InputError for models that can't play their roles together. Names stand for models of their own."""
     if ref_model is model and not isinstance(model, str):
         raise InputError("ref_model is the policy itself. Pass a copy, or None.")
-    rewards = reward_model if isinstance(reward_model, list) else [reward_model]
+    rewards = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
     if isinstance(value_model, PreTrainedModel | PeftModel) and any(value_model is reward for reward in rewards):
         raise InputError("value_model is the reward model itself, so training would change the reward. Pass a copy.")
     if isinstance(value_model, PreTrainedModel | PeftModel) and not _has_token_scores(value_model):
@@ -67,8 +68,16 @@ def stop_ids(args: PPOConfig, model: Model, tokenizer: PreTrainedTokenizerBase) 
     return end_ids(model, tokenizer) if args.stop_token == "eos" else args.stop_token_id or []
 
 
+def check_ptx_flags(args: PPOConfig) -> None:
+    """Raise InputError for texts to mix in that have no weight."""
+    if args.ptx_dataset_name is not None and args.ptx_coef == 0:
+        raise InputError(f"--ptx_dataset_name {args.ptx_dataset_name}: has no effect without --ptx_coef. Give its "
+                         "weight, or leave it out.")  # fmt: skip
+
+
 def check_extra_datasets(args: PPOConfig, held_out: EvalDataset, ptx: Dataset | None) -> None:
-    """Raise InputError if the datasets beside the prompts are missing where a setting needs them."""
+    """Raise InputError if the datasets beside the prompts are missing where a setting needs them, or have no effect."""
+    check_ptx_flags(args)
     if args.eval_strategy != "no" and held_out is None:
         raise InputError("--eval_strategy: needs an eval_dataset; this one has none. Give one, or use 'no'.")
     if args.ptx_coef > 0 and not ptx:
@@ -174,7 +183,7 @@ def policy_and_value(
 
 def same_for_each(given: object, tokenizer: PreTrainedTokenizerBase) -> list[PreTrainedTokenizerBase | None]:
     """The tokenizer for each reward model of `reward_model`: that of the policy."""
-    count = len(given) if isinstance(given, list) else 0 if given is None else 1
+    count = len(given) if isinstance(given, list | tuple) else 0 if given is None else 1
     return [tokenizer] * count
 
 

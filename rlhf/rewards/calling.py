@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerState
 
 from rlhf.comparisons import Prompt
@@ -57,7 +58,7 @@ def check_reward_function(function: object, where: str, columns: Sequence[str] |
 
     Args:
         where: what the error names.
-        columns: of the dataset, if they are known.
+        columns: of the dataset, if they are known; empty if none are passed.
 
     Raises:
         InputError: if it is a class or no function, takes none of the arguments of a reward function, or needs others.
@@ -84,10 +85,16 @@ def check_reward_function(function: object, where: str, columns: Sequence[str] |
             raise InputError(f"{where}: takes {parameter.name!r} by position only. Arguments are passed by name.")
         passed = sorted(set(columns or ()) - {*ARGUMENTS, *NOT_PASSED})
         if columns is not None and parameter.name not in (*ARGUMENTS, *passed):
+            found = f"is no column of the dataset (found: {', '.join(passed) or 'none besides the prompt'})"
             raise InputError(
-                f"{where}: needs the argument {parameter.name!r}, which is no column of the dataset (found: "
-                f"{', '.join(passed) or 'none besides the prompt'}). {rule}."
+                f"{where}: needs the argument {parameter.name!r}, which "
+                f"{found if columns else 'is not passed: labelers see no columns of the dataset'}. {rule}."
             )
+
+
+def reward_columns(rows: Dataset) -> dict[str, list[Any]]:
+    """The columns of a dataset that reward functions get by name."""
+    return {name: rows[name][:] for name in rows.column_names if name not in (*ARGUMENTS, *NOT_PASSED)}
 
 
 def call_rewards(

@@ -54,12 +54,17 @@ class JudgeSource(NamedTuple):
 def resolve_judge(args: JudgeArguments, trust_remote_code: bool = False) -> JudgeSource:
     """Find the judge that the flags name. A server is asked a first question.
 
+    Sets `judge_model_name_or_path` to the name of a server's only model: a run's settings record it, so that a run that
+    goes on has the same judge.
+
     Raises:
         InputError: for a wrong principle, rubric, model or address; or if the server doesn't answer.
     """
     criteria, name = criteria_of(args), args.judge_model_name_or_path
     if args.judge_base_url is not None:
-        return JudgeSource(criteria, None, ServerJudge(args.judge_base_url, name, args.judge_max_new_tokens))
+        server = ServerJudge(args.judge_base_url, name, args.judge_max_new_tokens)
+        args.judge_model_name_or_path = server.name
+        return JudgeSource(criteria, None, server)
     if args.judge_max_new_tokens != JudgeArguments.judge_max_new_tokens:
         raise InputError("--judge_max_new_tokens: is for a judge on a server (--judge_base_url); one in this process "
                          "writes nothing. Leave it out.")  # fmt: skip

@@ -10,8 +10,11 @@ import json
 import math
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +31,7 @@ KEY = "OPENAI_API_KEY"
 REQUESTS = 16  # that are under way at once, of each process
 TIMEOUTS = (10.0, 600.0)  # seconds to connect, and for one answer
 BACKOFF, TRIES = 0.5, 5  # waits 0, 1, 2, 4 and 8 s before another try, or as long as the server says
+READS = 1  # more tries after an answer that didn't come in time: each may last TIMEOUTS[1]
 BUSY = (408, 429, 500, 502, 503, 504)
 ADVICE = {
     401: f"Set the environment variable {KEY} to a key of this server.",
@@ -76,7 +80,6 @@ class ServerJudge:
             raise InputError(f"--judge_base_url: has more than an address in it. A key belongs in {KEY}.")
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError(f"{KEY}: has a character that no key has.")
-        self.pool = ThreadPoolExecutor(REQUESTS, "judge")
         self.last_failure = ""  # of an answer that was none
         self.session = self._session(parts.hostname, connect=0)  # a server that isn't there now is said at once
         self.name, self.begun = model or self._only_model(), max_new_tokens <= AT_ONCE
@@ -95,8 +98,13 @@ class ServerJudge:
 
     async def answers_later(self, questions: list[str], options: tuple[str, ...]) -> list[list[float]]:
         """The same without blocking the event loop; `REQUESTS` questions at a time, and none after an error."""
-        loop = asyncio.get_running_loop()
-        asked = [loop.run_in_executor(self.pool, self._answer, question, options) for question in questions]
+        free = asyncio.Semaphore(REQUESTS)
+
+        async def ask(question: str) -> list[float]:
+            async with free:
+                return await _in_thread(partial(self._answer, question, options))
+
+        asked = [asyncio.ensure_future(ask(question)) for question in questions]
         try:
             return await asyncio.gather(*asked)
         finally:
@@ -188,7 +196,7 @@ class ServerJudge:
 
     def _session(self, host: str, connect: int) -> requests.Session:
         retry = Retry(
-            TRIES, connect=connect, status_forcelist=BUSY, allowed_methods=None, backoff_factor=BACKOFF,
+            TRIES, connect=connect, read=READS, status_forcelist=BUSY, allowed_methods=None, backoff_factor=BACKOFF,
             raise_on_status=False,
         )  # fmt: skip
         session = requests.Session()
@@ -209,6 +217,24 @@ class ServerJudge:
     def _line(self, refusal: _Refusal) -> str:
         advice = ADVICE.get(refusal.status) or "Its own log says more. The same command continues the run."
         return f"--judge_base_url {self.url}: answered {refusal}. {advice}"
+
+
+async def _in_thread(call: Callable[[], list[float]]) -> list[float]:
+    """The result of a call in a thread of its own, for which the end of the process doesn't wait.
+
+    It would wait for an executor's threads, so that Ctrl-C took as long as the slowest answer.
+    """
+    found: Future[list[float]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    found.set_running_or_notify_cancel()
+    threading.Thread(target=work, name="judge", daemon=True).start()
+    return await asyncio.wrap_future(found)
 
 
 def read_answer(choice: dict[str, Any], options: tuple[str, ...]) -> list[float]:

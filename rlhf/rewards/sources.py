@@ -101,7 +101,8 @@ def resolve_rewards(
 
     Raises:
         InputError: see `resolve_reward`; if the numbers of `reward_weights` and rewards differ, where an ensemble is
-            one reward; if --reward_ensemble has nothing to combine, or there are flags of a judge and no judge.
+            one reward; if --reward_ensemble has nothing to combine or --uwo_coef no effect; or if there are flags of a
+            judge and no judge.
     """
     trust, paths = args.trust_remote_code, reward_model_paths(args)
     judge = args if isinstance(args, JudgeArguments) else None
@@ -109,6 +110,10 @@ def resolve_rewards(
     if how != "mean" and len(paths) < 2:
         raise InputError(f"--reward_ensemble {how}: combines several models. Give two or more to --reward_model_path, "
                          "or leave it out.")  # fmt: skip
+    uwo_coef = getattr(args, "uwo_coef", None)
+    if how != "uwo" and uwo_coef != getattr(type(args), "uwo_coef", None):
+        raise InputError(f"--uwo_coef {uwo_coef}: has no effect with --reward_ensemble {how}. Give --reward_ensemble "
+                         "uwo, or leave it out.")  # fmt: skip
     judging = [*(args.reward_funcs or []), *(getattr(args, "eval_reward_funcs", None) or [])]
     if judge is not None and JUDGE not in judging:
         refuse_judge_flags(judge)

@@ -35,8 +35,10 @@ FREE_FLAGS = {
     "dataset_num_proc", "dataloader_num_workers", "world_size", "local_rank", "deepspeed", "fsdp", "fsdp_config",
     "project", "trackio_space_id", "logging_nan_inf_filter", "log_on_each_node", "accelerator_config", "ddp_backend",
     "rounds", "server_name", "server_port", "max_workers", "vllm_server_base_url", "vllm_server_host",
-    "vllm_server_port", "vllm_server_timeout", "judge_base_url",
+    "vllm_server_port", "vllm_server_timeout",
 }  # fmt: skip
+# Flags of which only counts whether they are given: the server may move, and its model has a name of its own.
+ADDRESS_FLAGS = {"judge_base_url": "an address"}
 # Flags that name local files or folders whose content belongs to the run.
 CONTENT_FLAGS = (
     "model_name_or_path", "sft_model_path", "reward_model_path", "reward_funcs", "eval_reward_funcs", "dataset_name",
@@ -83,6 +85,8 @@ class Run(_Claim, total=False):
 def settings_of(*arguments: DataclassInstance) -> Settings:
     """The settings that decide what a run computes: those that differ from their class's default, without FREE_FLAGS.
 
+    Addresses are left out of them (ADDRESS_FLAGS).
+
     Args:
         arguments: dataclasses of flags.
     """
@@ -96,6 +100,7 @@ def settings_of(*arguments: DataclassInstance) -> Settings:
                 default = field.default_factory()
             value = getattr(argument, field.name)
             if value != default:
+                value = ADDRESS_FLAGS.get(field.name, value)
                 settings[field.name] = value if isinstance(value, str | int | float | bool | list) else str(value)
     return settings
 

@@ -14,6 +14,9 @@ is left out of the later ones:
 | `ppo`         | recipes/ppo.py         | `prompt`                                                        |
 | `held_out`    | eval/compare.py        | `prompt`, `completion`; no training stage reads it               |
 
+The configuration `moods` of these parts takes other rows of them: every second message is sad, for two rewards that
+work against each other (eval/front.py).
+
 The part `pretrain` (recipes/tokenizer.py, recipes/pretrain.py) has all conversations as rows {`text`}, one conversation
 per row. Its `train` split has the conversations of `sft`, `preference` and `ppo`, its `test` split those of `held_out`.
 """
@@ -27,6 +30,7 @@ from typing import TypedDict
 from datasets import Dataset, DatasetDict
 
 from rlhf.errors import InputError
+from rlhf.starter.kindness import is_sad
 from rlhf.starter.model import package_folder
 
 SEED = 20
@@ -117,8 +121,6 @@ def _texts(config: str | None) -> DatasetDict:
 
 def _half_sad(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Sad messages and others in turns, for rewards that judge replies to sad messages."""
-    from rlhf.starter.kindness import is_sad  # it needs the scorer, whose module reads this one
-
     sad = is_sad([message for message, _ in pairs])
     groups = [[pair for pair, so in zip(pairs, sad, strict=True) if so is wanted] for wanted in (True, False)]
     return [pair for both in zip(*groups, strict=False) for pair in both]
@@ -130,14 +132,17 @@ def starter_dataset(part: str, config: str | None = None) -> DatasetDict:
     Args:
         part: `sft`, `preference`, `ppo`, `held_out` (which has only `test`) or `pretrain` (which has rows {`text`}).
         config: `small` (the default; a laptop trains on it in minutes), `full` (all rows of the part), or `moods`: as
-            many rows as `small`, every second message is sad (rlhf/starter/kindness.py).
+            many rows as `small`, every second message is sad (rlhf/starter/kindness.py); `pretrain` has none.
 
     Raises:
-        InputError: if `chitchat-dataset` is not installed or `config` is unknown.
+        InputError: if `chitchat-dataset` is not installed, or the part has no such `config`.
     """
     if config not in (None, "small", "full", "moods"):
         raise InputError(f"--dataset_config of 'starter' is 'small', 'full' or 'moods', found {config!r}.")
     if part == "pretrain":
+        if config == "moods":
+            raise InputError("--dataset_config moods: is of messages and replies, and pretraining reads whole "
+                             "conversations. Give 'small' or 'full'.")  # fmt: skip
         return _texts(config)
     _, train, test = PARTS[part]
     pairs = _half_sad(_parts()[part]) if config == "moods" else _parts()[part]

@@ -13,7 +13,8 @@ def starter_splits(part: str, config: str | None) -> dict[str, Dataset]:
 
     Args:
         part: `preference_pairs`, `finetune`, `problems`, or a part of rlhf/starter/conversations.py.
-        config: `small`, `full`, or for `finetune` the name of a task; None is the default.
+        config: `small`, `full`, for messages and replies also `moods`, for `finetune` the name of a task; None is the
+            default.
 
     Raises:
         InputError: if `config` is unknown, or a package of the starter is missing.
