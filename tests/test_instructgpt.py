@@ -65,7 +65,8 @@ def test_all_sizes_run_the_same_stages(tmp_path):
     aligned = [
         line.replace("out/small/base", "starter").replace("out/small/sft", "demo/sft") for line in of_size["small"]
     ]
-    assert [line.replace("small", "starter") for line in aligned[2:]] == of_size["starter"]
+    fewer = [line.replace("--total_episodes 640", "--total_episodes 384") for line in aligned]
+    assert [line.replace("small", "starter") for line in fewer[2:]] == of_size["starter"]
     assert any("--ptx_coef 0.5 --ptx_dataset_name starter" in line for line in of_size["starter"])
     assert all(
         "--reward_model_path demo/reward" in line for line in lines if "ppo.py" in line or "compare" in line[:16]
