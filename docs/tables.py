@@ -163,6 +163,8 @@ def plain(text: str) -> str:
 def made_by(results: Results, *names: str) -> list[str]:
     """A line under a table: the commands, or where its numbers are from."""
     commands = [results["runs"][name]["command"] for name in names] if names else results["commands"]
+    if not names and results["source"].startswith("make "):
+        return ["", f"Source: {results['source']}."]
     source = "" if names else f"Transcribed from {results['source']}. "
     return ["", f"{source}Made by {', '.join(f'`{command}`' for command in commands)}."]
 
