@@ -237,6 +237,20 @@ def own_table(results: Results) -> list[str]:
     return [*columns(results["rows"], layout), *made_by(results)]
 
 
+def ppo_tasks(results: Results) -> list[str]:
+    """A row for each task: the default's reward, and what each other setting adds to it."""
+    by_task: dict[str, list[Results]] = {}
+    for row in results["rows"]:
+        by_task.setdefault(row["task"], []).append(row)
+    rows = [
+        [task, show(default["end"], ".3f"), show(default["explained"], ".2f"),
+         *(show(other["end_difference"], "+.3f") for other in others)]
+        for task, (default, *others) in by_task.items()
+    ]  # fmt: skip
+    settings = [row["setting"] for row in next(iter(by_task.values()))[1:]]
+    return [*markdown(["task", "reward, default", "explained variance", *settings], rows), *made_by(results)]
+
+
 # ------------------------------------------------------------------------------------------------ road
 
 
@@ -467,7 +481,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "length-control": (("demo",), lambda results: comparison(
         results, "win_rate/gold", "length_controlled_win_rate/gold", "reply_length")),
     "value-functions": (("value_functions",), own_table),
-    "ppo-tasks": (("ppo_tasks",), own_table),
+    "ppo-tasks": (("ppo_tasks",), ppo_tasks),
     "robustness": (("robustness",), own_table),
     "bench": (("bench",), own_table),
     "optimum": (("optimum",), own_table),

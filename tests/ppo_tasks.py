@@ -117,13 +117,6 @@ def compared(task: str, setting: str, runs: list[dict[str, float]], default: lis
     }  # fmt: skip
 
 
-COLUMNS = {
-    "task": ["task", ""], "setting": ["setting", ""], "reward, last three updates": ["end", ".3f"],
-    "lowest seed": ["lowest", ".3f"], "explained variance": ["explained", ".2f"],
-    "minus default, last three": ["end_difference", "+.3f"], "minus default, whole run": ["mean_difference", "+.3f"],
-}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -147,7 +140,7 @@ def main() -> None:
     if arguments.keep:
         from ppo_settings import write_results
 
-        write_results("ppo_tasks", "make tasks", COLUMNS, rows)
+        write_results("ppo_tasks", "make tasks", {}, rows)
 
 
 if __name__ == "__main__":
