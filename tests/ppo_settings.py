@@ -188,9 +188,13 @@ def rows_of(output: Path, table: str) -> list[dict[str, Any]]:
 
 def write_results(name: str, made_by: str, columns: dict[str, list[str]], rows: list[dict[str, Any]]) -> None:
     """Write docs/results/<name>.json, of which docs/tables.py makes a table."""
+    sys.path.append(str(ROOT / "docs"))
+    from tables import machine
+
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    content = {"source": f"{made_by} at commit {commit}", "commands": [made_by], "columns": columns, "rows": rows}
+    about = {"source": f"{made_by} at commit {commit}", "machine": machine(), "commands": [made_by]}
+    content = {**about, "columns": columns, "rows": rows}
     file = ROOT / "docs" / "results" / f"{name}.json"
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"Written: {file.relative_to(ROOT)}")
