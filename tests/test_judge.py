@@ -282,7 +282,8 @@ def test_an_answer_that_does_not_come_is_waited_for_twice(monkeypatch):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
 from rlhf.errors import report_errors
 from rlhf.rewards.server_judge import ServerJudge
 with report_errors():
