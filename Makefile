@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 DEV := $(VENV)/.dev-done
 
-.PHONY: setup chromium demo road instructgpt front docs bench gpu plan optimum settings tasks engines strategies kills families templates \
-	mistakes people test test-current lint format
+.PHONY: setup chromium demo road instructgpt front docs bench gpu plan optimum settings tasks engines strategies \
+	kills families templates mistakes people test test-current lint format
 
 setup: $(SETUP)
 

@@ -73,7 +73,7 @@ class FrontArguments(JudgeArguments):
         default=None,
         metadata={"help": "Two rewards: reward models (folder or Hub id), import paths of functions, or 'judge'."},
     )
-    output_dir: str = field(default="outputs/front", metadata={"help": "Folder for the results."})
+    output_dir: str = field(default="outputs/two-rewards", metadata={"help": "Folder for the results."})
     max_new_tokens: PositiveInt = field(default=32, metadata={"help": "Longest reply, in tokens."})
     temperature: Temperature = field(default=1.0, metadata={"help": "Sampling temperature."})
     per_device_eval_batch_size: PositiveInt = field(default=64, metadata={"help": "Replies to sample at once."})

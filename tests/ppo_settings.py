@@ -37,10 +37,10 @@ class Setting(NamedTuple):
 DEFAULT = "default"
 TABLES: dict[str, dict[str, Setting]] = {
     "value_functions": {
-        "head": Setting("--value_function head"),
-        "reward": Setting("--value_function reward"),
+        "head": Setting("--value_function head --total_episodes 640"),
+        "reward": Setting("--value_function reward --total_episodes 640"),
         "reward, 6 updates": Setting("--value_function reward --total_episodes 384"),
-        "none": Setting("--value_function head --vf_coef 0 --lam 1"),  # a head that stays 0
+        "none": Setting("--value_function head --vf_coef 0 --lam 1 --total_episodes 640"),  # a head that stays 0
     },
     "robustness": {
         DEFAULT: Setting(),
