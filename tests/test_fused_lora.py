@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.models.adapters import active_adapter
-from rlhf.models.fused_lora import FusedLora, _LowRankProduct, fuse
+from rlhf.models.fused_lora import FusedLora, _LowRankProduct, fuse, weights_stay
 
 IDS = torch.arange(2, 44).view(3, 14)
 
@@ -160,3 +160,26 @@ def test_a_layer_without_adapter_is_no_lora_layer():
     kinds = [type(module) for module in fused.modules() if isinstance(module, Linear)]
     assert kinds == [FusedLora] * 2
     assert type(fused.base_model.model.lm_head) is nn.Linear
+
+
+def test_weights_are_kept_within_the_block_alone():
+    peft, fused = adapted(torch.bfloat16), fuse(adapted(torch.bfloat16))
+
+    def logits(model):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(IDS).logits
+
+    before = logits(fused)
+    with weights_stay():
+        assert torch.equal(logits(fused), before)
+        assert torch.equal(logits(fused), before)  # with what the layers kept
+        torch.manual_seed(1)
+        change(fused)
+        assert torch.equal(logits(fused), before)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            learning = fused(IDS).logits  # kept for passes without gradients alone
+        assert not torch.equal(learning, before)
+    torch.manual_seed(1)
+    change(peft)
+    torch.testing.assert_close(logits(fused), logits(peft), atol=0.05, rtol=0.05)
+    assert not torch.equal(logits(fused), before)

@@ -5,7 +5,9 @@ low-rank part is added by the product that computes it, forward and backward, an
 input and its low-rank image. That saves memory above all (docs/ppo.md).
 """
 
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import Linear
@@ -44,11 +46,47 @@ class _LowRankProduct(torch.autograd.Function):
         return x_grad, None, None, down_grad, up_grad, None
 
 
+class _Product(NamedTuple):
+    """What a layer multiplies with, all of one dtype; shapes as in `_LowRankProduct.forward`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    down: torch.Tensor
+    up: torch.Tensor
+    scaling: float
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The output (N, out) for x (N, in), without gradients."""
+        x = x.to(self.weight.dtype)
+        return linear(x, self.weight, self.bias).addmm_(linear(x, self.down), self.up.T, alpha=self.scaling)
+
+
+_products: dict["FusedLora", _Product] | None = None
+
+
+@contextmanager
+def weights_stay() -> Iterator[None]:
+    """Promise that inside the block no weight and no active adapter changes, as while sampling a batch.
+
+    A layer then looks for its weights, and casts them, once and not at every token. Of the 0.37 ms of a layer of 576 by
+    192 weights and 32 tokens (one core, bfloat16), that was 0.15 ms.
+    """
+    global _products
+    before, _products = _products, {}
+    try:
+        yield
+    finally:
+        _products = before
+
+
 class FusedLora(Linear):
     """PEFT's LoRA layer over a plain `nn.Linear`, in three products if one plain adapter is active."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output (..., out) for x (..., in), as PEFT's layer gives it up to rounding."""
+        kept = None if _products is None or torch.is_grad_enabled() else _products.get(self)
+        if kept is not None:
+            return kept.of(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or not self._plain(active[0]):
             return super().forward(x, *args, **kwargs)
@@ -62,8 +100,15 @@ class FusedLora(Linear):
             # float32 rounds as in PEFT, whichever strategy trains; ZeRO-3, whose hooks some passes lack, does so always
             return super().forward(x)
         with torch.autocast(kind, enabled=False):
-            weights = (p if p is None else p.to(dtype) for p in (base.weight, base.bias, down, up))
-            output = _LowRankProduct.apply(x.to(dtype).flatten(0, -2), *weights, self.scaling[active[0]])
+            bias = None if base.bias is None else base.bias.to(dtype)
+            parts = (base.weight.to(dtype), bias, down.to(dtype), up.to(dtype))
+            product = _Product(*parts, self.scaling[active[0]])
+            if torch.is_grad_enabled():
+                output = _LowRankProduct.apply(x.to(dtype).flatten(0, -2), *product)
+            else:
+                output = product.of(x.flatten(0, -2))
+                if _products is not None:
+                    _products[self] = product
         return output.unflatten(0, x.shape[:-1])
 
     def _plain(self, adapter: str) -> bool:

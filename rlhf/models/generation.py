@@ -32,6 +32,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from rlhf.models.adapters import refuse_prompt_learning
+from rlhf.models.fused_lora import weights_stay
 from rlhf.models.precision import exact, running_sums
 from rlhf.models.prefix import CANNOT, logits_at, prefill, reraise_out_of_memory, same
 from rlhf.models.seq2seq import generation_inputs
@@ -314,7 +315,7 @@ def _generate(
             owner.generation_config = config
         if loop.keywords["way"] is Way.UNCACHED:
             settings["use_cache"] = False  # else generate makes one, which fails for BLT
-        with _without_plans():
+        with _without_plans(), weights_stay():
             return model.generate(**batch, generation_config=config, custom_generate=loop, **settings)
     finally:
         for owner, own in zip(owners, saved, strict=True):

@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from rlhf.models.adapters import REFERENCE, REWARD, active_adapter, trunk
 from rlhf.models.generation import draw_tokens
-from rlhf.models.logprobs import Entropy, token_logprobs
+from rlhf.models.logprobs import Entropy, frozen_head, logprobs_behind, token_logprobs
 from rlhf.models.prefix import WORTH_IT, before_head, forward_behind_prefix, take
 from rlhf.models.sources import Source
 from rlhf.planning.launch import Launch
@@ -177,16 +177,22 @@ class PPOPasses:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropy (B, T) of replies, and the hidden states before them (B, T, d)."""
         length, caught = self.args.response_length, []
+        head = None if entropy == "graph" or self.stage.launch.sharded else frozen_head(model)
 
         def choose(hidden: torch.Tensor) -> torch.Tensor:
             if len(hidden) < rows:  # the shared prefix
                 return hidden[:, :0]
             caught.append(take(hidden, torch.zeros(rows, length, dtype=torch.long)))
-            return caught[-1].reshape(1, rows * length, -1).clone()
+            return hidden[:, :0] if head is not None else caught[-1].reshape(1, rows * length, -1).clone()
 
         with before_head(model, choose):
             logits = self.forward(model, rows, tokens).logits[0]
-        found = token_logprobs(logits, torch.ones(rows * length, dtype=torch.long), self.args.temperature, entropy)
+        replies, temperature = torch.ones(rows * length, dtype=torch.long), self.args.temperature
+        if head is None:
+            found = token_logprobs(logits, replies, temperature, entropy)
+        else:
+            states = caught[-1].reshape(rows * length, -1)
+            found = logprobs_behind(head, states, replies, temperature, entropy)
         return found[0].view(rows, length), found[1].view(rows, length), caught[-1]
 
     def forward(self, model: Any, rows: int, tokens: int) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.models.adapters import REWARD, active_adapter, trunk
-from rlhf.models.logprobs import Entropy, token_logprobs
+from rlhf.models.logprobs import Entropy, ends_with, frozen_head, logprobs_behind, token_logprobs
 from rlhf.models.prefix import Computed, Rows, before_head, forward_sharing_prefix, take
 from rlhf.models.seq2seq import decoder_outputs
 from rlhf.ppo.zero import Zero
@@ -178,16 +178,20 @@ def _policy_outputs(
     """Log-probabilities and entropy (B, T) of the completion tokens, and last hidden states (B, T, d) before them.
 
     A hook catches the hidden states in front of the language model's head (`output_hidden_states` would keep those of
-    every layer). Only states before a completion token go through the head, so prompts and padding get no logits.
+    every layer). Only states before a completion token go through the head, so prompts and padding get no logits. A
+    frozen head gets none of them: its logits are used piece by piece.
     """
     positions, exists = _before_completions(rows)
-    caught = []
+    caught: list[torch.Tensor] = []
+    head = frozen_head(model) if share and entropy != "graph" and not model.config.is_encoder_decoder else None
+    if head is not None and not ends_with(model, head, rows.input_ids[0, :8]):
+        head = None
 
     def select(hidden: torch.Tensor) -> torch.Tensor:
         if len(hidden) < len(exists):  # the pass over the shared prefix needs no logits
             return hidden[:, :0]
         caught.append(take(hidden, positions - (rows.input_ids.shape[1] - hidden.shape[1])))
-        return caught[-1][exists][None]
+        return caught[-1][exists][None] if head is None else hidden[:, :0]
 
     tokens = rows.input_ids.gather(1, (positions + 1).clamp(max=rows.input_ids.shape[1] - 1))
     if model.config.is_encoder_decoder:
@@ -196,7 +200,10 @@ def _policy_outputs(
         with before_head(model, select):
             logits = _run(model, trunk(model), rows, share).output.logits[0]
         hidden = caught[-1]
-    found = token_logprobs(logits, tokens[exists], temperature, entropy)
+    if head is None:
+        found = token_logprobs(logits, tokens[exists], temperature, entropy)
+    else:
+        found = logprobs_behind(head, hidden[exists], tokens[exists], temperature, entropy)
     spread = tuple(torch.zeros(exists.shape, device=exists.device).masked_scatter(exists, values) for values in found)
     return (spread[0], spread[1]), hidden
 
