@@ -47,6 +47,19 @@ def test_before_the_first_update_kl_is_zero_and_the_ratio_one(sft, tokenizer, pr
     assert sum(ppo.args.batch_size / entry["eps"] for entry in logged(ppo)) <= result.metrics["train_runtime"]
 
 
+def test_passes_without_gradients_read_as_many_rows_as_sampling(sft, tokenizer, prompts, tmp_path):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path, local_rollout_forward_batch_size=8, **settings)
+    ppo.train()  # what is tried once has been tried
+    read: list[int] = []
+    rollout = ppo.rollout([prompts[number] for number in range(8)])
+    layer = ppo.model.policy.get_base_model().model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _layer, inputs: read.append(len(inputs[0])))
+    ppo.score(rollout)
+    handle.remove()
+    assert max(read) == 8 and read.count(8) == 2  # the policy and the reference
+
+
 def test_policy_and_value_move_and_nothing_else(sft, tokenizer, prompts, tmp_path):
     ppo = ppo_trainer(sft, tokenizer, prompts, tmp_path)
     before = {name: p.detach().clone() for name, p in ppo.model.named_parameters()}
@@ -138,7 +151,7 @@ def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path)
         sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17, normalize_reward=False
     )
     rows = next(ppo.prompts())
-    rollout = ppo.rollout(rows)
+    rollout = ppo.rollout([prompts[number] for number in range(8)])
     rollout = rollout._replace(ended=torch.arange(8) % 2 == 0)
     scored = ppo.score(rollout)
     assert torch.equal(scored.raw_scores - scored.scores, torch.tensor([0.0, 2.0] * 4))

@@ -93,12 +93,12 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def frozen_head(model: Any) -> nn.Linear | None:
-    """The model's head, if it is a plain, whole and frozen matrix product."""
+    """The model's head, if it is a plain, whole matrix product that this pass doesn't train."""
     head = model.get_output_embeddings()
     plain = (
-        type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        and not isinstance(head.weight, DTensor) and not hasattr(head.weight, "ds_id")
-        and not head._forward_hooks and not hasattr(head, "_hf_hook")  # accelerate's, which moves weights
+        type(head) is nn.Linear and head.bias is None and not (head.weight.requires_grad and torch.is_grad_enabled())
+        and not isinstance(head.weight, DTensor) and not head._forward_hooks
+        and not hasattr(head, "_hf_hook")  # accelerate's, which moves weights
     )  # fmt: skip
     return head if plain else None
 

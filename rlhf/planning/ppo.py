@@ -177,7 +177,8 @@ class PPOPasses:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropy (B, T) of replies, and the hidden states before them (B, T, d)."""
         length, caught = self.args.response_length, []
-        head = None if entropy == "graph" or self.stage.launch.sharded else frozen_head(model)
+        in_step = self.stage.launch.sharded and torch.is_grad_enabled()
+        head = None if entropy == "graph" or in_step else frozen_head(model)
 
         def choose(hidden: torch.Tensor) -> torch.Tensor:
             if len(hidden) < rows:  # the shared prefix

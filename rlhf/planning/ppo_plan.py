@@ -144,8 +144,8 @@ def _phases(trials: _Trials, args: PPOConfig, lengths: list[int], scores: bool) 
                      operations(lambda passes, _: passes.score(score_size, total), local / score_size))
         )  # fmt: skip
     found.append(
-        Phase.of("log-probabilities", BATCH, size, logprobs,
-                 operations(lambda passes, _: passes.logprobs(size, total), local / size))
+        Phase.of("log-probabilities", "--local_rollout_forward_batch_size", sample_size, logprobs,
+                 operations(lambda passes, _: passes.logprobs(sample_size, total), local / sample_size))
     )  # fmt: skip
     found.append(
         Phase.of("update", BATCH, size, update,

@@ -287,7 +287,9 @@ class PPOTrainer(TrainerConventions):
             missing_eos_score=args.missing_eos_score,
         )
         with self._timed("logprobs"):
-            logprobs, values, reference, states = self._logprobs_and_values(rollout, args.per_device_train_batch_size)
+            logprobs, values, reference, states = self._logprobs_and_values(
+                rollout, args.local_rollout_forward_batch_size
+            )
         weights = self.sampling_weights(rollout, logprobs, reference)
         return Scored(rewards.scores, scores, logprobs, reference, values, per_token, rewards, weights, states)
 
