@@ -151,7 +151,7 @@ def test_replies_that_never_end_are_penalized(sft, tokenizer, prompts, tmp_path)
         sft, tokenizer, prompts, tmp_path, [count_a], missing_eos_penalty=2.0, stop_token_id=17, normalize_reward=False
     )
     rows = next(ppo.prompts())
-    rollout = ppo.rollout([prompts[number] for number in range(8)])
+    rollout = ppo.rollout(rows)
     rollout = rollout._replace(ended=torch.arange(8) % 2 == 0)
     scored = ppo.score(rollout)
     assert torch.equal(scored.raw_scores - scored.scores, torch.tensor([0.0, 2.0] * 4))
