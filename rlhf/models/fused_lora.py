@@ -85,7 +85,7 @@ class FusedLora(Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output (..., out) for x (..., in), as PEFT's layer gives it up to rounding."""
         kept = None if _products is None or torch.is_grad_enabled() else _products.get(self)
-        if kept is not None:
+        if kept is not None and not args and not kwargs:
             return kept.of(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or not self._plain(active[0]):
